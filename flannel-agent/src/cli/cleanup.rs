@@ -1,0 +1,139 @@
+//! `flannel-agent cleanup`: the only thing that removes, and only what is marked ours (`flannel_core::mark`).
+
+use anyhow::{Context as _, bail};
+use flannel_core::{
+    addr::Vni,
+    mark,
+    plan::{Hook, ObservedKind},
+};
+
+use super::{Args, table};
+use crate::{
+    dataplane::{
+        bpf::{self, Instance},
+        netlink::Netlink,
+    },
+    state::State,
+};
+
+/// Removes, or says what it would remove. False when something could not be removed.
+pub(super) async fn run(
+    args: &Args,
+    dry_run: bool,
+    vni: Option<u32>,
+    force: bool,
+) -> anyhow::Result<bool> {
+    let state = State::read(&args.subnet_file)
+        .with_context(|| format!("read {}", State::path(&args.subnet_file).display()))?;
+    if let Some(state) = state
+        .as_ref()
+        .filter(|state| state.is_running() && !force && !dry_run)
+    {
+        bail!(
+            "an agent is running (pid {}) and would make it all again: stop it first, or give --force",
+            state.pid
+        );
+    }
+    let asked = vni
+        .map(Vni::try_from)
+        .transpose()
+        .map_err(|error| anyhow::anyhow!("--vni: {error}"))?;
+    let instances = if bpf::mounted() {
+        Instance::all()?
+    } else {
+        Vec::new()
+    };
+    let mut vnis: Vec<Vni> = instances.iter().map(|(vni, _)| *vni).collect();
+    vnis.extend(state.as_ref().map(|state| state.vni));
+    vnis.extend(asked);
+    vnis.sort_unstable();
+    vnis.dedup();
+    let net = Netlink::open()?;
+    let act = Act { dry_run };
+    let mut clean = true;
+    for (_, instance) in &instances {
+        clean &= act.on(
+            &format!("eBPF programs and maps under {}", instance.dir().display()),
+            || instance.remove(),
+        );
+    }
+    if let Some(state) = &state {
+        if net
+            .filter_program(Hook::FromWire, state.uplink_index)
+            .await?
+            .is_some()
+        {
+            clean &= act.on(&format!("our tc filter on {}", state.uplink), || {
+                bpf::delete_filter(Hook::FromWire, state.uplink_index)
+            });
+        }
+    }
+    for vni in &vnis {
+        clean &= remove_device(&net, &act, *vni).await?;
+    }
+    if let Some(state) = &state {
+        for file in [&state.subnet_file, &State::path(&args.subnet_file)] {
+            if file.exists() {
+                clean &= act.on(&format!("file {}", file.display()), || {
+                    std::fs::remove_file(file)
+                });
+            }
+        }
+    }
+    if vnis.is_empty() {
+        table::line("nothing of ours found");
+    }
+    Ok(clean)
+}
+
+async fn remove_device(net: &Netlink, act: &Act, vni: Vni) -> anyhow::Result<bool> {
+    let name = mark::device_name(vni);
+    let Some(device) = net.device(&name).await? else {
+        return Ok(true);
+    };
+    let (kind, has_vni) = match &device.kind {
+        ObservedKind::Vxlan { vni, .. } => (mark::KIND_VXLAN, Some(*vni)),
+        ObservedKind::Veth { peer } if *peer == mark::peer_device_name(vni).ok() => {
+            (mark::KIND_VETH, None)
+        }
+        ObservedKind::Veth { .. } | ObservedKind::Other(_) => ("", None),
+    };
+    if !mark::is_our_device(&name, kind, has_vni, vni) {
+        table::line(&format!("leave device {name}: it is not of our making"));
+        return Ok(true);
+    }
+    let what = format!("device {name} with its routes, neighbours and forwarding entries");
+    Ok(!act.announce(&what) || act.outcome(&what, net.delete_device(device.index).await))
+}
+
+struct Act {
+    dry_run: bool,
+}
+
+impl Act {
+    /// Says what is about to happen. False if it must not.
+    fn announce(&self, what: &str) -> bool {
+        if self.dry_run {
+            table::line(&format!("would remove {what}"));
+        }
+        !self.dry_run
+    }
+
+    fn outcome<E: std::error::Error>(&self, what: &str, outcome: Result<(), E>) -> bool {
+        match outcome {
+            Ok(()) => table::line(&format!("removed {what}")),
+            Err(error) => {
+                table::complaint(&format!(
+                    "remove {what}: {}",
+                    crate::telemetry::chain(&error)
+                ));
+                return false;
+            }
+        }
+        true
+    }
+
+    fn on<E: std::error::Error>(&self, what: &str, work: impl FnOnce() -> Result<(), E>) -> bool {
+        !self.announce(what) || self.outcome(what, work())
+    }
+}

@@ -1,0 +1,143 @@
+//! The command line: parse, dispatch, exit codes.
+//!
+//! Exit codes: 0 stopped on request; 2 a bad flag, configuration or value; 3 the lease store refuses; 4 privilege or kernel; 1
+//! anything else.
+
+mod args;
+mod cleanup;
+mod peers;
+mod status;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::{Parser as _, error::ErrorKind};
+use tokio_util::sync::CancellationToken;
+
+pub use args::{
+    Args, AttachChoice, Command, DatapathChoice, DeviceChoice, Output, normalize_go_flags,
+};
+
+use crate::{app, telemetry};
+
+/// Exit code for bad flags, configuration and values.
+pub const EXIT_USAGE: u8 = 2;
+/// Exit code for a lease store that refuses.
+pub const EXIT_STORE: u8 = 3;
+/// Exit code for missing privilege or kernel support.
+pub const EXIT_KERNEL: u8 = 4;
+
+/// Runs the program with these arguments, the first being its name.
+pub fn main(arguments: impl IntoIterator<Item = String>) -> ExitCode {
+    let args = match Args::try_parse_from(normalize_go_flags(arguments)) {
+        Ok(args) => args,
+        Err(error) => return usage(&error),
+    };
+    telemetry::init(args.verbosity);
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "start the runtime");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = runtime.block_on(dispatch(args));
+    // A blocked name lookup must not hold up the exit.
+    runtime.shutdown_background();
+    code
+}
+
+async fn dispatch(args: Args) -> ExitCode {
+    match &args.command {
+        None => daemon(args).await,
+        Some(Command::Status { output }) => report(status::run(&args, *output).await),
+        Some(Command::Peers { output }) => report(peers::run(&args, *output).await),
+        Some(Command::Cleanup {
+            dry_run,
+            vni,
+            force,
+        }) => report(cleanup::run(&args, *dry_run, *vni, *force).await),
+        Some(Command::Version) => {
+            table::line(env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+async fn daemon(args: Args) -> ExitCode {
+    let cancel = CancellationToken::new();
+    if let Err(error) = watch_signals(&cancel) {
+        tracing::error!(%error, "watch for signals");
+        return ExitCode::FAILURE;
+    }
+    match app::run(&args, cancel).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{}", telemetry::chain(&error));
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// The first SIGTERM or SIGINT asks for an orderly stop, a second one ends the process at once.
+fn watch_signals(cancel: &CancellationToken) -> std::io::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let cancel = cancel.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if cancel.is_cancelled() {
+                std::process::exit(130);
+            }
+            tracing::info!("stopping; the data path stays as it is");
+            cancel.cancel();
+        }
+    });
+    Ok(())
+}
+
+/// A read-only command's answer: what it found to be wrong is an exit code of 1, not an error.
+fn report(outcome: anyhow::Result<bool>) -> ExitCode {
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            table::complaint(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn usage(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // Nobody to tell if standard output is closed.
+            let _closed = error.print();
+            ExitCode::SUCCESS
+        }
+        _ => {
+            // clap's first line says what is wrong; its usage block is one `--help` away.
+            let text = error.render().to_string();
+            let mut lines = text.lines().filter(|line| !line.trim().is_empty());
+            let first = lines.next().unwrap_or("error: bad arguments");
+            let hint = lines
+                .find_map(|line| line.trim().strip_prefix("tip: "))
+                .map(|tip| format!(" ({tip})"));
+            table::complaint(&format!(
+                "{}{}; see flannel-agent --help",
+                first.strip_prefix("error: ").unwrap_or(first),
+                hint.unwrap_or_default()
+            ));
+            ExitCode::from(EXIT_USAGE)
+        }
+    }
+}

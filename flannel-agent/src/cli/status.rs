@@ -1,0 +1,336 @@
+//! `flannel-agent status`: what carries this node's traffic, read from the kernel and the pinned maps.
+
+use anyhow::Context as _;
+use flannel_common::Counter;
+use flannel_core::plan::{Device, Hook, ObservedKind};
+use serde::Serialize;
+
+use super::{Args, Output, table};
+use crate::{
+    dataplane::{
+        bpf::{self, AttachMode, Instance, Totals},
+        netlink::Netlink,
+    },
+    state::{Mode, State},
+};
+
+#[derive(Debug, Serialize)]
+struct Status {
+    /// Whether the data path is in place.
+    ok: bool,
+    agent: Agent,
+    datapath: Option<Path>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lease: Option<LeaseInfo>,
+    device: Option<DeviceInfo>,
+    counters: Option<Counters>,
+    problems: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Agent {
+    running: bool,
+    pid: Option<u32>,
+    version: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Path {
+    mode: Mode,
+    reason: String,
+    attach: Option<String>,
+    attached: Vec<&'static str>,
+}
+
+#[derive(Debug, Serialize)]
+struct LeaseInfo {
+    subnet: Option<String>,
+    network: String,
+    public_ip: String,
+    uplink: String,
+    mtu: u32,
+    store: String,
+    store_connected: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct DeviceInfo {
+    name: String,
+    kind: &'static str,
+    index: u32,
+    mac: String,
+    mtu: u32,
+    up: bool,
+    peers: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct Counters {
+    encap: Count,
+    decap: Count,
+    /// Packets left to the kernel's device, or dropped where there is none, by direction and reason.
+    not_carried: Vec<Reason>,
+}
+
+#[derive(Debug, Serialize)]
+struct Count {
+    packets: u64,
+    bytes: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Reason {
+    direction: &'static str,
+    reason: &'static str,
+    packets: u64,
+}
+
+impl From<Counter> for Count {
+    fn from(counter: Counter) -> Self {
+        Self {
+            packets: counter.packets,
+            bytes: counter.bytes,
+        }
+    }
+}
+
+/// Prints the status. False when there is no working data path.
+pub(super) async fn run(args: &Args, output: Output) -> anyhow::Result<bool> {
+    let status = collect(args).await?;
+    match output {
+        Output::Json => table::line(&serde_json::to_string_pretty(&status)?),
+        Output::Table => print(&status),
+    }
+    Ok(status.ok)
+}
+
+async fn collect(args: &Args) -> anyhow::Result<Status> {
+    let state = State::read(&args.subnet_file)
+        .with_context(|| format!("read {}", State::path(&args.subnet_file).display()))?;
+    let net = Netlink::open()?;
+    let instances = if bpf::mounted() {
+        Instance::all()?
+    } else {
+        Vec::new()
+    };
+    let wanted = state.as_ref().map(|state| state.vni);
+    let instance = instances
+        .iter()
+        .find(|(vni, _)| wanted.is_none_or(|wanted| wanted == *vni));
+    let name = state
+        .as_ref()
+        .map(|state| state.device.clone())
+        .or_else(|| instance.map(|(vni, _)| flannel_core::mark::device_name(*vni)));
+    let device = match &name {
+        Some(name) => net.device(name).await?.map(|device| (name.clone(), device)),
+        None => None,
+    };
+    let counters = match instance {
+        Some((_, instance)) => Some(counters(&instance.totals().context("read the counters")?)),
+        None => None,
+    };
+    let running = state.as_ref().is_some_and(State::is_running);
+    let mut problems = state
+        .as_ref()
+        .map(|state| state.problems.clone())
+        .unwrap_or_default();
+    if state.is_none() {
+        problems.push(format!(
+            "no agent has run here: {} does not exist; start flannel-agent, or give --subnet-file",
+            State::path(&args.subnet_file).display()
+        ));
+    } else if !running {
+        problems.push(
+            "the agent is not running: traffic goes on, changes in the cluster are not followed"
+                .into(),
+        );
+    }
+    let path = match (&state, instance) {
+        (Some(state), instance) => {
+            let attached = match instance {
+                Some((_, instance)) => {
+                    attached(state, instance, device.as_ref().map(|(_, d)| d), &net).await?
+                }
+                None => Vec::new(),
+            };
+            if state.datapath.mode == Mode::Bpf && attached.len() < Hook::ALL.len() {
+                problems.push(
+                    "an eBPF program is not attached: the kernel's device carries that direction"
+                        .into(),
+                );
+            }
+            Some(Path {
+                mode: state.datapath.mode,
+                reason: state.datapath.reason.clone(),
+                attach: state.datapath.attach.clone(),
+                attached,
+            })
+        }
+        (None, _) => None,
+    };
+    match &device {
+        None => problems.push("there is no tunnel device".into()),
+        Some((name, device)) if !device.up => problems.push(format!("{name} is down")),
+        Some(_) => {}
+    }
+    Ok(Status {
+        ok: device.as_ref().is_some_and(|(_, device)| device.up) && path.is_some(),
+        agent: Agent {
+            running,
+            pid: state.as_ref().filter(|_| running).map(|state| state.pid),
+            version: state.as_ref().map(|state| state.version.clone()),
+        },
+        datapath: path,
+        lease: state.as_ref().map(|state| LeaseInfo {
+            subnet: state.subnet.map(|subnet| subnet.to_string()),
+            network: state.network.to_string(),
+            public_ip: state.public_ip.to_string(),
+            uplink: state.uplink.clone(),
+            mtu: state.mtu,
+            store: state.store.clone(),
+            store_connected: running && state.store_connected,
+        }),
+        device: device.map(|(name, device)| describe(name, &device)),
+        counters,
+        problems,
+    })
+}
+
+async fn attached(
+    state: &State,
+    instance: &Instance,
+    device: Option<&Device>,
+    net: &Netlink,
+) -> anyhow::Result<Vec<&'static str>> {
+    let mut names = Vec::new();
+    for (hook, index) in [
+        (Hook::ToOverlay, device.map(|d| d.index)),
+        (Hook::FromWire, Some(state.uplink_index)),
+    ] {
+        let Some(index) = index else { continue };
+        let there = if state.datapath.attach.as_deref() == Some(AttachMode::Clsact.as_str()) {
+            net.filter_program(hook, index).await?.is_some()
+        } else {
+            instance.is_attached(hook, index)
+        };
+        if there {
+            names.push(hook.as_str());
+        }
+    }
+    Ok(names)
+}
+
+fn describe(name: String, device: &Device) -> DeviceInfo {
+    DeviceInfo {
+        name,
+        kind: match device.kind {
+            ObservedKind::Vxlan { .. } => "vxlan",
+            ObservedKind::Veth { .. } => "veth",
+            ObservedKind::Other(_) => "other",
+        },
+        index: device.index.get(),
+        mac: device.mac.to_string(),
+        mtu: device.mtu,
+        up: device.up,
+        peers: device.routes.len(),
+    }
+}
+
+fn counters(totals: &Totals) -> Counters {
+    Counters {
+        encap: totals.encap.into(),
+        decap: totals.decap.into(),
+        not_carried: totals
+            .reasons
+            .iter()
+            .map(|(direction, reason, packets)| Reason {
+                direction: direction.as_str(),
+                reason: reason.as_str(),
+                packets: *packets,
+            })
+            .collect(),
+    }
+}
+
+fn print(status: &Status) {
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    let mut row = |name: &str, value: String| rows.push(vec![name.to_owned(), value]);
+    let agent = match (&status.agent.version, status.agent.pid) {
+        (Some(version), Some(pid)) => format!("running, version {version}, pid {pid}"),
+        _ => "not running".into(),
+    };
+    row("Agent", agent);
+    if let Some(path) = &status.datapath {
+        let how = path.attach.as_ref().map_or(String::new(), |attach| {
+            format!(", {attach}: {}", path.attached.join(" "))
+        });
+        row(
+            "Datapath",
+            format!("{}{how} ({})", path.mode.as_str(), path.reason),
+        );
+    }
+    if let Some(lease) = &status.lease {
+        let subnet = lease.subnet.clone().unwrap_or_else(|| "none".into());
+        row(
+            "Subnet",
+            format!("{subnet} of {}, MTU {}", lease.network, lease.mtu),
+        );
+        row(
+            "Uplink",
+            format!("{}, public address {}", lease.uplink, lease.public_ip),
+        );
+        let link = if lease.store_connected {
+            "connected"
+        } else {
+            "not connected"
+        };
+        row("Store", format!("{}, {link}", lease.store));
+    }
+    if let Some(device) = &status.device {
+        let up = if device.up { "up" } else { "down" };
+        row(
+            "Device",
+            format!(
+                "{} ({}), {up}, {}, MTU {}, {} peers",
+                device.name, device.kind, device.mac, device.mtu, device.peers
+            ),
+        );
+    }
+    if let Some(counters) = &status.counters {
+        row(
+            "Sent by eBPF",
+            format!(
+                "{} packets, {} bytes",
+                counters.encap.packets, counters.encap.bytes
+            ),
+        );
+        row(
+            "Received by eBPF",
+            format!(
+                "{} packets, {} bytes",
+                counters.decap.packets, counters.decap.bytes
+            ),
+        );
+        for reason in &counters.not_carried {
+            row(
+                "Not carried",
+                format!(
+                    "{} {}: {} packets",
+                    reason.direction, reason.reason, reason.packets
+                ),
+            );
+        }
+    }
+    for problem in &status.problems {
+        row("Problem", problem.clone());
+    }
+    row(
+        "Status",
+        if status.ok {
+            "OK".into()
+        } else {
+            "NOT OK".into()
+        },
+    );
+    table::pairs(rows);
+}

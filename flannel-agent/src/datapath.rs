@@ -1,0 +1,170 @@
+//! Choosing the rung: what the flags ask for, what this process may do, what this kernel can.
+
+use flannel_core::{addr::Vni, config::NetConf, iface::Uplink, plan::Settings};
+
+use crate::{
+    app::StartError,
+    cli::{Args, AttachChoice, DatapathChoice},
+    dataplane::bpf::{self, AttachMode, Bpf, BpfError, Instance, LoadOptions},
+    preflight::Capabilities,
+    telemetry::chain,
+};
+
+/// The largest number of subnets that gets a dense array: a /8 of /24.
+const MAX_SUBNETS: u32 = 1 << 20;
+
+/// The eBPF half, or why there is none.
+#[derive(Debug)]
+pub(crate) enum Rung {
+    /// Programs are loaded, not yet attached.
+    Bpf(Box<Bpf>),
+    /// The kernel's device does the work.
+    Kernel(String),
+}
+
+/// Loads the eBPF half where the flags, the privileges and the kernel allow it. With `--datapath=auto` every obstacle ends in the
+/// kernel's device; with `bpf` it is an error.
+pub(crate) fn choose(args: &Args, conf: &NetConf, ethernet: bool) -> Result<Rung, StartError> {
+    let vni = conf.backend.vxlan.vni;
+    if args.datapath == DatapathChoice::Kernel {
+        retire(vni);
+        return Ok(Rung::Kernel("--datapath=kernel".into()));
+    }
+    let obstacle = match obstacle(conf, ethernet) {
+        Some(reason) => reason,
+        None => match load(args, conf) {
+            Ok(bpf) => return Ok(Rung::Bpf(Box::new(bpf))),
+            Err(error) => format!("eBPF cannot be used: {}", chain(&error)),
+        },
+    };
+    if args.datapath == DatapathChoice::Bpf {
+        return Err(StartError::NoBpf(obstacle));
+    }
+    retire(vni);
+    Ok(Rung::Kernel(obstacle))
+}
+
+/// The settings that the programs of a loaded eBPF half need.
+pub(crate) fn settings(
+    bpf: &Bpf,
+    conf: &NetConf,
+    uplink: &Uplink,
+    alone: bool,
+) -> Option<Settings> {
+    let family = conf.ipv4.as_ref()?;
+    let (min, max) = local_port_range();
+    let room = bpf.room();
+    Some(Settings {
+        network: family.network,
+        subnet_len: family.subnet_len,
+        vni: conf.backend.vxlan.vni.get(),
+        port: conf.backend.vxlan.port,
+        local: uplink.local_v4()?,
+        uplink: uplink.index,
+        source_port_min: min,
+        source_port_span: max.saturating_sub(min),
+        encap_flags: room.encap,
+        decap_flags: room.decap,
+        alone,
+        // Alone there is nobody to leave super-packets to: stale tunnel state costs speed where they are forwarded again, nothing else.
+        decap_gso: room.clears_gso || alone,
+        tunnel: None,
+    })
+}
+
+fn obstacle(conf: &NetConf, ethernet: bool) -> Option<String> {
+    if let Some(reason) = Capabilities::effective().missing_for_bpf() {
+        return Some(reason.into());
+    }
+    if !ethernet {
+        return Some(
+            "the uplink is not an Ethernet interface: eBPF cannot build its headers".into(),
+        );
+    }
+    if conf.backend.vxlan.gbp {
+        return Some(
+            "the backend's GBP extension is on, which only the kernel's device implements".into(),
+        );
+    }
+    if conf.backend.vxlan.learning {
+        return Some(
+            "the backend's Learning is on, which only the kernel's device implements".into(),
+        );
+    }
+    let family = conf.ipv4.as_ref()?;
+    let count = 1u32.checked_shl(u32::from(
+        family
+            .subnet_len
+            .saturating_sub(family.network.prefix_len()),
+    ));
+    count.is_none_or(|count| count > MAX_SUBNETS).then(|| {
+        format!(
+            "network {} has more than {MAX_SUBNETS} subnets of length {}: too many for a map",
+            family.network, family.subnet_len
+        )
+    })
+}
+
+fn load(args: &Args, conf: &NetConf) -> Result<Bpf, BpfError> {
+    raise_memlock();
+    bpf::ensure_bpffs()?;
+    let attach = match args.bpf_attach {
+        AttachChoice::Auto => AttachMode::detect(),
+        AttachChoice::Tcx => AttachMode::Tcx,
+        AttachChoice::Clsact => AttachMode::Clsact,
+    };
+    let subnet_count = conf.ipv4.as_ref().map_or(1, |family| {
+        1u32.checked_shl(u32::from(
+            family
+                .subnet_len
+                .saturating_sub(family.network.prefix_len()),
+        ))
+        .unwrap_or(1)
+    });
+    Bpf::load(&LoadOptions {
+        instance: Instance::of(conf.backend.vxlan.vni)?,
+        subnet_count,
+        attach,
+    })
+}
+
+/// Programs of an earlier run would go on with peers that nobody updates any more. Where there are none nothing is touched.
+fn retire(vni: Vni) {
+    let instance = match Instance::of(vni) {
+        Ok(instance) if instance.dir().exists() => instance,
+        Ok(_) => return,
+        Err(error) => {
+            return tracing::debug!(error = chain(&error), "look for programs of an earlier run");
+        }
+    };
+    match instance.remove() {
+        Ok(()) => {
+            tracing::info!(dir = %instance.dir().display(), "detached the eBPF programs of an earlier run")
+        }
+        Err(error) => tracing::warn!(
+            error = chain(&error),
+            "detach the eBPF programs of an earlier run"
+        ),
+    }
+}
+
+/// Kernels before 5.11 count maps against this limit; without CAP_SYS_RESOURCE it stays, and loading says so.
+fn raise_memlock() {
+    use nix::sys::resource::{Resource, setrlimit};
+    let _refused = setrlimit(
+        Resource::RLIMIT_MEMLOCK,
+        libc::RLIM_INFINITY,
+        libc::RLIM_INFINITY,
+    );
+}
+
+/// The range from which the vxlan device takes source ports (`udp_flow_src_port`).
+fn local_port_range() -> (u16, u16) {
+    let text =
+        std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut numbers = text.split_whitespace().filter_map(|word| word.parse().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(min), Some(max)) if min < max => (min, max),
+        _ => (32768, 60999),
+    }
+}

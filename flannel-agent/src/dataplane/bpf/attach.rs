@@ -1,0 +1,243 @@
+//! Attaching: tcx links, pinned, where the kernel has them (6.6); a clsact filter with our priority and handle elsewhere.
+//!
+//! A program is replaced, never detached and attached again: by `BPF_LINK_UPDATE` on the pinned link, or by netlink's replace.
+
+use std::{ffi::CString, fs, io, path::Path};
+
+use aya::programs::{
+    LinkOrder, SchedClassifier, TcAttachType,
+    links::{FdLink, Link as _, PinnedLink},
+    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
+};
+use flannel_core::{
+    addr::IfIndex,
+    mark,
+    plan::{Attachment, Hook},
+};
+
+use super::{Bpf, BpfError, error::errno, pins::pin_error, program};
+
+/// How programs are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachMode {
+    /// tcx links (6.6 and later).
+    Tcx,
+    /// Filters on a clsact qdisc.
+    Clsact,
+}
+
+impl AttachMode {
+    /// For logs and `status`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
+
+    /// What this kernel has.
+    pub fn detect() -> Self {
+        // A kernel without tcx refuses the very question.
+        if SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok() {
+            Self::Tcx
+        } else {
+            Self::Clsact
+        }
+    }
+}
+
+impl Bpf {
+    /// Attaches a program, or replaces the one of an earlier run.
+    pub fn attach(&mut self, hook: Hook, ifindex: IfIndex) -> Result<(), BpfError> {
+        let interface = name_of(ifindex)?;
+        match self.attach {
+            AttachMode::Tcx => self.attach_tcx(hook, &interface)?,
+            AttachMode::Clsact => self.attach_clsact(hook, &interface)?,
+        }
+        self.instance.remove_old_maps();
+        Ok(())
+    }
+
+    /// What of ours is attached at a hook of an interface.
+    ///
+    /// `filter` is the program that our clsact filter runs there, which only netlink knows.
+    pub(super) fn attachment(
+        &mut self,
+        hook: Hook,
+        ifindex: IfIndex,
+        filter: Option<u32>,
+    ) -> Result<Option<Attachment>, BpfError> {
+        let Ok(interface) = name_of(ifindex) else {
+            return Ok(None);
+        };
+        let own = self.program_id(hook)?;
+        let current = match self.attach {
+            AttachMode::Tcx => {
+                let pinned = pinned_program(&self.instance.link(hook));
+                let Ok((_, programs)) = SchedClassifier::query_tcx(&interface, side(hook)) else {
+                    return Ok(None);
+                };
+                let ids: Vec<u32> = programs
+                    .iter()
+                    .map(aya::programs::ProgramInfo::id)
+                    .collect();
+                // Without its pin a link would end with this process.
+                match pinned {
+                    Some(id) if ids.contains(&id) => id == own,
+                    _ => return Ok(None),
+                }
+            }
+            AttachMode::Clsact => match filter {
+                Some(id) => id == own,
+                None => return Ok(None),
+            },
+        };
+        Ok(Some(Attachment { ifindex, current }))
+    }
+
+    fn program_id(&mut self, hook: Hook) -> Result<u32, BpfError> {
+        let info = program(&mut self.ebpf, hook.as_str())?
+            .info()
+            .map_err(|source| BpfError::program("look up", hook.as_str(), source))?;
+        Ok(info.id())
+    }
+
+    fn attach_tcx(&mut self, hook: Hook, interface: &str) -> Result<(), BpfError> {
+        let pin = self.instance.link(hook);
+        let own = self.program_id(hook)?;
+        if let Ok(old) = PinnedLink::from_pin(&pin) {
+            let link: Result<SchedClassifierLink, _> = FdLink::from(old).try_into();
+            if let Ok(link) = link {
+                let replaced = program(&mut self.ebpf, hook.as_str())?.attach_to_link(link);
+                match replaced {
+                    Ok(id) if attached_to(interface, hook, own) => {
+                        // The pin keeps the link; our handle of it may go.
+                        drop(program(&mut self.ebpf, hook.as_str())?.take_link(id));
+                        return Ok(());
+                    }
+                    // It lives on another interface: the uplink changed. Below it is replaced by a new one.
+                    Ok(id) => drop(program(&mut self.ebpf, hook.as_str())?.take_link(id)),
+                    // Detached by hand or with its interface: a dead link takes no program.
+                    Err(source) if errno(&source) == Some(libc::ENOLINK) => {}
+                    Err(source) => return Err(BpfError::program("replace", hook.as_str(), source)),
+                }
+            }
+        }
+        let program = program(&mut self.ebpf, hook.as_str())?;
+        let id = program
+            .attach_with_options(
+                interface,
+                side(hook),
+                TcAttachOptions::TcxOrder(LinkOrder::default()),
+            )
+            .map_err(|source| BpfError::program("attach", hook.as_str(), source))?;
+        let link = program
+            .take_link(id)
+            .map_err(|source| BpfError::program("attach", hook.as_str(), source))?;
+        let link: FdLink = link.try_into().map_err(|_not_fd| BpfError::Tc {
+            what: format!("pin {} on {interface}", hook.as_str()),
+            reason: "the kernel made no link".into(),
+        })?;
+        // The new link is attached: only now may the old one go.
+        match fs::remove_file(&pin) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(pin_error("remove", &pin, error)),
+        }
+        link.pin(&pin)
+            .map_err(|error| pin_error("pin", &pin, io::Error::other(error)))?;
+        Ok(())
+    }
+
+    fn attach_clsact(&mut self, hook: Hook, interface: &str) -> Result<(), BpfError> {
+        let tc_error = |what: &str, reason: String| BpfError::Tc {
+            what: format!("{what} on {interface}"),
+            reason,
+        };
+        if let Err(error) = tc::qdisc_add_clsact(interface) {
+            // EEXIST: somebody's clsact is as good as ours.
+            if errno(&error) != Some(libc::EEXIST) && !error.to_string().contains("File exists") {
+                return Err(tc_error("add a clsact qdisc", error.to_string()));
+            }
+        }
+        let handle = TcHandle::from(mark::TC_HANDLE);
+        let program = program(&mut self.ebpf, hook.as_str())?;
+        let there =
+            SchedClassifierLink::attached(interface, side(hook), mark::TC_PRIORITY, handle, None)
+                .map_err(|error| tc_error("find the filter", error.to_string()))?;
+        let id = match program.attach_to_link(there) {
+            Ok(id) => id,
+            Err(_absent) => program
+                .attach_with_options(
+                    interface,
+                    side(hook),
+                    TcAttachOptions::Netlink(NlOptions {
+                        priority: mark::TC_PRIORITY,
+                        handle,
+                        classid: None,
+                    }),
+                )
+                .map_err(|source| BpfError::program("attach", hook.as_str(), source))?,
+        };
+        let link = program
+            .take_link(id)
+            .map_err(|source| BpfError::program("attach", hook.as_str(), source))?;
+        // Dropping it would delete the filter, which is meant to outlive the agent.
+        std::mem::forget(link);
+        Ok(())
+    }
+}
+
+/// Deletes our filter at this hook, and nothing else; not the qdisc either, which may serve others.
+pub fn delete_filter(hook: Hook, ifindex: IfIndex) -> Result<(), BpfError> {
+    let interface = name_of(ifindex)?;
+    let failed = |reason: String| BpfError::Tc {
+        what: format!("delete our filter on {interface}"),
+        reason,
+    };
+    SchedClassifierLink::attached(
+        &interface,
+        side(hook),
+        mark::TC_PRIORITY,
+        TcHandle::from(mark::TC_HANDLE),
+        None,
+    )
+    .map_err(|error| failed(error.to_string()))?
+    .detach()
+    .map_err(|error| failed(error.to_string()))
+}
+
+/// Which side of the interface a hook is on.
+pub(super) const fn side(hook: Hook) -> TcAttachType {
+    match hook {
+        Hook::ToOverlay => TcAttachType::Egress,
+        Hook::FromWire => TcAttachType::Ingress,
+    }
+}
+
+/// Whether the link pinned there holds its program at this interface.
+pub(super) fn is_attached(pin: &Path, hook: Hook, ifindex: IfIndex) -> bool {
+    match (pinned_program(pin), name_of(ifindex)) {
+        (Some(id), Ok(interface)) => attached_to(&interface, hook, id),
+        _ => false,
+    }
+}
+
+fn attached_to(interface: &str, hook: Hook, id: u32) -> bool {
+    SchedClassifier::query_tcx(interface, side(hook))
+        .is_ok_and(|(_, programs)| programs.iter().any(|program| program.id() == id))
+}
+
+fn pinned_program(pin: &Path) -> Option<u32> {
+    let link: FdLink = PinnedLink::from_pin(pin).ok()?.into();
+    Some(link.info().ok()?.program_id())
+}
+
+fn name_of(ifindex: IfIndex) -> Result<String, BpfError> {
+    let name: Result<CString, _> = nix::net::if_::if_indextoname(ifindex.get());
+    name.map(|name| name.to_string_lossy().into_owned())
+        .map_err(|errno| BpfError::Tc {
+            what: format!("find interface {}", ifindex.get()),
+            reason: errno.to_string(),
+        })
+}

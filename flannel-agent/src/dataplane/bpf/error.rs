@@ -1,0 +1,141 @@
+//! What can go wrong with eBPF, in words.
+
+use std::{error::Error as StdError, io, path::PathBuf};
+
+use aya::{EbpfError, maps::MapError, programs::ProgramError};
+use thiserror::Error;
+
+/// An eBPF operation that failed.
+#[derive(Debug, Error)]
+pub enum BpfError {
+    /// The kernel would not take the object.
+    #[error("load {what}{}", advice(source))]
+    Load {
+        /// What was loaded.
+        what: String,
+        /// Why not.
+        #[source]
+        source: Box<EbpfError>,
+    },
+    /// A program could not be loaded, attached or run.
+    #[error("{verb} program {name}{}", advice(source))]
+    Program {
+        /// What was attempted.
+        verb: &'static str,
+        /// Which program.
+        name: String,
+        /// Why not.
+        #[source]
+        source: Box<ProgramError>,
+    },
+    /// A map could not be read.
+    #[error("read entry {index} of map {map}")]
+    Read {
+        /// Which map.
+        map: String,
+        /// Which entry.
+        index: u32,
+        /// Why not.
+        #[source]
+        source: Box<MapError>,
+    },
+    /// A map could not be written.
+    #[error("write entry {index} of map {map}")]
+    Write {
+        /// Which map.
+        map: String,
+        /// Which entry.
+        index: u32,
+        /// Why not.
+        #[source]
+        source: Box<MapError>,
+    },
+    /// The embedded object lacks something.
+    #[error("the embedded eBPF object has no {0}")]
+    Missing(String),
+    /// A file of the bpf file system.
+    #[error("{verb} {}{}", path.display(), advice(source))]
+    Pin {
+        /// What was attempted.
+        verb: &'static str,
+        /// Which file or directory.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A tc filter or qdisc.
+    #[error("{what}: {reason}")]
+    Tc {
+        /// What was attempted.
+        what: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The kernel cannot make header room the way the programs need it.
+    #[error(
+        "bpf_skb_adjust_room refuses every set of flags (errno {0}): this kernel cannot encapsulate in eBPF"
+    )]
+    NoRoom(i32),
+}
+
+impl BpfError {
+    pub(super) fn load(what: &str, source: EbpfError) -> Self {
+        Self::Load {
+            what: what.to_owned(),
+            source: Box::new(source),
+        }
+    }
+
+    pub(super) fn program(verb: &'static str, name: &str, source: ProgramError) -> Self {
+        Self::Program {
+            verb,
+            name: name.to_owned(),
+            source: Box::new(source),
+        }
+    }
+
+    pub(super) fn read(map: &str, index: u32, source: MapError) -> Self {
+        Self::Read {
+            map: map.to_owned(),
+            index,
+            source: Box::new(source),
+        }
+    }
+
+    pub(super) fn write(map: &str, index: u32, source: MapError) -> Self {
+        Self::Write {
+            map: map.to_owned(),
+            index,
+            source: Box::new(source),
+        }
+    }
+
+    /// The errno at the bottom, if there is one.
+    pub fn errno(&self) -> Option<i32> {
+        errno(self)
+    }
+}
+
+/// Walks down to the operating system's error.
+pub(super) fn errno(error: &(dyn StdError + 'static)) -> Option<i32> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return io.raw_os_error();
+        }
+        next = error.source();
+    }
+    None
+}
+
+/// What usually helps.
+fn advice(source: &(dyn StdError + 'static)) -> &'static str {
+    match errno(source) {
+        Some(libc::EPERM) => {
+            " (eBPF needs CAP_BPF and CAP_NET_ADMIN, or CAP_SYS_ADMIN: run privileged)"
+        }
+        Some(libc::ENOSYS) => " (this kernel was built without eBPF)",
+        _ => "",
+    }
+}

@@ -1,0 +1,252 @@
+//! The eBPF half: loading, maps, attaching. Everything it makes is pinned, so it outlives the agent; the next agent adopts the maps and
+//! replaces the programs in place.
+
+mod attach;
+mod error;
+mod pins;
+mod probe;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, MapData},
+    programs::SchedClassifier,
+};
+use flannel_common::{Config, NodeId, NodeRecord};
+use flannel_core::{
+    addr::IfIndex,
+    plan::{BpfState, Hook, Node, Settings},
+};
+
+pub use attach::{AttachMode, delete_filter};
+pub use error::BpfError;
+pub use pins::{Instance, Totals, ensure_bpffs, mounted};
+pub use probe::Room;
+
+/// The object that `cargo xtask build-ebpf` made.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FLANNEL_EBPF_OBJECT"));
+
+/// How to load.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Where to pin.
+    pub instance: Instance,
+    /// Number of subnets in the cluster network.
+    pub subnet_count: u32,
+    /// tcx or clsact.
+    pub attach: AttachMode,
+}
+
+/// The loaded programs and their maps.
+pub struct Bpf {
+    ebpf: Ebpf,
+    instance: Instance,
+    attach: AttachMode,
+    room: Room,
+    config: Array<MapData, Config>,
+    subnets: Array<MapData, NodeId>,
+    nodes: Array<MapData, NodeRecord>,
+    subnet_count: u32,
+    node_capacity: u32,
+    /// Entries that a full scan or our own writes found in use: what a quick look needs to read.
+    used_subnets: BTreeSet<u32>,
+    used_nodes: BTreeSet<NodeId>,
+}
+
+impl std::fmt::Debug for Bpf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bpf").field("instance", &self.instance).field("attach", &self.attach).finish_non_exhaustive()
+    }
+}
+
+impl Bpf {
+    /// Loads the programs with the pinned maps of an earlier run, where they fit, and asks the kernel what it can do.
+    pub fn load(options: &LoadOptions) -> Result<Self, BpfError> {
+        let LoadOptions {
+            instance,
+            subnet_count,
+            attach,
+        } = options;
+        // Every subnet can have a node, and one that changes is written beside the old one first.
+        let node_capacity = subnet_count
+            .saturating_mul(2)
+            .saturating_add(2)
+            .min(1 << 20);
+        let maps = instance.prepare(&[
+            ("config", size_of::<Config>(), 1),
+            ("subnets", size_of::<NodeId>(), *subnet_count),
+            ("nodes", size_of::<NodeRecord>(), node_capacity),
+            (
+                "counters",
+                size_of::<flannel_common::Counter>(),
+                flannel_common::CounterId::COUNT,
+            ),
+            (
+                "reasons",
+                size_of::<u64>(),
+                flannel_common::counter::REASON_ENTRIES,
+            ),
+        ])?;
+        let mut loader = EbpfLoader::new();
+        for (name, path) in &maps {
+            loader.map_pin_path(name, path.clone());
+        }
+        loader
+            .map_max_entries("subnets", *subnet_count)
+            .map_max_entries("nodes", node_capacity);
+        let mut ebpf = loader
+            .load(OBJECT)
+            .map_err(|source| BpfError::load("the eBPF object", source))?;
+        for hook in Hook::ALL {
+            program(&mut ebpf, hook.as_str())?
+                .load()
+                .map_err(|source| BpfError::program("load", hook.as_str(), source))?;
+        }
+        let room = probe::room(&mut ebpf)?;
+        Ok(Self {
+            config: array(&mut ebpf, "config")?,
+            subnets: array(&mut ebpf, "subnets")?,
+            nodes: array(&mut ebpf, "nodes")?,
+            ebpf,
+            instance: instance.clone(),
+            attach: *attach,
+            room,
+            subnet_count: *subnet_count,
+            node_capacity,
+            used_subnets: BTreeSet::new(),
+            used_nodes: BTreeSet::new(),
+        })
+    }
+
+    /// What `bpf_skb_adjust_room` can do here.
+    pub const fn room(&self) -> Room {
+        self.room
+    }
+
+    /// How programs are attached.
+    pub const fn attach_mode(&self) -> AttachMode {
+        self.attach
+    }
+
+    /// Reads the maps and what is attached. `full` reads every entry; otherwise only those known to be in use are read, which
+    /// finds what was lost but not what a stranger added.
+    ///
+    /// `hooks` are the places to look at, each with the program that our clsact filter runs there.
+    pub fn observe(
+        &mut self,
+        uplink: IfIndex,
+        hooks: &[(Hook, IfIndex, Option<u32>)],
+        full: bool,
+    ) -> Result<BpfState, BpfError> {
+        let config = self
+            .config
+            .get(&0, 0)
+            .map_err(|source| BpfError::read("config", 0, source))?;
+        if full {
+            self.used_subnets = (0..self.subnet_count).collect();
+            self.used_nodes = (1..self.node_capacity).collect();
+        }
+        let mut subnets = BTreeMap::new();
+        for index in &self.used_subnets {
+            let id = self
+                .subnets
+                .get(index, 0)
+                .map_err(|source| BpfError::read("subnets", *index, source))?;
+            if id != 0 {
+                subnets.insert(*index, id);
+            }
+        }
+        let mut nodes = BTreeMap::new();
+        for id in &self.used_nodes {
+            let record = self
+                .nodes
+                .get(id, 0)
+                .map_err(|source| BpfError::read("nodes", *id, source))?;
+            if record != NodeRecord::default() {
+                nodes.insert(*id, Node::decode(&record));
+            }
+        }
+        if full {
+            self.used_subnets = subnets.keys().copied().collect();
+            self.used_nodes = nodes.keys().copied().collect();
+        }
+        let mut attached = BTreeMap::new();
+        for (hook, ifindex, filter) in hooks {
+            if let Some(attachment) = self.attachment(*hook, *ifindex, *filter)? {
+                attached.insert(*hook, attachment);
+            }
+        }
+        Ok(BpfState {
+            settings: Settings::decode(&config, uplink),
+            subnets,
+            nodes,
+            node_capacity: self.node_capacity,
+            attached,
+        })
+    }
+
+    /// Writes an entry of `nodes`.
+    pub fn put_node(&mut self, id: NodeId, node: &Node) -> Result<(), BpfError> {
+        self.used_nodes.insert(id);
+        self.nodes
+            .set(id, node.encode(), 0)
+            .map_err(|source| BpfError::write("nodes", id, source))
+    }
+
+    /// Empties an entry of `nodes`.
+    pub fn clear_node(&mut self, id: NodeId) -> Result<(), BpfError> {
+        self.nodes
+            .set(id, NodeRecord::default(), 0)
+            .map_err(|source| BpfError::write("nodes", id, source))?;
+        self.used_nodes.remove(&id);
+        Ok(())
+    }
+
+    /// Points a subnet at a node.
+    pub fn put_subnet(&mut self, index: u32, id: NodeId) -> Result<(), BpfError> {
+        self.used_subnets.insert(index);
+        self.subnets
+            .set(index, id, 0)
+            .map_err(|source| BpfError::write("subnets", index, source))
+    }
+
+    /// Points a subnet at no node.
+    pub fn clear_subnet(&mut self, index: u32) -> Result<(), BpfError> {
+        self.subnets
+            .set(index, 0, 0)
+            .map_err(|source| BpfError::write("subnets", index, source))?;
+        self.used_subnets.remove(&index);
+        Ok(())
+    }
+
+    /// Writes `config`.
+    pub fn put_settings(&mut self, settings: &Settings) -> Result<(), BpfError> {
+        self.config
+            .set(0, settings.encode(), 0)
+            .map_err(|source| BpfError::write("config", 0, source))
+    }
+}
+
+/// A program of the object.
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, BpfError> {
+    ebpf.program_mut(name)
+        .ok_or_else(|| BpfError::Missing(name.to_owned()))?
+        .try_into()
+        .map_err(|source| BpfError::program("find", name, source))
+}
+
+fn array<V: aya::Pod>(ebpf: &mut Ebpf, name: &str) -> Result<Array<MapData, V>, BpfError> {
+    let map = ebpf
+        .take_map(name)
+        .ok_or_else(|| BpfError::Missing(name.to_owned()))?;
+    Array::try_from(map).map_err(|source| BpfError::read(name, 0, source))
+}
+
+/// A map pin's path.
+pub(super) fn join(dir: &Path, name: &str) -> PathBuf {
+    dir.join(name)
+}

@@ -1,0 +1,319 @@
+//! Where things are pinned: `/sys/fs/bpf/flannel/<netns cookie>.<vni>/`, with the maps in `maps-v<layout>` below it.
+//!
+//! The layout version is part of the path, so an agent never opens another version's maps. Reading (`status`, `peers`) goes
+//! through here too and needs no running agent.
+
+use std::{
+    fs, io,
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{Array, Map, MapData, MapInfo, PerCpuArray};
+use flannel_common::{
+    Config, Counter, CounterId, Direction, DropReason, LAYOUT_VERSION, NodeId, NodeRecord,
+    reason_index,
+};
+use flannel_core::{
+    addr::{IfIndex, Vni},
+    mark,
+    plan::{Hook, Node},
+};
+use ipnet::Ipv4Net;
+
+use super::{BpfError, attach, join};
+
+const BPFFS: &str = "/sys/fs/bpf";
+/// `BPF_FS_MAGIC` in `include/uapi/linux/magic.h`.
+const BPFFS_MAGIC: i64 = 0xcafe_4a11;
+/// `SO_NETNS_COOKIE` in `include/uapi/asm-generic/socket.h`; kernel 5.14.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
+/// One node's place in the bpf file system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instance {
+    dir: PathBuf,
+}
+
+/// Packets and bytes by path, and reasons for not carrying, summed over all CPUs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Encapsulated in eBPF.
+    pub encap: Counter,
+    /// Decapsulated in eBPF.
+    pub decap: Counter,
+    /// Non-zero counts of packets left to the kernel, or dropped where there is no kernel device.
+    pub reasons: Vec<(Direction, DropReason, u64)>,
+}
+
+impl Instance {
+    /// The place of the overlay `vni` in the network namespace of this process.
+    pub fn of(vni: Vni) -> Result<Self, BpfError> {
+        Ok(Self {
+            dir: PathBuf::from(mark::instance_path(netns_cookie()?, vni)),
+        })
+    }
+
+    /// The places of all overlays in the network namespace of this process, in VNI order.
+    pub fn all() -> Result<Vec<(Vni, Self)>, BpfError> {
+        let cookie = netns_cookie()?;
+        let root = Path::new(mark::BPFFS_ROOT);
+        let entries = match fs::read_dir(root) {
+            Ok(entries) => entries,
+            Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(pin_error("list", root, source)),
+        };
+        let mut found: Vec<_> = entries
+            .filter_map(Result::ok)
+            .filter_map(|entry| {
+                let (owner, vni) = mark::parse_instance_dir(entry.file_name().to_str()?)?;
+                (owner == cookie).then(|| (vni, Self { dir: entry.path() }))
+            })
+            .collect();
+        found.sort_by_key(|(vni, _)| *vni);
+        Ok(found)
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where the link of a hook is pinned.
+    pub(super) fn link(&self, hook: Hook) -> PathBuf {
+        join(&self.dir, hook.as_str())
+    }
+
+    fn maps(&self) -> PathBuf {
+        self.dir.join(format!("maps-v{LAYOUT_VERSION}"))
+    }
+
+    /// Makes the directories and removes pinned maps whose shape is not the wanted one: name, value size in bytes, entries.
+    pub(super) fn prepare(
+        &self,
+        wanted: &[(&'static str, usize, u32)],
+    ) -> Result<Vec<(&'static str, PathBuf)>, BpfError> {
+        let dir = self.maps();
+        fs::create_dir_all(&dir).map_err(|source| pin_error("create", &dir, source))?;
+        let mut paths = Vec::new();
+        for (name, value_size, entries) in wanted {
+            let path = join(&dir, name);
+            if let Ok(info) = MapInfo::from_pin(&path) {
+                if info.value_size() as usize != *value_size || info.max_entries() != *entries {
+                    tracing::info!(map = name, "replace a pinned map of another shape");
+                    fs::remove_file(&path).map_err(|source| pin_error("remove", &path, source))?;
+                }
+            }
+            paths.push((*name, path));
+        }
+        Ok(paths)
+    }
+
+    /// Removes the maps of other layout versions. To be called once nothing uses them any more.
+    pub(super) fn remove_old_maps(&self) {
+        let current = self.maps();
+        let Ok(entries) = fs::read_dir(&self.dir) else {
+            return;
+        };
+        for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
+            if path.is_dir() && path != current {
+                if let Err(error) = fs::remove_dir_all(&path) {
+                    tracing::warn!(path = %path.display(), %error, "remove maps of another layout");
+                }
+            }
+        }
+    }
+
+    /// Detaches our programs by unpinning their links, then removes the maps. Running it again is success.
+    pub fn remove(&self) -> Result<(), BpfError> {
+        let links: Vec<PathBuf> = Hook::ALL.iter().map(|hook| self.link(*hook)).collect();
+        // Links first: a program must not run on maps that are going away.
+        for path in links.iter().chain(&self.contents()) {
+            let removed = if path.is_dir() {
+                fs::remove_dir(path)
+            } else {
+                fs::remove_file(path)
+            };
+            match removed {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(pin_error("remove", path, source));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The pinned files and directories, children before parents.
+    pub fn contents(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        collect(&self.dir, &mut found);
+        found
+    }
+
+    /// The nodes that subnets point at, by index of the subnet.
+    fn nodes(&self) -> Result<Vec<(u32, Option<Node>)>, BpfError> {
+        let subnets: Array<_, NodeId> = self.open("subnets")?;
+        let nodes: Array<_, NodeRecord> = self.open("nodes")?;
+        let mut found = Vec::new();
+        for index in 0..subnets.len() {
+            let id = subnets
+                .get(&index, 0)
+                .map_err(|source| BpfError::read("subnets", index, source))?;
+            if id != 0 {
+                let record = nodes
+                    .get(&id, 0)
+                    .map_err(|source| BpfError::read("nodes", id, source))?;
+                found.push((index, Node::decode(&record)));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The peers as the maps have them, by subnet.
+    pub fn peers(&self) -> Result<Vec<(Ipv4Net, Option<Node>)>, BpfError> {
+        let config: Array<_, Config> = self.open("config")?;
+        let config = config
+            .get(&0, 0)
+            .map_err(|source| BpfError::read("config", 0, source))?;
+        let shift = config.subnet_shift & 31;
+        let length = 32u8.saturating_sub(shift as u8);
+        Ok(self
+            .nodes()?
+            .into_iter()
+            .filter_map(|(index, node)| {
+                let base = config.network.checked_add(index.checked_shl(shift)?)?;
+                Some((Ipv4Net::new(base.into(), length).ok()?, node))
+            })
+            .collect())
+    }
+
+    /// Whether our pinned link holds its program at this interface.
+    pub fn is_attached(&self, hook: Hook, index: IfIndex) -> bool {
+        attach::is_attached(&self.link(hook), hook, index)
+    }
+
+    /// The counters.
+    pub fn totals(&self) -> Result<Totals, BpfError> {
+        let counters: PerCpuArray<_, Counter> = self.open("counters")?;
+        let reasons: PerCpuArray<_, u64> = self.open("reasons")?;
+        let sum = |id: CounterId| -> Result<Counter, BpfError> {
+            let values = counters
+                .get(&(id as u32), 0)
+                .map_err(|source| BpfError::read("counters", id as u32, source))?;
+            Ok(values.iter().fold(Counter::default(), |sum, one| Counter {
+                packets: sum.packets.wrapping_add(one.packets),
+                bytes: sum.bytes.wrapping_add(one.bytes),
+            }))
+        };
+        let mut totals = Totals {
+            encap: sum(CounterId::BpfEncap)?,
+            decap: sum(CounterId::BpfDecap)?,
+            reasons: Vec::new(),
+        };
+        for direction in Direction::ALL {
+            for reason in DropReason::ALL {
+                let index = reason_index(direction, *reason);
+                let values = reasons
+                    .get(&index, 0)
+                    .map_err(|source| BpfError::read("reasons", index, source))?;
+                let count: u64 = values.iter().sum();
+                if count > 0 {
+                    totals.reasons.push((direction, *reason, count));
+                }
+            }
+        }
+        Ok(totals)
+    }
+
+    fn open<M: TryFrom<Map, Error = aya::maps::MapError>>(
+        &self,
+        name: &str,
+    ) -> Result<M, BpfError> {
+        let data = MapData::from_pin(join(&self.maps(), name))
+            .map_err(|source| BpfError::read(name, 0, source))?;
+        let map = match name {
+            "counters" | "reasons" => Map::PerCpuArray(data),
+            _ => Map::Array(data),
+        };
+        M::try_from(map).map_err(|source| BpfError::read(name, 0, source))
+    }
+}
+
+/// Whether a bpf file system is mounted where it belongs.
+pub fn mounted() -> bool {
+    nix::sys::statfs::statfs(BPFFS).is_ok_and(|stat| stat.filesystem_type().0 == BPFFS_MAGIC)
+}
+
+/// Mounts the bpf file system where it belongs, unless it is there.
+pub fn ensure_bpffs() -> Result<(), BpfError> {
+    if mounted() {
+        return Ok(());
+    }
+    let path = Path::new(BPFFS);
+    nix::mount::mount(
+        Some("bpf"),
+        path,
+        Some("bpf"),
+        nix::mount::MsFlags::empty(),
+        None::<&str>,
+    )
+    .map_err(|errno| pin_error("mount the bpf file system on", path, errno.into()))?;
+    tracing::info!(path = BPFFS, "mounted the bpf file system");
+    Ok(())
+}
+
+/// Identifies this process's network namespace for as long as the machine runs. Before 5.14 there is no cookie; the inode number
+/// serves, with its upper half set so that it is never taken for a cookie.
+fn netns_cookie() -> Result<u64, BpfError> {
+    let path = Path::new("/proc/self/ns/net");
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")
+        .map_err(|source| pin_error("open a socket for", path, source))?;
+    let mut cookie = 0u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the buffer is a u64 and `len` its size; the descriptor is open for the duration of the call.
+    #[expect(unsafe_code, reason = "no safe wrapper knows this socket option")]
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if answer == 0 {
+        return Ok(cookie);
+    }
+    let inode = std::os::unix::fs::MetadataExt::ino(
+        &fs::metadata(path).map_err(|source| pin_error("read", path, source))?,
+    );
+    Ok(inode | 0xffff_ffff_0000_0000)
+}
+
+fn collect(dir: &Path, found: &mut Vec<PathBuf>) {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return;
+    };
+    let mut entries: Vec<_> = entries
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .collect();
+    entries.sort();
+    for path in entries {
+        if path.is_dir() {
+            collect(&path, found);
+        } else {
+            found.push(path);
+        }
+    }
+    found.push(dir.to_owned());
+}
+
+pub(super) fn pin_error(verb: &'static str, path: &Path, source: io::Error) -> BpfError {
+    BpfError::Pin {
+        verb,
+        path: path.to_owned(),
+        source,
+    }
+}

@@ -1,0 +1,90 @@
+//! What this kernel's `bpf_skb_adjust_room` accepts, asked with `BPF_PROG_TEST_RUN` (needs no device).
+
+use aya::{
+    Ebpf,
+    programs::{TestRun as _, TestRunOptions},
+};
+
+use super::{BpfError, program};
+
+const FIXED_GSO: u32 = 1 << 0;
+const ENCAP_L3_IPV4: u32 = 1 << 1;
+const ENCAP_L4_UDP: u32 = 1 << 4;
+const NO_CSUM_RESET: u32 = 1 << 5;
+const ENCAP_L2_ETH: u32 = 1 << 6;
+/// Clears the tunnel's GSO state on decapsulation (`include/uapi/linux/bpf.h`; merged for 7.x, in no release tried so far).
+const DECAP_L4_UDP: u32 = 1 << 10;
+/// Length of the inner link header, where `flannel_common::map::room_flags` expects it. 14, not 22: counting the VXLAN header too
+/// breaks segmentation.
+const ENCAP_L2_14: u32 = 14 << 24;
+const ROOM: i32 = 50;
+
+/// The flags to use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// For encapsulation.
+    pub encap: u32,
+    /// For decapsulation.
+    pub decap: u32,
+    /// Whether decapsulation clears the tunnel state of super-packets.
+    pub clears_gso: bool,
+}
+
+/// Tries the flag sets, best first.
+pub(super) fn room(ebpf: &mut Ebpf) -> Result<Room, BpfError> {
+    let probe = program(ebpf, "probe_room")?;
+    probe
+        .load()
+        .map_err(|source| BpfError::program("load", "probe_room", source))?;
+    let accepts = |delta: i32, flags: u32| -> Result<i32, BpfError> {
+        let result = probe
+            .test_run(TestRunOptions {
+                data_in: Some(&packet(delta, flags)),
+                ..TestRunOptions::new()
+            })
+            .map_err(|source| BpfError::program("run", "probe_room", source))?;
+        Ok(result.return_value as i32)
+    };
+    let base = FIXED_GSO | ENCAP_L3_IPV4 | ENCAP_L4_UDP | ENCAP_L2_14 | NO_CSUM_RESET;
+    let mut encap = base | ENCAP_L2_ETH;
+    // 5.10 does not know ENCAP_L2_ETH, and segments correctly without.
+    if accepts(ROOM, encap)? != 0 {
+        encap = base;
+        let errno = accepts(ROOM, encap)?;
+        if errno != 0 {
+            return Err(BpfError::NoRoom(-errno));
+        }
+    }
+    let decap = FIXED_GSO | NO_CSUM_RESET;
+    let errno = accepts(-ROOM, decap)?;
+    if errno != 0 {
+        return Err(BpfError::NoRoom(-errno));
+    }
+    let clears_gso = accepts(-ROOM, decap | DECAP_L4_UDP)? == 0;
+    Ok(Room {
+        encap,
+        decap: if clears_gso {
+            decap | DECAP_L4_UDP
+        } else {
+            decap
+        },
+        clears_gso,
+    })
+}
+
+/// An IPv4 packet whose destination and source MAC carry the question.
+fn packet(delta: i32, flags: u32) -> [u8; 128] {
+    let mut packet = [0; 128];
+    let fields: [(usize, &[u8]); 4] = [
+        (0, &delta.to_le_bytes()),
+        (4, &flags.to_le_bytes()),
+        (12, &[0x08, 0x00]),
+        (14, &[0x45, 0, 0, 114]),
+    ];
+    for (at, bytes) in fields {
+        if let Some(room) = packet.get_mut(at..at + bytes.len()) {
+            room.copy_from_slice(bytes);
+        }
+    }
+    packet
+}

@@ -1,0 +1,214 @@
+//! The kernel, as the reconcile loop sees it: read everything that is ours, change one thing.
+//!
+//! One task owns this. It must never decide anything: `flannel_core::plan` does.
+
+pub mod bpf;
+pub mod netlink;
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr},
+};
+
+use flannel_core::{
+    addr::IfIndex,
+    plan::{Desired, DeviceKind, Hook, Observed, Op},
+};
+use thiserror::Error;
+
+use bpf::{AttachMode, Bpf, BpfError};
+use netlink::{Netlink, NetlinkError};
+
+/// A change or a look that failed.
+#[derive(Debug, Error)]
+pub enum DataplaneError {
+    /// The kernel's own objects.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// The eBPF half.
+    #[error(transparent)]
+    Bpf(#[from] BpfError),
+    /// A plan that asks for eBPF when there is none.
+    #[error("{0}, but eBPF is not in use")]
+    NoBpf(String),
+    /// A plan that names the device when there is none.
+    #[error("{0}, but there is no tunnel device")]
+    NoDevice(String),
+}
+
+/// How much a look takes in. The rest is as it was at the last look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Scope {
+    /// Nothing anew.
+    Nothing,
+    /// The map entries in use, and what is attached.
+    Maps,
+    /// Those, and everything the kernel notifies about.
+    Kernel,
+    /// Those, and every map entry.
+    Everything,
+}
+
+/// The handles to the kernel.
+#[derive(Debug)]
+pub struct Dataplane {
+    net: Netlink,
+    bpf: Option<Bpf>,
+    local: Ipv4Addr,
+    /// The last look.
+    seen: Observed,
+    /// Whether there was one yet.
+    looked: bool,
+    /// Interfaces whose notifications matter: the tunnel device, the uplink, and those towards peers.
+    interests: BTreeSet<IfIndex>,
+    /// Next hops that the kernel was asked to confirm and has not yet.
+    asked: BTreeSet<(IfIndex, IpAddr)>,
+}
+
+impl Dataplane {
+    /// Takes over the handles. `local` is our address on the underlay.
+    pub fn new(net: Netlink, bpf: Option<Bpf>, local: Ipv4Addr) -> Self {
+        Self {
+            net,
+            bpf,
+            local,
+            seen: Observed::default(),
+            looked: false,
+            interests: BTreeSet::new(),
+            asked: BTreeSet::new(),
+        }
+    }
+
+    /// Reads what is ours, and what it depends on.
+    pub async fn observe(
+        &mut self,
+        desired: &Desired,
+        scope: Scope,
+    ) -> Result<&Observed, DataplaneError> {
+        let scope = if self.looked {
+            scope
+        } else {
+            Scope::Everything
+        };
+        if scope >= Scope::Kernel {
+            self.observe_kernel(desired).await?;
+        }
+        if scope >= Scope::Maps {
+            self.observe_bpf(desired, scope == Scope::Everything)
+                .await?;
+        }
+        self.looked = true;
+        Ok(&self.seen)
+    }
+
+    async fn observe_kernel(&mut self, desired: &Desired) -> Result<(), DataplaneError> {
+        self.seen.device = self.net.device(&desired.tunnel.name).await?;
+        self.interests = self.tunnel().into_iter().collect();
+        let Some(settings) = &desired.bpf else {
+            return Ok(());
+        };
+        let vteps: BTreeSet<IpAddr> = desired
+            .peers
+            .iter()
+            .flat_map(|peers| peers.values().map(|peer| peer.vtep))
+            .collect();
+        let underlay = self.net.underlay(self.local, vteps).await?;
+        for (ifindex, address) in underlay.unconfirmed.difference(&self.asked) {
+            // A failure here only means that the kernel path carries this peer a little longer.
+            if let Err(error) = self.net.confirm(*ifindex, *address).await {
+                tracing::debug!(%error, "confirm a next hop");
+            }
+        }
+        self.asked = underlay.unconfirmed;
+        self.interests.insert(settings.uplink);
+        self.interests
+            .extend(underlay.next_hops.values().map(|hop| hop.ifindex));
+        self.seen.underlay = underlay.next_hops;
+        Ok(())
+    }
+
+    async fn observe_bpf(&mut self, desired: &Desired, full: bool) -> Result<(), DataplaneError> {
+        let tunnel = self.tunnel();
+        let (Some(bpf), Some(settings)) = (&mut self.bpf, &desired.bpf) else {
+            return Ok(());
+        };
+        let mut hooks = Vec::new();
+        for (hook, ifindex) in [
+            (Hook::ToOverlay, tunnel),
+            (Hook::FromWire, Some(settings.uplink)),
+        ] {
+            let Some(ifindex) = ifindex else { continue };
+            let filter = match bpf.attach_mode() {
+                AttachMode::Clsact => self.net.filter_program(hook, ifindex).await?,
+                AttachMode::Tcx => None,
+            };
+            hooks.push((hook, ifindex, filter));
+        }
+        self.seen.bpf = Some(bpf.observe(settings.uplink, &hooks, full)?);
+        Ok(())
+    }
+
+    /// Interfaces whose notifications matter.
+    pub const fn interests(&self) -> &BTreeSet<IfIndex> {
+        &self.interests
+    }
+
+    fn tunnel(&self) -> Option<IfIndex> {
+        self.seen.device.as_ref().map(|device| device.index)
+    }
+
+    /// Lets next hops be asked for again that have not answered.
+    pub fn forget_asked(&mut self) {
+        self.asked.clear();
+    }
+
+    /// Makes one change.
+    pub async fn apply(&mut self, op: &Op, kind: &DeviceKind) -> Result<(), DataplaneError> {
+        let net = &self.net;
+        match op {
+            Op::CreateDevice(tunnel) => net.create_device(tunnel).await?,
+            Op::DeleteDevice { index, .. } => net.delete_device(*index).await?,
+            Op::SetMtu { index, mtu } => net.set_mtu(*index, *mtu).await?,
+            Op::SetMac { index, mac } => net.set_mac(*index, *mac).await?,
+            Op::SetUp { index } => net.set_up(*index, kind).await?,
+            Op::PutAddress { index, address } => net.put_address(*index, *address).await?,
+            Op::DelAddress { index, address } => net.del_address(*index, *address).await?,
+            Op::PutFdb { mac, vtep } => net.put_fdb(self.tunnel_for(op)?, *mac, *vtep).await?,
+            Op::DelFdb { mac, vtep } => net.del_fdb(self.tunnel_for(op)?, *mac, *vtep).await?,
+            Op::PutNeighbour { address, mac } => {
+                net.put_neighbour(self.tunnel_for(op)?, *address, *mac)
+                    .await?
+            }
+            Op::DelNeighbour { address } => {
+                net.del_neighbour(self.tunnel_for(op)?, *address).await?
+            }
+            Op::PutRoute {
+                subnet,
+                gateway,
+                mtu,
+            } => {
+                net.put_route(self.tunnel_for(op)?, *subnet, *gateway, *mtu)
+                    .await?;
+            }
+            Op::DelRoute { subnet } => net.del_route(self.tunnel_for(op)?, *subnet).await?,
+            Op::PutNode { id, node } => self.bpf_for(op)?.put_node(*id, node)?,
+            Op::ClearNode { id } => self.bpf_for(op)?.clear_node(*id)?,
+            Op::PutSubnet { index, id } => self.bpf_for(op)?.put_subnet(*index, *id)?,
+            Op::ClearSubnet { index } => self.bpf_for(op)?.clear_subnet(*index)?,
+            Op::PutSettings(settings) => self.bpf_for(op)?.put_settings(settings)?,
+            Op::Attach { hook, ifindex } => self.bpf_for(op)?.attach(*hook, *ifindex)?,
+        }
+        Ok(())
+    }
+
+    fn tunnel_for(&self, op: &Op) -> Result<IfIndex, DataplaneError> {
+        self.tunnel()
+            .ok_or_else(|| DataplaneError::NoDevice(op.to_string()))
+    }
+
+    fn bpf_for(&mut self, op: &Op) -> Result<&mut Bpf, DataplaneError> {
+        self.bpf
+            .as_mut()
+            .ok_or_else(|| DataplaneError::NoBpf(op.to_string()))
+    }
+}

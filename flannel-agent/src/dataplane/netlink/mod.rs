@@ -1,0 +1,90 @@
+//! The kernel's own objects, by netlink: thin reads and single changes. It must never decide anything.
+
+mod device;
+mod filters;
+mod monitor;
+mod underlay;
+mod uplinks;
+mod write;
+
+use std::io;
+
+use rtnetlink::{Error as RtError, Handle, new_connection};
+use thiserror::Error;
+
+pub use monitor::{Change, watch};
+pub use underlay::Underlay;
+pub use uplinks::Uplinks;
+
+/// A netlink request that failed.
+#[derive(Debug, Error)]
+pub enum NetlinkError {
+    /// No socket.
+    #[error("open a netlink socket")]
+    Open(#[source] io::Error),
+    /// The kernel refused.
+    #[error("{what}: {cause}{}", advice(cause))]
+    Refused {
+        /// What was attempted, with its values.
+        what: String,
+        /// The kernel's answer.
+        #[source]
+        cause: io::Error,
+    },
+    /// The answer made no sense.
+    #[error("{what}: {reason}")]
+    Unexpected {
+        /// What was attempted, with its values.
+        what: String,
+        /// What was wrong with the answer.
+        reason: String,
+    },
+}
+
+impl NetlinkError {
+    /// The errno, where the kernel gave one.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Open(cause) | Self::Refused { cause, .. } => cause.raw_os_error(),
+            Self::Unexpected { .. } => None,
+        }
+    }
+
+    pub(super) fn new(what: impl Into<String>, error: &RtError) -> Self {
+        let what = what.into();
+        match error {
+            RtError::NetlinkError(message) => Self::Refused {
+                what,
+                cause: io::Error::from_raw_os_error(-message.raw_code()),
+            },
+            other => Self::Unexpected {
+                what,
+                reason: other.to_string(),
+            },
+        }
+    }
+}
+
+/// What usually helps against an errno.
+fn advice(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::EPERM) => " (the agent needs CAP_NET_ADMIN)",
+        Some(libc::ENETUNREACH | libc::ENETDOWN) => " (is the interface up?)",
+        _ => "",
+    }
+}
+
+/// A connection to the kernel's routing netlink, in the network namespace that the process was in when it was opened.
+#[derive(Clone, Debug)]
+pub struct Netlink {
+    handle: Handle,
+}
+
+impl Netlink {
+    /// Opens a connection and drives it on the current runtime.
+    pub fn open() -> Result<Self, NetlinkError> {
+        let (connection, handle, _) = new_connection().map_err(NetlinkError::Open)?;
+        tokio::spawn(connection);
+        Ok(Self { handle })
+    }
+}

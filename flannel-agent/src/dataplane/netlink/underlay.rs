@@ -1,0 +1,214 @@
+//! How the underlay reaches each VTEP: the route, its MTU, and the next hop's MAC address.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr},
+};
+
+use flannel_core::{
+    addr::{IfIndex, VtepMac},
+    plan::NextHop,
+};
+use futures_util::TryStreamExt as _;
+use rtnetlink::{
+    Error as RtError, RouteMessageBuilder,
+    packet_route::{
+        AddressFamily,
+        link::{LinkFlags, LinkLayerType, LinkMessage},
+        neighbour::{NeighbourFlags, NeighbourState},
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric},
+    },
+};
+
+use super::{
+    Netlink, NetlinkError,
+    device::{destination, lladdr, mac_of, mtu_of},
+};
+
+/// What a look at the underlay found.
+#[derive(Debug, Default)]
+pub struct Underlay {
+    /// The way to each VTEP that has one.
+    pub next_hops: BTreeMap<IpAddr, NextHop>,
+    /// Next hops whose address the kernel should resolve or confirm: interface and address.
+    pub unconfirmed: BTreeSet<(IfIndex, IpAddr)>,
+}
+
+impl Netlink {
+    /// Looks up the way to each of `vteps`, which is sent from `local`.
+    pub async fn underlay(
+        &self,
+        local: Ipv4Addr,
+        vteps: impl IntoIterator<Item = IpAddr>,
+    ) -> Result<Underlay, NetlinkError> {
+        let mut found = Underlay::default();
+        let links = self.ethernet_links().await?;
+        let mut neighbours = BTreeMap::new();
+        for message in self
+            .neighbour_dump(AddressFamily::Inet, "list neighbours")
+            .await?
+        {
+            if let Some(ip) = destination(&message) {
+                neighbours.insert(
+                    (message.header.ifindex, ip),
+                    (message.header.state, lladdr(&message)),
+                );
+            }
+        }
+        for vtep in vteps {
+            let IpAddr::V4(remote) = vtep else { continue };
+            let Some(route) = self.route_to(local, remote).await? else {
+                continue;
+            };
+            let Some(way) = Way::of(&route, remote) else {
+                continue;
+            };
+            let Some((uplink_mac, device_mtu)) = links.get(&way.ifindex) else {
+                continue;
+            };
+            let gateway = IpAddr::V4(way.gateway);
+            let (state, mac) = neighbours
+                .get(&(way.ifindex.get(), gateway))
+                .copied()
+                .unwrap_or((NeighbourState::None, None));
+            if needs_confirmation(state) {
+                found.unconfirmed.insert((way.ifindex, gateway));
+            }
+            let hop = NextHop {
+                ifindex: way.ifindex,
+                uplink_mac: *uplink_mac,
+                mac: mac.filter(|_| is_usable(state)),
+                mtu: way.mtu.map_or(*device_mtu, |mtu| mtu.min(*device_mtu)),
+            };
+            found.next_hops.insert(vtep, hop);
+        }
+        Ok(found)
+    }
+
+    /// Asks the kernel to resolve or confirm a neighbour, as traffic through the stack would.
+    pub async fn confirm(&self, index: IfIndex, address: IpAddr) -> Result<(), NetlinkError> {
+        let request = self
+            .handle
+            .neighbours()
+            .add(index.get(), address)
+            .state(NeighbourState::None)
+            .flags(NeighbourFlags::Use)
+            .replace();
+        request.execute().await.map_err(|e| {
+            NetlinkError::new(
+                format!("confirm neighbour {address} on interface {}", index.get()),
+                &e,
+            )
+        })
+    }
+
+    /// Whether an interface speaks Ethernet and resolves neighbours.
+    pub async fn is_ethernet(&self, index: IfIndex) -> Result<bool, NetlinkError> {
+        Ok(self.ethernet_links().await?.contains_key(&index))
+    }
+
+    async fn ethernet_links(&self) -> Result<BTreeMap<IfIndex, (VtepMac, u32)>, NetlinkError> {
+        let links: Vec<LinkMessage> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|e| NetlinkError::new("list links", &e))?;
+        Ok(links
+            .iter()
+            .filter(|link| {
+                link.header.link_layer_type == LinkLayerType::Ether
+                    && !link.header.flags.contains(LinkFlags::Noarp)
+            })
+            .filter_map(|link| {
+                Some((
+                    IfIndex::try_from(link.header.index).ok()?,
+                    (mac_of(link)?, mtu_of(link)),
+                ))
+            })
+            .collect())
+    }
+
+    async fn route_to(
+        &self,
+        local: Ipv4Addr,
+        remote: Ipv4Addr,
+    ) -> Result<Option<RouteMessage>, NetlinkError> {
+        let request = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(remote, 32)
+            .source_prefix(local, 32)
+            .build();
+        match self.handle.route().get(request).execute().try_next().await {
+            Ok(route) => Ok(route),
+            // No route, or one that refuses.
+            Err(RtError::NetlinkError(message))
+                if [
+                    -libc::ENETUNREACH,
+                    -libc::EHOSTUNREACH,
+                    -libc::EACCES,
+                    -libc::EINVAL,
+                ]
+                .contains(&message.raw_code()) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(NetlinkError::new(
+                format!("look up the route from {local} to {remote}"),
+                &error,
+            )),
+        }
+    }
+}
+
+struct Way {
+    ifindex: IfIndex,
+    gateway: Ipv4Addr,
+    mtu: Option<u32>,
+}
+
+impl Way {
+    fn of(route: &RouteMessage, remote: Ipv4Addr) -> Option<Self> {
+        let (mut oif, mut gateway, mut mtu) = (None, remote, None);
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => oif = IfIndex::try_from(*index).ok(),
+                RouteAttribute::Gateway(RouteAddress::Inet(ip)) => gateway = *ip,
+                RouteAttribute::Metrics(metrics) => {
+                    mtu = metrics.iter().find_map(|metric| match metric {
+                        RouteMetric::Mtu(mtu) if *mtu > 0 => Some(*mtu),
+                        _ => None,
+                    });
+                }
+                _ => {}
+            }
+        }
+        Some(Self {
+            ifindex: oif?,
+            gateway,
+            mtu,
+        })
+    }
+}
+
+/// States in which the kernel itself sends to the address it has (`NUD_VALID`).
+fn is_usable(state: NeighbourState) -> bool {
+    matches!(
+        state,
+        NeighbourState::Reachable
+            | NeighbourState::Stale
+            | NeighbourState::Delay
+            | NeighbourState::Probe
+            | NeighbourState::Permanent
+            | NeighbourState::Noarp
+    )
+}
+
+/// States that only traffic through the stack would move on.
+fn needs_confirmation(state: NeighbourState) -> bool {
+    matches!(
+        state,
+        NeighbourState::None | NeighbourState::Stale | NeighbourState::Failed
+    )
+}

@@ -1,0 +1,114 @@
+//! Files that others read: written beside, synced, renamed, so that nobody sees half of one.
+
+use std::{
+    fs,
+    io::{self, Write as _},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use thiserror::Error;
+
+/// A file that could not be written.
+#[derive(Debug, Error)]
+#[error("write {}: {source}: {fix}", path.display())]
+pub struct FileError {
+    path: PathBuf,
+    fix: &'static str,
+    source: io::Error,
+}
+
+/// Replaces a file, making its directory if need be (0755, the file 0644).
+pub(crate) fn replace(path: &Path, text: &str) -> Result<(), FileError> {
+    attempt(path, text).map_err(|source| error(path, source))
+}
+
+/// Finds out whether [`replace`] would work, leaving no file behind.
+pub(crate) fn check_writable(path: &Path) -> Result<(), FileError> {
+    let probe = || -> io::Result<()> {
+        if path.is_dir() {
+            return Err(io::Error::from(io::ErrorKind::IsADirectory));
+        }
+        let (temporary, file) = beside(path)?;
+        drop(file);
+        fs::remove_file(temporary)
+    };
+    probe().map_err(|source| error(path, source))
+}
+
+fn error(path: &Path, source: io::Error) -> FileError {
+    FileError {
+        path: path.to_owned(),
+        fix: "name a file in a writable directory",
+        source,
+    }
+}
+
+fn attempt(path: &Path, text: &str) -> io::Result<()> {
+    let (temporary, mut file) = beside(path)?;
+    let written = file
+        .write_all(text.as_bytes())
+        .and_then(|()| file.set_permissions(fs::Permissions::from_mode(0o644)))
+        .and_then(|()| file.sync_all())
+        .and_then(|()| fs::rename(&temporary, path));
+    if written.is_err() {
+        // The first error is the one worth telling.
+        let _gone = fs::remove_file(&temporary);
+    }
+    written
+}
+
+fn beside(path: &Path) -> io::Result<(PathBuf, fs::File)> {
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let dir = match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(dir)?;
+    let temporary = dir.join(format!(
+        ".{}.{}",
+        name.to_string_lossy(),
+        std::process::id()
+    ));
+    let file = fs::File::create(&temporary)?;
+    Ok((temporary, file))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replaces_and_leaves_nothing_else() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("a/b/subnet.env");
+        check_writable(&path).expect("writable");
+        assert!(!path.exists());
+        replace(&path, "one\n").expect("write");
+        replace(&path, "two\n").expect("write again");
+        assert_eq!(fs::read_to_string(&path).expect("read"), "two\n");
+        assert_eq!(
+            fs::metadata(&path).expect("stat").permissions().mode() & 0o777,
+            0o644
+        );
+        assert_eq!(
+            fs::read_dir(path.parent().expect("parent"))
+                .expect("list")
+                .count(),
+            1
+        );
+    }
+
+    #[test]
+    fn says_what_cannot_be_written() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let file = dir.path().join("file");
+        fs::write(&file, "").expect("write");
+        let error = check_writable(&file.join("subnet.env")).expect_err("a file is no directory");
+        assert!(error.to_string().contains("file/subnet.env"), "{error}");
+        assert!(
+            check_writable(dir.path()).is_err(),
+            "a directory is no file"
+        );
+    }
+}

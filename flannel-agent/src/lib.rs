@@ -1,0 +1,25 @@
+//! The acting half of flannel-ebpf: command line, lease stores, kernel, reconcile loop.
+//!
+//! It must never decide what the node should look like: `flannel_core` does, and this crate carries it out.
+
+#![deny(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing
+    )
+)]
+
+pub mod app;
+pub mod cli;
+mod datapath;
+pub mod dataplane;
+pub mod files;
+pub mod leases;
+mod preflight;
+mod reconcile;
+pub mod state;
+mod telemetry;

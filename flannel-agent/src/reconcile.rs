@@ -1,0 +1,316 @@
+//! The loop: look, plan, change, until there is nothing left to change.
+//!
+//! Level-triggered. Events only say "look again": a new view of the leases, a notification of the kernel about something ours,
+//! a tick. The loop never ends by itself, and it leaves everything in place when it is told to end.
+
+use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+
+use flannel_core::{
+    plan::{Desired, PeerProblem, peers_of, plan},
+    subnet_env::SubnetEnv,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, MissedTickBehavior, interval, sleep},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    app::set_own,
+    dataplane::{
+        Dataplane, Scope,
+        netlink::{self, Change},
+    },
+    files,
+    leases::View,
+    state::State,
+    telemetry::chain,
+};
+
+/// Events that come together are answered together.
+const COALESCE: Duration = Duration::from_millis(50);
+/// How often the eBPF half is looked at: nothing notifies of a detached program or a flushed map.
+const TICK: Duration = Duration::from_secs(1);
+/// How often everything is read, whatever the notifications said.
+const RESYNC: Duration = Duration::from_secs(10);
+/// A plan that is not empty after so many passes is tried again at the next tick.
+const MAX_PASSES: usize = 8;
+/// How long a lost notification socket stays closed.
+const REOPEN: Duration = Duration::from_secs(1);
+
+/// What makes the node ready, done once everything is in place for the first time.
+#[derive(Debug)]
+pub(crate) struct Readiness {
+    subnet_file: PathBuf,
+    /// The text last written to `subnet.env`.
+    written: Option<String>,
+    notified: bool,
+}
+
+impl Readiness {
+    pub(crate) fn new(subnet_file: PathBuf) -> Self {
+        Self {
+            subnet_file,
+            written: None,
+            notified: false,
+        }
+    }
+}
+
+/// The one owner of the kernel's state.
+#[derive(Debug)]
+pub(crate) struct Loop {
+    dataplane: Dataplane,
+    desired: Desired,
+    views: watch::Receiver<View>,
+    state: State,
+    ready: Readiness,
+    /// What was last said about trouble, so that each trouble is one line.
+    said: BTreeSet<String>,
+    peer_problems: Vec<PeerProblem>,
+    state_written: Option<State>,
+}
+
+impl Loop {
+    pub(crate) fn new(
+        dataplane: Dataplane,
+        desired: Desired,
+        views: watch::Receiver<View>,
+        state: State,
+        ready: Readiness,
+    ) -> Self {
+        Self {
+            dataplane,
+            desired,
+            views,
+            state,
+            ready,
+            said: BTreeSet::new(),
+            peer_problems: Vec::new(),
+            state_written: None,
+        }
+    }
+
+    /// Runs until cancelled.
+    pub(crate) async fn run(mut self, cancel: CancellationToken) {
+        // Watch first, look second: what changes in between is not lost.
+        let (changes_in, mut changes) = mpsc::channel(64);
+        let watcher = tokio::spawn(watch_kernel(changes_in));
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut last_full = Instant::now();
+        let mut scope = Scope::Everything;
+        self.take_view();
+        loop {
+            if scope == Scope::Everything {
+                last_full = Instant::now();
+            }
+            self.converge(scope).await;
+            scope = tokio::select! {
+                () = cancel.cancelled() => break,
+                changed = self.views.changed() => {
+                    if changed.is_err() {
+                        // The lease store's task is gone only while we are stopping.
+                        cancel.cancelled().await;
+                        break;
+                    }
+                    sleep(COALESCE).await;
+                    self.take_view();
+                    Scope::Kernel
+                }
+                Some(change) = changes.recv() => {
+                    if !self.concerns_us(&change) {
+                        continue_scope(last_full)
+                    } else {
+                        sleep(COALESCE).await;
+                        while changes.try_recv().is_ok() {}
+                        Scope::Kernel
+                    }
+                }
+                _ = tick.tick() => {
+                    if last_full.elapsed() >= RESYNC {
+                        self.dataplane.forget_asked();
+                        Scope::Everything
+                    } else {
+                        Scope::Maps
+                    }
+                }
+            };
+        }
+        watcher.abort();
+    }
+
+    /// Whether a notification can be about something that the plan depends on.
+    fn concerns_us(&self, change: &Change) -> bool {
+        let interesting = |index: &u32| {
+            self.dataplane
+                .interests()
+                .iter()
+                .any(|ours| ours.get() == *index)
+        };
+        match change {
+            Change::Link(name, index) => {
+                name.as_deref() == Some(&self.desired.tunnel.name) || interesting(index)
+            }
+            Change::Address(index) | Change::Neighbour(index) => interesting(index),
+            Change::Route | Change::Missed => true,
+        }
+    }
+
+    /// Turns the newest view of the leases into what is desired.
+    fn take_view(&mut self) {
+        let view = self.views.borrow_and_update().clone();
+        if let Some(own) = &view.own {
+            set_own(&mut self.desired, &own.key);
+            self.state.subnet = own.key.v4;
+        }
+        self.state.store_connected = view.connected;
+        let (Some(own), Some(snapshot)) = (&view.own, &view.snapshot) else {
+            return;
+        };
+        let (peers, problems) = peers_of(&snapshot.leases, &own.key);
+        for problem in &problems {
+            if !self.peer_problems.contains(problem) {
+                tracing::warn!("{problem}: ignored");
+            }
+        }
+        self.peer_problems = problems;
+        self.desired.peers = Some(peers);
+    }
+
+    /// Looks, plans and changes until the plan is empty. A failed change ends the attempt; the next tick makes another.
+    async fn converge(&mut self, mut scope: Scope) {
+        let mut troubles = BTreeSet::new();
+        let mut done = false;
+        for _pass in 0..MAX_PASSES {
+            let observed = match self.dataplane.observe(&self.desired, scope).await {
+                Ok(observed) => observed,
+                Err(error) => {
+                    troubles.insert(format!("look at the kernel: {}", chain(&error)));
+                    break;
+                }
+            };
+            let plan = plan(&self.desired, observed);
+            troubles.extend(plan.problems);
+            if plan.ops.is_empty() {
+                done = true;
+                break;
+            }
+            tracing::debug!(ops = plan.ops.len(), "plan");
+            let mut failed = false;
+            for op in &plan.ops {
+                match self.dataplane.apply(op, &self.desired.tunnel.kind).await {
+                    Ok(()) => tracing::info!("{op}"),
+                    Err(error) => {
+                        troubles.insert(format!("{op}: {}", chain(&error)));
+                        failed = true;
+                        break;
+                    }
+                }
+            }
+            if failed {
+                break;
+            }
+            // What was changed has consequences: routes go with their device, and so on.
+            scope = scope.max(Scope::Kernel);
+        }
+        if !done && troubles.is_empty() {
+            troubles.insert(format!(
+                "the node is not as it should be after {MAX_PASSES} attempts"
+            ));
+        }
+        self.speak(troubles);
+        if done && self.desired.peers.is_some() {
+            self.become_ready();
+        }
+        self.save_state();
+    }
+
+    /// Says each new trouble once, and when the last one is over.
+    fn speak(&mut self, troubles: BTreeSet<String>) {
+        for trouble in troubles.difference(&self.said) {
+            tracing::warn!("{trouble}");
+        }
+        if !self.said.is_empty() && troubles.is_empty() {
+            tracing::info!("everything is in place again");
+        }
+        self.state.problems = troubles.iter().cloned().collect();
+        self.said = troubles;
+    }
+
+    /// Writes `subnet.env` when it is due, and tells systemd once.
+    fn become_ready(&mut self) {
+        let env = SubnetEnv {
+            network: Some(self.desired.tunnel.network),
+            subnet: self.state.subnet,
+            ipv6_network: None,
+            ipv6_subnet: None,
+            mtu: self.state.mtu,
+            ip_masq: false,
+        };
+        let text = env.render();
+        if self.ready.written.as_ref() != Some(&text) {
+            if let Err(error) = files::replace(&self.ready.subnet_file, &text) {
+                let trouble = chain(&error);
+                if self.said.insert(trouble.clone()) {
+                    tracing::error!("{trouble}");
+                }
+                return;
+            }
+            tracing::info!(file = %self.ready.subnet_file.display(), subnet = self.state.subnet.map(tracing::field::display), "wrote subnet file");
+            self.ready.written = Some(text);
+        }
+        if !self.ready.notified {
+            self.ready.notified = true;
+            tracing::info!(
+                datapath = self.state.datapath.mode.as_str(),
+                "flannel is ready"
+            );
+            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+                tracing::warn!(%error, "tell systemd");
+            }
+        }
+    }
+
+    fn save_state(&mut self) {
+        if self.state_written.as_ref() == Some(&self.state) {
+            return;
+        }
+        let path = State::path(&self.state.subnet_file);
+        match serde_json::to_string_pretty(&self.state) {
+            Ok(text) => {
+                if let Err(error) = files::replace(&path, &text) {
+                    tracing::debug!(error = chain(&error), "write the state file");
+                }
+            }
+            Err(error) => tracing::debug!(%error, "write the state file"),
+        }
+        self.state_written = Some(self.state.clone());
+    }
+}
+
+/// After a notification that is none of our business: look only if it is time anyway.
+fn continue_scope(last_full: Instant) -> Scope {
+    if last_full.elapsed() >= RESYNC {
+        Scope::Everything
+    } else {
+        Scope::Nothing
+    }
+}
+
+/// Keeps a notification socket open.
+async fn watch_kernel(out: mpsc::Sender<Change>) {
+    while !out.is_closed() {
+        match netlink::watch(out.clone()).await {
+            Ok(()) => return,
+            Err(error) => tracing::warn!(
+                error = chain(&error),
+                "the kernel's notifications are interrupted"
+            ),
+        }
+        sleep(REOPEN).await;
+        if out.send(Change::Missed).await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! What the daemon leaves for `status` and `cleanup`: a small file beside `subnet.env`, written whenever it changes. It
+//! describes choices (which uplink, which rung and why); what the kernel really has is read from the kernel.
+
+use std::{
+    fs, io,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
+
+use flannel_core::addr::{IfIndex, Vni, VtepMac};
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+
+/// Name of the file, in the directory of `subnet.env`.
+const FILE: &str = "flannel-agent.json";
+
+/// The daemon's choices.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Version of the agent that wrote it.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// Network identifier.
+    pub vni: Vni,
+    /// Name of the tunnel device.
+    pub device: String,
+    /// Name of the uplink.
+    pub uplink: String,
+    /// Index of the uplink.
+    pub uplink_index: IfIndex,
+    /// Address that other nodes send to.
+    pub public_ip: Ipv4Addr,
+    /// MAC address of the tunnel device, as published.
+    pub vtep_mac: VtepMac,
+    /// The cluster network.
+    pub network: Ipv4Net,
+    /// This node's subnet.
+    pub subnet: Option<Ipv4Net>,
+    /// MTU of pods, in bytes.
+    pub mtu: u32,
+    /// The rung in use.
+    pub datapath: Datapath,
+    /// The lease store, without secrets.
+    pub store: String,
+    /// Whether changes in the store are being seen.
+    pub store_connected: bool,
+    /// What is wrong and needs a person.
+    pub problems: Vec<String>,
+    /// The file written for CNI plugins.
+    pub subnet_file: PathBuf,
+}
+
+/// Which way packets go, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Datapath {
+    /// `bpf` or `kernel`.
+    pub mode: Mode,
+    /// Why it is this one.
+    pub reason: String,
+    /// `vxlan` or `veth`.
+    pub device: String,
+    /// `tcx` or `clsact`; `None` without eBPF.
+    pub attach: Option<String>,
+}
+
+/// The rung.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// eBPF around the host stack.
+    Bpf,
+    /// The kernel's device alone.
+    Kernel,
+}
+
+impl Mode {
+    /// For logs and tables.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Bpf => "bpf",
+            Self::Kernel => "kernel",
+        }
+    }
+}
+
+impl State {
+    /// Where the state of the agent with this `subnet.env` is.
+    pub fn path(subnet_file: &Path) -> PathBuf {
+        subnet_file.with_file_name(FILE)
+    }
+
+    /// Reads it; `None` if there is none. One that does not parse is of another version: as good as none.
+    pub fn read(subnet_file: &Path) -> io::Result<Option<Self>> {
+        match fs::read_to_string(Self::path(subnet_file)) {
+            Ok(text) => Ok(serde_json::from_str(&text).ok()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the process that wrote it still runs.
+    pub fn is_running(&self) -> bool {
+        // The name guards against a process number that was used again.
+        fs::read_to_string(format!("/proc/{}/comm", self.pid))
+            .is_ok_and(|comm| comm.trim_end() == "flannel-agent")
+    }
+}

@@ -1,0 +1,41 @@
+//! Logging: text on standard error, one INFO line per change made to the kernel.
+
+use std::{error::Error, io::IsTerminal as _};
+
+use tracing_subscriber::{EnvFilter, fmt};
+
+/// Starts logging. flannel's `-v`: 0 is info, 1 debug, 2 and more trace; `RUST_LOG` overrides.
+pub(crate) fn init(verbosity: u8) {
+    let level = match verbosity {
+        0 => "info",
+        1 => "debug",
+        _ => "trace",
+    };
+    // The netlink library warns of a full socket buffer, which our monitor already handles.
+    let fallback = format!("{level},netlink_proto=error,aya=warn,tower=warn,h2=warn,hyper=warn");
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_unset| EnvFilter::new(fallback));
+    let subscriber = fmt::Subscriber::builder()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .finish();
+    // Set already only when a test runs two daemons in one process.
+    let _already = tracing::subscriber::set_global_default(subscriber);
+}
+
+/// An error with its causes, each once: `attach program x: bpf_link_create: Operation not permitted`.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let words = cause.to_string();
+        if !text.contains(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        next = cause.source();
+    }
+    text
+}

@@ -1,0 +1,161 @@
+//! Layouts of the map values.
+
+use crate::header::HEADER_LEN;
+
+/// Version of every layout in this crate. It is part of the pin path, so an agent never reads another version's maps.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// Index into the array `nodes`. Zero means "no node".
+pub type NodeId = u32;
+
+/// Bits of [`Config::flags`].
+pub mod config_flags {
+    /// `to_overlay` may encapsulate.
+    pub const ENCAP: u32 = 1 << 0;
+    /// `from_wire` may decapsulate.
+    pub const DECAP: u32 = 1 << 1;
+    /// There is no kernel vxlan device: what eBPF cannot carry is dropped, not passed on.
+    pub const ALONE: u32 = 1 << 2;
+    /// GRO super-packets may be decapsulated: the kernel clears their tunnel state, or there is no other way.
+    pub const DECAP_GSO: u32 = 1 << 3;
+}
+
+/// Bits of [`NodeRecord::flags`].
+pub mod node_flags {
+    /// The header is complete but for the outer MAC addresses.
+    pub const VALID: u32 = 1 << 0;
+    /// The outer MAC addresses are those of the current next hop.
+    pub const NEXT_HOP: u32 = 1 << 1;
+}
+
+/// The one entry of the array `config`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// [`LAYOUT_VERSION`] of the agent that wrote it; zero before the first write.
+    pub layout: u32,
+    /// [`config_flags`].
+    pub flags: u32,
+    /// First address of the cluster network, as a number.
+    pub network: u32,
+    /// Bits of host part in a node's subnet: index = (address - network) >> shift.
+    pub subnet_shift: u32,
+    /// Number of subnets in the network; indexes from here on are not ours.
+    pub subnet_count: u32,
+    /// Interface index of `flannel.<vni>`.
+    pub tunnel_ifindex: u32,
+    /// MTU of `flannel.<vni>` in bytes.
+    pub tunnel_mtu: u32,
+    /// Flags for `bpf_skb_adjust_room` when encapsulating, as this kernel accepts them and [`room_flags`] unpacks them.
+    pub encap_flags: u32,
+    /// Flags for `bpf_skb_adjust_room` when decapsulating.
+    pub decap_flags: u32,
+    /// The last four bytes of the VXLAN header: VNI and a zero byte.
+    pub vni: [u8; 4],
+    /// Our VTEP address on the underlay.
+    pub local: [u8; 4],
+    /// UDP destination port of the overlay.
+    pub port: [u8; 2],
+    /// MAC address of `flannel.<vni>`, as published.
+    pub own_mac: [u8; 6],
+    /// Lowest UDP source port (`net.ipv4.ip_local_port_range`).
+    pub source_port_min: u16,
+    /// Highest source port minus lowest.
+    pub source_port_span: u16,
+}
+
+const _: () = assert!(size_of::<Config>() == 56);
+
+/// The 64-bit flags of `bpf_skb_adjust_room` from the 32 bits that the maps carry: the upper eight are the length of the inner
+/// link header, which the helper wants at bit 56 (`BPF_ADJ_ROOM_ENCAP_L2_SHIFT`).
+#[inline(always)]
+pub const fn room_flags(compact: u32) -> u64 {
+    (compact & 0x00ff_ffff) as u64 | ((compact >> 24) as u64) << 56
+}
+
+/// One entry of the array `nodes`: everything needed to send to one peer.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeRecord {
+    /// Outer Ethernet, IPv4, UDP, VXLAN and inner Ethernet header, see [`crate::OuterV4`].
+    pub header: [u8; HEADER_LEN],
+    /// Interface index of the uplink towards the peer.
+    pub ifindex: u32,
+    /// [`node_flags`].
+    pub flags: u32,
+    /// Path MTU of the underlay towards the peer, in bytes of outer IP packet.
+    pub path_mtu: u32,
+    /// One's complement sum of the outer IPv4 header as it stands in `header`.
+    pub ip_sum: u32,
+}
+
+const _: () = assert!(size_of::<NodeRecord>() == 80);
+
+impl Default for NodeRecord {
+    fn default() -> Self {
+        Self {
+            header: [0; HEADER_LEN],
+            ifindex: 0,
+            flags: 0,
+            path_mtu: 0,
+            ip_sum: 0,
+        }
+    }
+}
+
+/// Index of the subnet that holds `address` in the array `subnets`; `None` outside the network.
+#[inline(always)]
+pub const fn subnet_index(config: &Config, address: [u8; 4]) -> Option<u32> {
+    let offset = u32::from_be_bytes(address).wrapping_sub(config.network);
+    let index = offset >> (config.subnet_shift & 31);
+    if index < config.subnet_count {
+        Some(index)
+    } else {
+        None
+    }
+}
+
+#[cfg(feature = "user")]
+mod pod {
+    // SAFETY: repr(C), made of integers and byte arrays only, without padding (the size asserts above).
+    unsafe impl aya::Pod for super::Config {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::NodeRecord {}
+    // SAFETY: two u64.
+    unsafe impl aya::Pod for crate::counter::Counter {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Config {
+        Config {
+            network: u32::from_be_bytes([10, 5, 0, 0]),
+            subnet_shift: 8,
+            subnet_count: 256,
+            ..Config::default()
+        }
+    }
+
+    #[test]
+    fn room_flags_put_the_length_on_top() {
+        assert_eq!(room_flags(14 << 24 | 0x73), 14 << 56 | 0x73);
+        assert_eq!(room_flags(0x21), 0x21);
+    }
+
+    #[test]
+    fn index_counts_subnets() {
+        assert_eq!(subnet_index(&config(), [10, 5, 0, 0]), Some(0));
+        assert_eq!(subnet_index(&config(), [10, 5, 3, 9]), Some(3));
+        assert_eq!(subnet_index(&config(), [10, 5, 255, 255]), Some(255));
+    }
+
+    #[test]
+    fn index_ends_with_the_network() {
+        assert_eq!(subnet_index(&config(), [10, 6, 0, 0]), None);
+        assert_eq!(subnet_index(&config(), [10, 4, 255, 255]), None);
+        assert_eq!(subnet_index(&config(), [0, 0, 0, 0]), None);
+        assert_eq!(subnet_index(&Config::default(), [10, 5, 0, 1]), None);
+    }
+}

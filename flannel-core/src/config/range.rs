@@ -1,0 +1,253 @@
+//! The subnet range of one address family: upstream's `CheckNetworkConfig`, written once for both families.
+
+use std::fmt::Display;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+use ipnet::{Ipv4Net, Ipv6Net};
+
+use super::{ConfigError, FamilyConf, integer, string};
+use crate::json::Object;
+
+/// An IP address as a number, for arithmetic that is the same in both families.
+pub(crate) trait Address: Copy + Ord + Display + FromStr {
+    /// Width of an address in bits.
+    const BITS: u8;
+
+    fn to_number(self) -> u128;
+
+    /// Takes the low [`Self::BITS`] bits.
+    fn from_number(number: u128) -> Self;
+}
+
+impl Address for Ipv4Addr {
+    const BITS: u8 = 32;
+
+    fn to_number(self) -> u128 {
+        self.to_bits().into()
+    }
+
+    fn from_number(number: u128) -> Self {
+        let [.., a, b, c, d] = number.to_be_bytes();
+        Self::new(a, b, c, d)
+    }
+}
+
+impl Address for Ipv6Addr {
+    const BITS: u8 = 128;
+
+    fn to_number(self) -> u128 {
+        self.to_bits()
+    }
+
+    fn from_number(number: u128) -> Self {
+        Self::from_bits(number)
+    }
+}
+
+/// A network of one family, with the names and limits upstream has for that family.
+pub(crate) trait Network: Copy + Display + FromStr {
+    type Addr: Address;
+
+    const KEY: &'static str;
+    const LEN_KEY: &'static str;
+    const MIN_KEY: &'static str;
+    const MAX_KEY: &'static str;
+    const EXAMPLE: &'static str;
+    const WANTED: &'static str;
+    const WANTED_ADDRESS: &'static str;
+    /// What to say of text that does not parse.
+    const BAD: &'static str;
+    /// The subnet length where none is given and the network is large enough.
+    const DEFAULT_LEN: u8;
+
+    fn truncated(self) -> Self;
+    fn prefix(self) -> u8;
+    fn first(self) -> Self::Addr;
+    fn last(self) -> Self::Addr;
+}
+
+impl Network for Ipv4Net {
+    type Addr = Ipv4Addr;
+
+    const KEY: &'static str = "Network";
+    const LEN_KEY: &'static str = "SubnetLen";
+    const MIN_KEY: &'static str = "SubnetMin";
+    const MAX_KEY: &'static str = "SubnetMax";
+    const EXAMPLE: &'static str = "10.244.0.0/16";
+    const WANTED: &'static str = "a string such as \"10.244.0.0/16\"";
+    const WANTED_ADDRESS: &'static str = "a string such as \"10.244.1.0\"";
+    const BAD: &'static str = "invalid IPv4 CIDR format, write one such as 10.244.0.0/16";
+    const DEFAULT_LEN: u8 = 24;
+
+    fn truncated(self) -> Self {
+        self.trunc()
+    }
+
+    fn prefix(self) -> u8 {
+        self.prefix_len()
+    }
+
+    fn first(self) -> Ipv4Addr {
+        self.network()
+    }
+
+    fn last(self) -> Ipv4Addr {
+        self.broadcast()
+    }
+}
+
+impl Network for Ipv6Net {
+    type Addr = Ipv6Addr;
+
+    const KEY: &'static str = "IPv6Network";
+    const LEN_KEY: &'static str = "IPv6SubnetLen";
+    const MIN_KEY: &'static str = "IPv6SubnetMin";
+    const MAX_KEY: &'static str = "IPv6SubnetMax";
+    const EXAMPLE: &'static str = "fd00:10:244::/48";
+    const WANTED: &'static str = "a string such as \"fd00:10:244::/48\"";
+    const WANTED_ADDRESS: &'static str = "a string such as \"fd00:10:244:1::\"";
+    const BAD: &'static str = "invalid IPv6 CIDR format, write one such as fd00:10:244::/48";
+    const DEFAULT_LEN: u8 = 64;
+
+    fn truncated(self) -> Self {
+        self.trunc()
+    }
+
+    fn prefix(self) -> u8 {
+        self.prefix_len()
+    }
+
+    fn first(self) -> Ipv6Addr {
+        self.network()
+    }
+
+    fn last(self) -> Ipv6Addr {
+        self.broadcast()
+    }
+}
+
+/// What the configuration says about one family, parsed and not yet checked: a disabled family needs no check.
+pub(super) struct Given<N, A> {
+    network: Option<N>,
+    len: Option<u8>,
+    min: Option<A>,
+    max: Option<A>,
+}
+
+impl<N: Network> Given<N, N::Addr> {
+    pub(super) fn read(object: &Object) -> Result<Self, ConfigError> {
+        let network = match string(object, N::KEY, N::KEY, N::WANTED)? {
+            None => None,
+            Some(text) => Some(
+                text.parse()
+                    .map(N::truncated)
+                    .map_err(|_| invalid(N::KEY, &format!("{text:?}"), N::BAD))?,
+            ),
+        };
+        let address = |key: &'static str| match string(object, key, key, N::WANTED_ADDRESS)? {
+            None => Ok(None),
+            Some(text) => {
+                let fix = format!("not an address of this family, write {}", N::WANTED_ADDRESS);
+                let parsed: Result<N::Addr, _> = text.parse();
+                let addr = parsed.map_err(|_| invalid(key, &format!("{text:?}"), fix))?;
+                // Upstream cannot tell the zero address from an absent one.
+                Ok(Some(addr).filter(|addr| addr.to_number() != 0))
+            }
+        };
+        Ok(Self {
+            network,
+            len: integer(object, N::LEN_KEY, N::LEN_KEY, N::Addr::BITS.into())?
+                .and_then(|len| u8::try_from(len).ok())
+                .filter(|len| *len != 0),
+            min: address(N::MIN_KEY)?,
+            max: address(N::MAX_KEY)?,
+        })
+    }
+
+    /// Checks in upstream's order and fills in what is not given.
+    pub(super) fn check(self) -> Result<FamilyConf<N, N::Addr>, ConfigError> {
+        let network = self.network.ok_or(ConfigError::MissingNetwork {
+            key: N::KEY,
+            example: N::EXAMPLE,
+        })?;
+        let subnet_len = subnet_len(network, self.len)?;
+        let size = 1u128 << (N::Addr::BITS - subnet_len);
+        let first = network.first().to_number();
+        let last = network.last().to_number();
+        // The first subnet is never used, so that the base address of the network stays free.
+        let min = self.min.map_or(first + size, Address::to_number);
+        let max = self.max.map_or(last - (size - 1), Address::to_number);
+        for (key, number) in [(N::MIN_KEY, min), (N::MAX_KEY, max)] {
+            let addr = N::Addr::from_number(number);
+            if !(first..=last).contains(&number) {
+                let fix = format!(
+                    "{key} is not in the range of the {}, use an address inside {network}",
+                    N::KEY
+                );
+                return Err(invalid(key, &addr, fix));
+            }
+            let base = N::Addr::from_number(number & !(size - 1));
+            if number % size != 0 {
+                let fix = format!(
+                    "{key} is not on a SubnetLen boundary: {addr}, use {base} for subnets of /{subnet_len}"
+                );
+                return Err(invalid(key, &addr, fix));
+            }
+        }
+        let (min, max) = (N::Addr::from_number(min), N::Addr::from_number(max));
+        if min > max {
+            let fix = format!(
+                "it is above {} {max}, so there is no subnet to give out: swap or widen them",
+                N::MAX_KEY
+            );
+            return Err(invalid(N::MIN_KEY, &min, fix));
+        }
+        Ok(FamilyConf {
+            network,
+            subnet_len,
+            min,
+            max,
+        })
+    }
+}
+
+fn subnet_len<N: Network>(network: N, given: Option<u8>) -> Result<u8, ConfigError> {
+    let prefix = network.prefix();
+    let most = N::Addr::BITS - 2;
+    match given {
+        Some(len) if len > most => {
+            let fix = format!("SubnetLen must be less than /{}", most + 1);
+            Err(invalid(N::LEN_KEY, &len, fix))
+        }
+        Some(len) if len < prefix.saturating_add(2) => {
+            let fix = format!(
+                "network must be able to accommodate at least four subnets, use at least {} with {network}",
+                prefix.saturating_add(2)
+            );
+            Err(invalid(N::LEN_KEY, &len, fix))
+        }
+        Some(len) => Ok(len),
+        None if prefix > most - 2 => {
+            let lead = if N::Addr::BITS == 32 {
+                "network"
+            } else {
+                N::KEY
+            };
+            let fix = format!(
+                "{lead} is too small. Minimum useful network prefix is /{}",
+                most - 2
+            );
+            Err(invalid(N::KEY, &network, fix))
+        }
+        None => Ok(N::DEFAULT_LEN.max(prefix + 2)),
+    }
+}
+
+fn invalid(key: &'static str, value: &dyn Display, fix: impl Into<String>) -> ConfigError {
+    ConfigError::Invalid {
+        key,
+        value: value.to_string(),
+        fix: fix.into(),
+    }
+}

@@ -1,0 +1,277 @@
+//! Every name and number by which we recognise what is ours in the kernel, and the recognisers.
+//!
+//! The two mistakes are not equal. Leaking an object of ours is bounded: it costs a little memory, an operator can
+//! see it, and the next start or `cleanup` takes it away. Destroying an object of somebody else is not: it may be
+//! the only way into the machine. So a recogniser answers yes only when everything it can see agrees, and whoever
+//! deletes asks a recogniser first.
+
+use thiserror::Error;
+
+use crate::addr::Vni;
+
+/// Directory in the BPF file system that holds our pins: one directory per instance, see [`instance_dir`].
+pub const BPFFS_ROOT: &str = "/sys/fs/bpf/flannel";
+
+/// Name of the pinned link of the program on the egress of the tunnel device.
+pub const PIN_TO_OVERLAY: &str = "to_overlay";
+
+/// Name of the pinned link of the program on the ingress of the uplink.
+pub const PIN_FROM_WIRE: &str = "from_wire";
+
+/// Priority of our filters where tcx is missing and programs hang on a clsact qdisc.
+pub const TC_PRIORITY: u16 = 0xF1A0;
+
+/// Handle of our filters on a clsact qdisc.
+pub const TC_HANDLE: u32 = 1;
+
+/// Kind of a filter that runs a BPF program.
+pub const TC_KIND: &str = "bpf";
+
+/// `rtm_protocol` of our routes on devices that are not ours. On our own device routes have upstream's shape.
+pub const ROUTE_PROTOCOL: u8 = 0xF1;
+
+/// nftables table of the rules for IPv4, as upstream names it.
+pub const NFT_TABLE_V4: &str = "flannel-ipv4";
+
+/// nftables table of the rules for IPv6, as upstream names it.
+pub const NFT_TABLE_V6: &str = "flannel-ipv6";
+
+/// Longest name the kernel gives a network interface, in bytes (`IFNAMSIZ` less the terminating zero).
+pub const MAX_DEVICE_NAME: usize = 15;
+
+/// Link kind of the kernel's own tunnel device.
+pub const KIND_VXLAN: &str = "vxlan";
+
+/// Link kind of the pair that stands in for the tunnel device where the kernel has no vxlan module.
+pub const KIND_VETH: &str = "veth";
+
+/// What a name of this module was refused for.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum MarkError {
+    /// The kernel would refuse the device.
+    #[error(
+        "device name {name:?} has {length} characters, the kernel allows {MAX_DEVICE_NAME}: choose a smaller VNI"
+    )]
+    NameTooLong {
+        /// The name.
+        name: String,
+        /// Its length in bytes.
+        length: usize,
+    },
+}
+
+/// Name of the tunnel device for IPv4, and the only one on an IPv4 node. See [`check_name`] for its length.
+pub fn device_name(vni: Vni) -> String {
+    format!("flannel.{vni}")
+}
+
+/// Name of the tunnel device for IPv6. See [`check_name`] for its length.
+pub fn device_v6_name(vni: Vni) -> String {
+    format!("flannel-v6.{vni}")
+}
+
+/// Name of the far end of the pair that stands in for the tunnel device where the kernel has no vxlan module. One
+/// character longer than [`device_name`], so it can be too long where that is not.
+pub fn peer_device_name(vni: Vni) -> Result<String, MarkError> {
+    let name = format!("flannelp.{vni}");
+    check_name(&name)?;
+    Ok(name)
+}
+
+/// Checks that the kernel takes a device of that name.
+pub fn check_name(name: &str) -> Result<(), MarkError> {
+    if name.len() <= MAX_DEVICE_NAME {
+        Ok(())
+    } else {
+        Err(MarkError::NameTooLong {
+            name: name.to_owned(),
+            length: name.len(),
+        })
+    }
+}
+
+/// Tells whether a link is the kernel tunnel device (IPv4) of `wanted`, made by us or by upstream flannel.
+///
+/// `kind` and `vni` are what the kernel reports. A device of the right name with another identifier is not ours.
+pub fn is_our_tunnel(name: &str, kind: &str, vni: Option<u32>, wanted: Vni) -> bool {
+    name == device_name(wanted) && kind == KIND_VXLAN && vni == Some(wanted.get())
+}
+
+/// Tells whether a link is the kernel tunnel device (IPv6) of `wanted`, made by us or by upstream flannel.
+pub fn is_our_tunnel_v6(name: &str, kind: &str, vni: Option<u32>, wanted: Vni) -> bool {
+    name == device_v6_name(wanted) && kind == KIND_VXLAN && vni == Some(wanted.get())
+}
+
+/// Tells whether a link is one end of the pair that stands in for the tunnel device of `wanted`.
+pub fn is_our_veth(name: &str, kind: &str, wanted: Vni) -> bool {
+    let peer = peer_device_name(wanted);
+    kind == KIND_VETH && (name == device_name(wanted) || peer.is_ok_and(|peer| peer == name))
+}
+
+/// Tells whether a link is a device of `wanted` of any shape: tunnel of either family, or stand-in.
+pub fn is_our_device(name: &str, kind: &str, vni: Option<u32>, wanted: Vni) -> bool {
+    is_our_tunnel(name, kind, vni, wanted)
+        || is_our_tunnel_v6(name, kind, vni, wanted)
+        || is_our_veth(name, kind, wanted)
+}
+
+/// Tells whether a filter on a clsact qdisc is one of ours.
+pub fn is_our_filter(kind: &str, priority: u16, handle: u32) -> bool {
+    kind == TC_KIND && priority == TC_PRIORITY && handle == TC_HANDLE
+}
+
+/// Tells whether a route on a device that is not ours is one of ours.
+pub fn is_our_route(protocol: u8) -> bool {
+    protocol == ROUTE_PROTOCOL
+}
+
+/// Tells whether an entry of an instance directory is a link pin of ours.
+pub fn is_our_link_pin(name: &str) -> bool {
+    name == PIN_TO_OVERLAY || name == PIN_FROM_WIRE
+}
+
+/// Name of an instance's directory below [`BPFFS_ROOT`].
+///
+/// The BPF file system is shared by network namespaces, so the name says which one the instance is in (`cookie`:
+/// the kernel's `SO_NETNS_COOKIE`), and which network it serves. The BPF file system takes no name with a dot.
+pub fn instance_dir(cookie: u64, vni: Vni) -> String {
+    format!("{cookie}-{vni}")
+}
+
+/// Full path of an instance's directory.
+pub fn instance_path(cookie: u64, vni: Vni) -> String {
+    format!("{BPFFS_ROOT}/{}", instance_dir(cookie, vni))
+}
+
+/// Reads a name made by [`instance_dir`] back. `None` for anything it would not have written.
+pub fn parse_instance_dir(name: &str) -> Option<(u64, Vni)> {
+    let (cookie, vni) = name.split_once('-')?;
+    let cookie = cookie.parse().ok()?;
+    let vni = Vni::try_from(vni.parse::<u32>().ok()?).ok()?;
+    (instance_dir(cookie, vni) == name).then_some((cookie, vni))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn vni(value: u32) -> Vni {
+        Vni::try_from(value).unwrap()
+    }
+
+    #[test]
+    fn names_and_their_length() {
+        assert_eq!(device_name(vni(1)), "flannel.1");
+        assert_eq!(device_v6_name(vni(1)), "flannel-v6.1");
+        assert_eq!(peer_device_name(vni(1)).unwrap(), "flannelp.1");
+        for (name, fits) in [
+            (device_name(vni(9_999_999)), true),
+            (device_name(vni(10_000_000)), false),
+            (device_v6_name(vni(9_999)), true),
+            (device_v6_name(vni(10_000)), false),
+        ] {
+            assert_eq!(check_name(&name).is_ok(), fits, "{name}");
+        }
+        assert!(peer_device_name(vni(999_999)).is_ok());
+        assert_eq!(
+            peer_device_name(vni(1_000_000)).unwrap_err().to_string(),
+            "device name \"flannelp.1000000\" has 16 characters, the kernel allows 15: choose a smaller VNI"
+        );
+    }
+
+    #[test]
+    fn tunnel_needs_name_kind_and_vni() {
+        let cases = [
+            ("flannel.1", "vxlan", Some(1), true),
+            ("flannel.1", "vxlan", Some(2), false),
+            ("flannel.1", "vxlan", None, false),
+            ("flannel.1", "dummy", Some(1), false),
+            ("flannel.1", "", None, false),
+            ("flannel.10", "vxlan", Some(1), false),
+            ("flannel.01", "vxlan", Some(1), false),
+            ("Flannel.1", "vxlan", Some(1), false),
+            ("vxlan.calico", "vxlan", Some(1), false),
+            ("cni0", "bridge", None, false),
+        ];
+        for (name, kind, found, ours) in cases {
+            assert_eq!(
+                is_our_tunnel(name, kind, found, vni(1)),
+                ours,
+                "{name} {kind} {found:?}"
+            );
+            assert_eq!(
+                is_our_device(name, kind, found, vni(1)),
+                ours,
+                "{name} {kind} {found:?}"
+            );
+        }
+        assert!(is_our_tunnel_v6("flannel-v6.1", "vxlan", Some(1), vni(1)));
+        assert!(!is_our_tunnel_v6("flannel.1", "vxlan", Some(1), vni(1)));
+        assert!(is_our_device("flannel-v6.1", "vxlan", Some(1), vni(1)));
+    }
+
+    #[test]
+    fn stand_in_is_a_veth_of_one_of_two_names() {
+        for (name, kind, ours) in [
+            ("flannel.7", "veth", true),
+            ("flannelp.7", "veth", true),
+            ("flannelp.7", "vxlan", false),
+            ("flannel.8", "veth", false),
+            ("veth7", "veth", false),
+        ] {
+            assert_eq!(is_our_veth(name, kind, vni(7)), ours, "{name}");
+            assert_eq!(is_our_device(name, kind, None, vni(7)), ours, "{name}");
+        }
+        assert!(is_our_veth("flannel.1000000", "veth", vni(1_000_000)));
+    }
+
+    #[test]
+    fn filters_routes_and_pins() {
+        assert!(is_our_filter("bpf", 0xF1A0, 1));
+        assert!(!is_our_filter("bpf", 0xF1A0, 2));
+        assert!(!is_our_filter("bpf", 1, 1));
+        assert!(!is_our_filter("u32", 0xF1A0, 1));
+        assert!(is_our_route(241));
+        assert!(!is_our_route(3));
+        assert!(is_our_link_pin("to_overlay") && is_our_link_pin("from_wire"));
+        assert!(!is_our_link_pin("cil_from_netdev"));
+    }
+
+    #[test]
+    fn instance_directories() {
+        assert_eq!(instance_dir(1, vni(1)), "1-1");
+        assert_eq!(
+            instance_path(42, vni(7)),
+            "/sys/fs/bpf/flannel/42-7"
+        );
+        for name in [
+            "",
+            "1",
+            "-1",
+            "01-1",
+            "+1-1",
+            "1-1 ",
+            "1-1/..",
+            "1-16777216",
+            "18446744073709551616-1",
+            "x-1-1",
+        ] {
+            assert_eq!(parse_instance_dir(name), None, "{name:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn instance_directories_round_trip(cookie: u64, number in 0u32..=0x00ff_ffff) {
+            let vni = vni(number);
+            prop_assert_eq!(parse_instance_dir(&instance_dir(cookie, vni)), Some((cookie, vni)));
+        }
+
+        #[test]
+        fn parsing_never_panics(name in ".*") {
+            let _result = parse_instance_dir(&name);
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The kernel's own objects: device, address, forwarding entries, neighbours, routes.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use flannel_common::OVERHEAD_V4;
+use ipnet::IpNet;
+
+use super::{Desired, Device, DeviceKind, Observed, ObservedKind, Op, Peer, Plan, Route};
+use crate::mark;
+
+/// Plans the device itself. Returns it once it is fit to carry peers.
+pub(super) fn plan_device<'a>(
+    desired: &Desired,
+    observed: &'a Observed,
+    plan: &mut Plan,
+) -> Option<&'a Device> {
+    let tunnel = &desired.tunnel;
+    let Some(device) = &observed.device else {
+        plan.ops.push(Op::CreateDevice(tunnel.clone()));
+        return None;
+    };
+    match fit(&tunnel.kind, &device.kind) {
+        Fit::Good => {}
+        Fit::Replace(why) => {
+            plan.ops.push(Op::DeleteDevice {
+                index: device.index,
+                name: tunnel.name.clone(),
+                why,
+            });
+            return None;
+        }
+        Fit::NotOurs(what) => {
+            plan.problems.push(format!(
+                "device {} exists and is {what}, not a device of ours: rename or delete it, or use another VNI",
+                tunnel.name
+            ));
+            return None;
+        }
+    }
+    // A device that came back with another MAC (made by hand, or udev's policy) would be deaf to its peers.
+    if let Some(mac) = tunnel.mac.filter(|mac| *mac != device.mac) {
+        plan.ops.push(Op::SetMac {
+            index: device.index,
+            mac,
+        });
+    }
+    if device.mtu != tunnel.mtu.get() {
+        plan.ops.push(Op::SetMtu {
+            index: device.index,
+            mtu: tunnel.mtu,
+        });
+    }
+    if let Some(address) = tunnel.address {
+        if !device.addresses.contains(&address) {
+            plan.ops.push(Op::PutAddress {
+                index: device.index,
+                address,
+            });
+        }
+        // Upstream's rule: only what lies inside the network is an older lease's; the rest (dhcpcd, avahi) stays.
+        for stale in &device.addresses {
+            if *stale != address && tunnel.network.contains(&stale.addr()) {
+                plan.ops.push(Op::DelAddress {
+                    index: device.index,
+                    address: *stale,
+                });
+            }
+        }
+    }
+    if !device.up {
+        plan.ops.push(Op::SetUp {
+            index: device.index,
+        });
+        return None;
+    }
+    Some(device)
+}
+
+enum Fit {
+    Good,
+    Replace(String),
+    NotOurs(String),
+}
+
+/// Upstream compares VNI, lower device, local address, port and GBP; MTU is applied in place, and so would be learning, but the
+/// kernel has no way to change it.
+fn fit(want: &DeviceKind, have: &ObservedKind) -> Fit {
+    match (want, have) {
+        (
+            DeviceKind::Vxlan {
+                vni,
+                port,
+                lower,
+                local,
+                learning,
+                gbp,
+            },
+            ObservedKind::Vxlan {
+                vni: has_vni,
+                port: has_port,
+                lower: has_lower,
+                local: has_local,
+                learning: learns,
+                gbp: has_gbp,
+            },
+        ) => {
+            let why = if vni.get() != *has_vni {
+                format!("VNI is {has_vni}, not {}", vni.get())
+            } else if port != has_port {
+                format!("port is {has_port}, not {port}")
+            } else if has_lower.is_some_and(|has| has != *lower) {
+                format!("it is bound to another interface than {}", lower.get())
+            } else if has_local.is_some_and(|has| has != *local) {
+                format!("its local address is not {local}")
+            } else if gbp != has_gbp {
+                format!("GBP is {has_gbp}, not {gbp}")
+            } else if learning != learns {
+                format!("learning is {learns}, not {learning}")
+            } else {
+                return Fit::Good;
+            };
+            Fit::Replace(why)
+        }
+        (DeviceKind::Veth { peer }, ObservedKind::Veth { peer: Some(has) }) if has == peer => {
+            Fit::Good
+        }
+        // The way from the kernel's device to eBPF alone and back: both carry our name and nobody else's.
+        (DeviceKind::Veth { .. }, ObservedKind::Vxlan { .. }) => {
+            Fit::Replace("it is a vxlan device, eBPF alone was asked for".into())
+        }
+        (DeviceKind::Vxlan { vni, .. }, ObservedKind::Veth { peer: Some(has) })
+            if mark::peer_device_name(*vni).is_ok_and(|ours| ours == *has) =>
+        {
+            Fit::Replace("it is a veth pair of ours, a vxlan device was asked for".into())
+        }
+        (_, ObservedKind::Veth { .. }) => Fit::NotOurs("one end of a veth pair".into()),
+        (_, ObservedKind::Other(kind)) => Fit::NotOurs(format!("of kind {kind:?}")),
+    }
+}
+
+/// Plans forwarding entries, neighbours and routes.
+pub(super) fn plan_peers(
+    desired: &Desired,
+    observed: &Observed,
+    device: &Device,
+    peers: &BTreeMap<IpNet, Peer>,
+    puts: &mut Vec<Op>,
+    deletes: &mut Vec<Op>,
+) {
+    let has_fdb = matches!(desired.tunnel.kind, DeviceKind::Vxlan { .. });
+    let mut macs = BTreeMap::new();
+    let mut gateways = BTreeSet::new();
+    for (subnet, peer) in peers {
+        let gateway = subnet.network();
+        gateways.insert(gateway);
+        // Forwarding entry first: a neighbour with a MAC that nobody forwards would swallow packets.
+        if has_fdb
+            && macs.insert(peer.mac, peer.vtep).is_none()
+            && device.fdb.get(&peer.mac) != Some(&peer.vtep)
+        {
+            puts.push(Op::PutFdb {
+                mac: peer.mac,
+                vtep: peer.vtep,
+            });
+        }
+        if device.neighbours.get(&gateway) != Some(&peer.mac) {
+            puts.push(Op::PutNeighbour {
+                address: gateway,
+                mac: peer.mac,
+            });
+        }
+        let mtu = route_mtu(desired, observed, peer.vtep);
+        if device.routes.get(subnet) != Some(&Route { gateway, mtu }) {
+            puts.push(Op::PutRoute {
+                subnet: *subnet,
+                gateway,
+                mtu,
+            });
+        }
+    }
+    for subnet in device
+        .routes
+        .keys()
+        .filter(|subnet| !peers.contains_key(subnet))
+    {
+        deletes.push(Op::DelRoute { subnet: *subnet });
+    }
+    for address in device
+        .neighbours
+        .keys()
+        .filter(|address| !gateways.contains(address))
+    {
+        deletes.push(Op::DelNeighbour { address: *address });
+    }
+    for (mac, vtep) in device
+        .fdb
+        .iter()
+        .filter(|(mac, _)| has_fdb && !macs.contains_key(mac))
+    {
+        deletes.push(Op::DelFdb {
+            mac: *mac,
+            vtep: *vtep,
+        });
+    }
+}
+
+/// The vxlan device measures the path itself. Without it the route must say that the path is narrow, so that the stack answers
+/// with the right ICMP errors.
+fn route_mtu(desired: &Desired, observed: &Observed, vtep: IpAddr) -> Option<u32> {
+    if matches!(desired.tunnel.kind, DeviceKind::Vxlan { .. }) {
+        return None;
+    }
+    let path = observed
+        .underlay
+        .get(&vtep)?
+        .mtu
+        .saturating_sub(OVERHEAD_V4);
+    (path < desired.tunnel.mtu.get()).then_some(path)
+}

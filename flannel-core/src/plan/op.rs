@@ -1,0 +1,206 @@
+//! One change to the kernel.
+
+use std::{fmt, net::IpAddr};
+
+use flannel_common::NodeId;
+use ipnet::{IpNet, Ipv4Net};
+use serde::{Deserialize, Serialize};
+
+use super::{Hook, Node, Settings, Tunnel};
+use crate::addr::{IfIndex, Mtu, VtepMac};
+
+/// One change. Applying it twice is success.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Op {
+    /// Create the tunnel device, down and without addresses.
+    CreateDevice(Tunnel),
+    /// Delete a device of ours that cannot be changed into what it should be.
+    DeleteDevice {
+        /// Interface index.
+        index: IfIndex,
+        /// Interface name.
+        name: String,
+        /// What cannot be changed.
+        why: String,
+    },
+    /// Set the device's MTU.
+    SetMtu {
+        /// Interface index.
+        index: IfIndex,
+        /// Bytes.
+        mtu: Mtu,
+    },
+    /// Give the device the MAC address that peers know.
+    SetMac {
+        /// Interface index.
+        index: IfIndex,
+        /// The published address.
+        mac: VtepMac,
+    },
+    /// Set the device up (for a veth: both ends).
+    SetUp {
+        /// Interface index.
+        index: IfIndex,
+    },
+    /// Give the device an address.
+    PutAddress {
+        /// Interface index.
+        index: IfIndex,
+        /// Address with prefix length.
+        address: Ipv4Net,
+    },
+    /// Take an older lease's address off the device.
+    DelAddress {
+        /// Interface index.
+        index: IfIndex,
+        /// Address with prefix length.
+        address: Ipv4Net,
+    },
+    /// Create or replace a forwarding entry.
+    PutFdb {
+        /// Inner destination.
+        mac: VtepMac,
+        /// Outer destination.
+        vtep: IpAddr,
+    },
+    /// Create or replace a permanent neighbour.
+    PutNeighbour {
+        /// Base address of the peer's subnet.
+        address: IpAddr,
+        /// The peer's VTEP MAC.
+        mac: VtepMac,
+    },
+    /// Create or replace a route.
+    PutRoute {
+        /// The peer's subnet.
+        subnet: IpNet,
+        /// Its base address.
+        gateway: IpAddr,
+        /// MTU metric.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mtu: Option<u32>,
+    },
+    /// Delete a route.
+    DelRoute {
+        /// The subnet no peer has.
+        subnet: IpNet,
+    },
+    /// Delete a permanent neighbour.
+    DelNeighbour {
+        /// Its address.
+        address: IpAddr,
+    },
+    /// Delete a forwarding entry.
+    DelFdb {
+        /// Inner destination.
+        mac: VtepMac,
+        /// Outer destination.
+        vtep: IpAddr,
+    },
+    /// Write an entry of `nodes`.
+    PutNode {
+        /// Index.
+        id: NodeId,
+        /// Content.
+        node: Node,
+    },
+    /// Point a subnet at a node.
+    PutSubnet {
+        /// Index of the subnet.
+        index: u32,
+        /// Index of the node.
+        id: NodeId,
+    },
+    /// Write `config`.
+    PutSettings(Settings),
+    /// Attach a program, or replace the one that is there.
+    Attach {
+        /// Which.
+        hook: Hook,
+        /// Where.
+        ifindex: IfIndex,
+    },
+    /// Point a subnet at no node.
+    ClearSubnet {
+        /// Index of the subnet.
+        index: u32,
+    },
+    /// Empty an entry of `nodes` that no subnet points at.
+    ClearNode {
+        /// Index.
+        id: NodeId,
+    },
+}
+
+impl Op {
+    /// A short name for counting.
+    pub const fn verb(&self) -> &'static str {
+        match self {
+            Self::CreateDevice(_) => "create_device",
+            Self::DeleteDevice { .. } => "delete_device",
+            Self::SetMtu { .. } => "set_mtu",
+            Self::SetMac { .. } => "set_mac",
+            Self::SetUp { .. } => "set_up",
+            Self::PutAddress { .. } => "put_address",
+            Self::DelAddress { .. } => "del_address",
+            Self::PutFdb { .. } => "put_fdb",
+            Self::PutNeighbour { .. } => "put_neighbour",
+            Self::PutRoute { .. } => "put_route",
+            Self::DelRoute { .. } => "del_route",
+            Self::DelNeighbour { .. } => "del_neighbour",
+            Self::DelFdb { .. } => "del_fdb",
+            Self::PutNode { .. } => "put_node",
+            Self::PutSubnet { .. } => "put_subnet",
+            Self::PutSettings(_) => "put_settings",
+            Self::Attach { .. } => "attach",
+            Self::ClearSubnet { .. } => "clear_subnet",
+            Self::ClearNode { .. } => "clear_node",
+        }
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::CreateDevice(tunnel) => write!(f, "create device {}", tunnel.name),
+            Self::DeleteDevice { name, why, .. } => write!(f, "delete device {name}: {why}"),
+            Self::SetMtu { mtu, .. } => write!(f, "set MTU of the tunnel device to {}", mtu.get()),
+            Self::SetMac { mac, .. } => write!(f, "set MAC of the tunnel device to {mac}"),
+            Self::SetUp { .. } => write!(f, "set the tunnel device up"),
+            Self::PutAddress { address, .. } => {
+                write!(f, "add address {address} to the tunnel device")
+            }
+            Self::DelAddress { address, .. } => {
+                write!(f, "remove address {address} from the tunnel device")
+            }
+            Self::PutFdb { mac, vtep } => write!(f, "set forwarding entry {mac} dst {vtep}"),
+            Self::PutNeighbour { address, mac } => {
+                write!(f, "set neighbour {address} lladdr {mac}")
+            }
+            Self::PutRoute {
+                subnet,
+                gateway,
+                mtu: None,
+            } => write!(f, "set route {subnet} via {gateway}"),
+            Self::PutRoute {
+                subnet,
+                gateway,
+                mtu: Some(mtu),
+            } => {
+                write!(f, "set route {subnet} via {gateway} mtu {mtu}")
+            }
+            Self::DelRoute { subnet } => write!(f, "delete route {subnet}"),
+            Self::DelNeighbour { address } => write!(f, "delete neighbour {address}"),
+            Self::DelFdb { mac, vtep } => write!(f, "delete forwarding entry {mac} dst {vtep}"),
+            Self::PutNode { id, node } => write!(f, "write node {id}: {node}"),
+            Self::PutSubnet { index, id } => write!(f, "point subnet {index} at node {id}"),
+            Self::PutSettings(_) => write!(f, "write the eBPF configuration"),
+            Self::Attach { hook, ifindex } => {
+                write!(f, "attach {hook} to interface {}", ifindex.get())
+            }
+            Self::ClearSubnet { index } => write!(f, "point subnet {index} at no node"),
+            Self::ClearNode { id } => write!(f, "clear node {id}"),
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! Uplink ingress: a VXLAN packet for this node loses its outer headers and is received on `flannel.<vni>`.
+//!
+//! Only a packet that the kernel's receiver would accept without any further work is carried; all else is an
+//! error value, which means "to the kernel device" (`vxlan_rcv` in `drivers/net/vxlan/vxlan_core.c`).
+
+use aya_ebpf::{
+    bindings::{BPF_CSUM_LEVEL_DEC, BPF_CSUM_LEVEL_QUERY, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
+    helpers::{bpf_csum_level, bpf_skb_store_bytes},
+    programs::TcContext,
+};
+use flannel_common::{
+    Config, DropReason, HEADER_LEN, OVERHEAD_V4, checksum, config_flags, ecn,
+    header::{INNER_ETH, IP, UDP, VXLAN, VXLAN_I},
+    map::room_flags,
+};
+use network_types::{
+    eth::{EthHdr, EtherType},
+    ip::Ipv4Hdr,
+    udp::UdpHdr,
+    vxlan::VxlanHdr,
+};
+
+use crate::{
+    Kind, Verdict,
+    access::{header as read, linear},
+};
+
+const PACKET_HOST: u32 = 0;
+const PROTO_UDP: u8 = 17;
+/// More-fragments bit and offset of the fragment field: anything but the DF bit.
+const FRAGMENT: u16 = 0x3fff;
+const ETH_LEN: u32 = EthHdr::LEN as u32;
+const VLAN_LEN: u32 = 4;
+/// Outer headers and the inner IPv4 header.
+const NEEDED: u32 = HEADER_LEN as u32 + Ipv4Hdr::LEN as u32;
+
+#[inline(always)]
+pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason> {
+    let skb = ctx.skb.skb;
+    // SAFETY: reads of context fields, which the verifier turns into checked loads.
+    let (packet_type, vlan, gso_size) =
+        unsafe { ((*skb).pkt_type, (*skb).vlan_present, (*skb).gso_size) };
+    if packet_type != PACKET_HOST || vlan != 0 || !linear(ctx, (UDP + UdpHdr::LEN) as u32) {
+        return Ok(Verdict::NOT_OURS);
+    }
+    let Some(eth) = read::<EthHdr>(ctx, 0) else {
+        return Ok(Verdict::NOT_OURS);
+    };
+    let Some(ip) = read::<Ipv4Hdr>(ctx, IP) else {
+        return Ok(Verdict::NOT_OURS);
+    };
+    if eth.ether_type != u16::from(EtherType::Ipv4)
+        || ip.proto != PROTO_UDP
+        || ip.dst_addr != config.local
+    {
+        return Ok(Verdict::NOT_OURS);
+    }
+    if u16::from_be_bytes(ip.frags) & FRAGMENT != 0 {
+        // Which port it goes to only the first fragment says, and the kernel puts them together anyway.
+        return fragment(ctx, config, &ip);
+    }
+    if ip.vihl != 0x45 {
+        return options(ctx, config, &ip);
+    }
+    let Some(udp) = read::<UdpHdr>(ctx, UDP) else {
+        return Ok(Verdict::NOT_OURS);
+    };
+    if udp.dst != config.port {
+        return Ok(Verdict::NOT_OURS);
+    }
+    if config.flags & config_flags::DECAP == 0 {
+        return Err(DropReason::Disabled);
+    }
+    let bytes = ctx.len();
+    let total = u32::from(u16::from_be_bytes(ip.tot_len));
+    let udp_len = u32::from(u16::from_be_bytes(udp.len));
+    if bytes < (VXLAN + VxlanHdr::LEN) as u32 || udp_len < (UdpHdr::LEN + VxlanHdr::LEN) as u32 {
+        return Err(DropReason::TooShort);
+    }
+    if total + ETH_LEN != bytes || udp_len + Ipv4Hdr::LEN as u32 != total {
+        return Err(DropReason::Length);
+    }
+    if !linear(ctx, (VXLAN + VxlanHdr::LEN) as u32) {
+        return Err(DropReason::TooShort);
+    }
+    let vxlan: [u8; 8] = read(ctx, VXLAN).ok_or(DropReason::TooShort)?;
+    if vxlan[0] & VXLAN_I == 0 {
+        return Err(DropReason::NoVni);
+    }
+    if [vxlan[4], vxlan[5], vxlan[6]] != [config.vni[0], config.vni[1], config.vni[2]] {
+        return Err(DropReason::OtherVni);
+    }
+    if vxlan[0] != VXLAN_I || vxlan[1] | vxlan[2] | vxlan[3] | vxlan[7] != 0 {
+        return Err(DropReason::Reserved);
+    }
+    if !linear(ctx, NEEDED) {
+        return Err(DropReason::TooShort);
+    }
+    let outer: [u8; 20] = read(ctx, IP).ok_or(DropReason::TooShort)?;
+    if !checksum::ipv4_header_is_valid(&outer) {
+        return Err(DropReason::OuterHeader);
+    }
+    // SAFETY: a helper call on the context.
+    if udp.check != [0, 0] && unsafe { bpf_csum_level(skb, u64::from(BPF_CSUM_LEVEL_QUERY)) } < 0 {
+        return Err(DropReason::OuterChecksum);
+    }
+    let inner_eth: [u8; EthHdr::LEN] = read(ctx, INNER_ETH).ok_or(DropReason::TooShort)?;
+    let inner: Ipv4Hdr = read(ctx, HEADER_LEN).ok_or(DropReason::TooShort)?;
+    check_inner(config, &inner_eth)?;
+    if gso_size != 0 && config.flags & config_flags::DECAP_GSO == 0 {
+        return Err(DropReason::Gso);
+    }
+    let frame = bytes - OVERHEAD_V4;
+    // What `is_skb_forwardable` refuses on injection; super-packets are exempt there.
+    if gso_size == 0 && frame > config.tunnel_mtu + ETH_LEN + VLAN_LEN {
+        return Err(DropReason::OverTunnelMtu);
+    }
+    let congestion = ecn::decap(ip.tos, inner.tos);
+    if congestion == ecn::Decap::Drop {
+        return Err(DropReason::Ecn);
+    }
+
+    // On failure the packet is as it was.
+    ctx.adjust_room(
+        -(OVERHEAD_V4 as i32),
+        BPF_ADJ_ROOM_MAC,
+        room_flags(config.decap_flags),
+    )
+    .map_err(|_| DropReason::AdjustRoom)?;
+    // SAFETY: a helper call on the context. It undoes the level that the outer checksum took, as `udp_rcv` does.
+    unsafe { bpf_csum_level(skb, u64::from(BPF_CSUM_LEVEL_DEC)) };
+    store(ctx, 0, &inner_eth)?;
+    if congestion == ecn::Decap::SetCe {
+        set_congestion(ctx, &inner)?;
+    }
+    Ok(Verdict {
+        kind: Kind::Receive,
+        ifindex: config.tunnel_ifindex,
+        bytes: frame,
+    })
+}
+
+/// The receiver's rules for the inner frame (`eth_type_trans` and `vxlan_set_mac`): to us, and not from us.
+#[inline(always)]
+fn check_inner(config: &Config, eth: &[u8; EthHdr::LEN]) -> Result<(), DropReason> {
+    let mut to_us = 0;
+    let mut broadcast = 0xff;
+    let mut from_us = 0;
+    let mut at = 0;
+    while at < 6 {
+        to_us |= eth[at] ^ config.own_mac[at];
+        broadcast &= eth[at];
+        from_us |= eth[at + 6] ^ config.own_mac[at];
+        at += 1;
+    }
+    if [eth[12], eth[13]] != [0x08, 0x00] {
+        return Err(DropReason::NotIpv4);
+    }
+    if from_us == 0 {
+        return Err(DropReason::OwnSource);
+    }
+    if to_us != 0 && broadcast != 0xff {
+        return Err(DropReason::OtherHost);
+    }
+    Ok(())
+}
+
+/// A fragment: ours to count only if it is the first and goes to our port; otherwise nobody can tell.
+#[inline(always)]
+fn fragment(ctx: &TcContext, config: &Config, ip: &Ipv4Hdr) -> Result<Verdict, DropReason> {
+    if u16::from_be_bytes(ip.frags) & 0x1fff == 0 && ip.vihl == 0x45 {
+        if let Some(udp) = read::<UdpHdr>(ctx, UDP) {
+            if udp.dst == config.port {
+                return Err(DropReason::OuterFragment);
+            }
+        }
+    }
+    Ok(Verdict::NOT_OURS)
+}
+
+/// A header with options: the UDP header is further down, at a place that depends on the packet.
+#[inline(always)]
+fn options(ctx: &TcContext, config: &Config, ip: &Ipv4Hdr) -> Result<Verdict, DropReason> {
+    let len = u32::from(ip.vihl & 0x0f) * 4;
+    if ip.vihl >> 4 != 4 || len <= Ipv4Hdr::LEN as u32 {
+        return Ok(Verdict::NOT_OURS);
+    }
+    match ctx.load::<UdpHdr>(EthHdr::LEN + len as usize) {
+        Ok(udp) if udp.dst == config.port => Err(DropReason::OuterOptions),
+        _ => Ok(Verdict::NOT_OURS),
+    }
+}
+
+#[inline(always)]
+fn set_congestion(ctx: &TcContext, inner: &Ipv4Hdr) -> Result<(), DropReason> {
+    let tos = inner.tos | ecn::CE;
+    let old = u16::from_be_bytes([inner.vihl, inner.tos]);
+    let new = u16::from_be_bytes([inner.vihl, tos]);
+    let check = checksum::replace(u16::from_be_bytes(inner.check), old, new);
+    store(ctx, EthHdr::LEN as u32 + 1, &[tos])?;
+    store(ctx, EthHdr::LEN as u32 + 10, &check.to_be_bytes())
+}
+
+#[inline(always)]
+fn store<const N: usize>(ctx: &TcContext, offset: u32, bytes: &[u8; N]) -> Result<(), DropReason> {
+    // SAFETY: the source is a buffer of exactly the length given.
+    let stored =
+        unsafe { bpf_skb_store_bytes(ctx.skb.skb, offset, bytes.as_ptr().cast(), N as u32, 0) };
+    if stored == 0 {
+        Ok(())
+    } else {
+        Err(DropReason::Store)
+    }
+}

@@ -1,0 +1,141 @@
+//! The eBPF programs: one entry per hook, the policy of each on one screen.
+//!
+//! With a kernel vxlan device under it, the slow path is always to hand the packet on *unchanged*: that device then does
+//! what it always did. Without one ([`config_flags::ALONE`]) what cannot be carried is dropped and counted.
+#![no_std]
+#![no_main]
+
+mod access;
+mod decap;
+mod encap;
+mod maps;
+mod probe;
+
+use aya_ebpf::{
+    bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::{bpf_redirect, bpf_redirect_neigh},
+    macros::classifier,
+    programs::TcContext,
+};
+use flannel_common::{CounterId, Direction, DropReason, config_flags};
+
+/// What a program decided about a packet that it understood.
+///
+/// A struct, not an enum with fields: LLVM merges the absent fields of an enum into whatever a register last held, and spills
+/// that with a width which the verifier refuses for a pointer.
+#[derive(Clone, Copy)]
+struct Verdict {
+    kind: Kind,
+    ifindex: u32,
+    bytes: u32,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    /// Not a packet of the overlay: none of our business.
+    NotOurs,
+    /// Encapsulated, outer MAC addresses complete: send it on this interface.
+    Send,
+    /// Encapsulated, next hop unknown to us: let the kernel resolve it.
+    Resolve,
+    /// Decapsulated: let the stack receive it on this interface.
+    Receive,
+}
+
+impl Verdict {
+    const NOT_OURS: Self = Self {
+        kind: Kind::NotOurs,
+        ifindex: 0,
+        bytes: 0,
+    };
+}
+
+/// Egress of `flannel.<vni>`: encapsulates what the host stack routed to a peer's subnet.
+#[classifier]
+pub(crate) fn to_overlay(ctx: TcContext) -> i32 {
+    let Some(config) = maps::config() else {
+        return slow(Direction::Encap, DropReason::Disabled, 0);
+    };
+    match encap::try_to_overlay(&ctx, config) {
+        Ok(verdict) => carry(verdict),
+        // The packet already has its outer header: it can only be thrown away.
+        Err(DropReason::Store) => discard(Direction::Encap, DropReason::Store),
+        Err(reason) => slow(Direction::Encap, reason, config.flags),
+    }
+}
+
+/// Ingress of the uplink: decapsulates the overlay's packets that are for this node.
+#[classifier]
+pub(crate) fn from_wire(ctx: TcContext) -> i32 {
+    let Some(config) = maps::config() else {
+        return TC_ACT_UNSPEC;
+    };
+    match decap::try_from_wire(&ctx, config) {
+        Ok(verdict) => carry(verdict),
+        Err(DropReason::Store) => discard(Direction::Decap, DropReason::Store),
+        Err(reason @ DropReason::Disabled) => slow(Direction::Decap, reason, 0),
+        // Alone, these are not lost on the vxlan device's behalf: another network's packets may have another owner.
+        Err(reason @ DropReason::OtherVni) => slow(Direction::Decap, reason, 0),
+        Err(reason) => slow(Direction::Decap, reason, config.flags),
+    }
+}
+
+/// Runs `bpf_skb_adjust_room` with flags that the agent wants to know about; see [`probe`].
+#[classifier]
+pub(crate) fn probe_room(ctx: TcContext) -> i32 {
+    probe::adjust_room(&ctx)
+}
+
+#[inline(always)]
+fn carry(verdict: Verdict) -> i32 {
+    let Verdict {
+        kind,
+        ifindex,
+        bytes,
+    } = verdict;
+    match kind {
+        Kind::NotOurs => TC_ACT_UNSPEC,
+        Kind::Send => {
+            maps::count(CounterId::BpfEncap, bytes);
+            // SAFETY: a helper call with plain values.
+            (unsafe { bpf_redirect(ifindex, 0) }) as i32
+        }
+        Kind::Resolve => {
+            maps::count(CounterId::BpfEncap, bytes);
+            // SAFETY: no parameters: the kernel routes by the outer header.
+            (unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) }) as i32
+        }
+        Kind::Receive => {
+            maps::count(CounterId::BpfDecap, bytes);
+            // SAFETY: a helper call with plain values.
+            (unsafe { bpf_redirect(ifindex, u64::from(BPF_F_INGRESS)) }) as i32
+        }
+    }
+}
+
+/// Hands the unchanged packet to whoever comes next, or drops it where nobody does.
+fn slow(direction: Direction, reason: DropReason, flags: u32) -> i32 {
+    maps::count_reason(direction, reason);
+    if flags & config_flags::ALONE == 0 {
+        TC_ACT_UNSPEC
+    } else {
+        TC_ACT_SHOT
+    }
+}
+
+fn discard(direction: Direction, reason: DropReason) -> i32 {
+    maps::count_reason(direction, reason);
+    TC_ACT_SHOT
+}
+
+/// The licence the kernel reads: some helpers are for GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    // Never reached: nothing in these programs panics, or the verifier would refuse them.
+    loop {}
+}

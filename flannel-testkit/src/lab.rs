@@ -1,0 +1,225 @@
+//! The lab: an underlay switch and nodes around it.
+
+use crate::eventually::try_eventually;
+use crate::netns::Netns;
+use crate::node::Node;
+use crate::state::State;
+use crate::subnet::Subnet;
+use crate::{sweep, traffic};
+use anyhow::Context as _;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+/// Number of the next lab of this process.
+static NEXT: AtomicU32 = AtomicU32::new(1);
+
+/// The segmentation and checksum offloads of the uplinks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Offloads {
+    /// As veth has them: packets cross unsegmented, with checksums left to a device that never comes.
+    #[default]
+    Default,
+    /// None on either end, as a plain NIC: every packet crosses whole, at most MTU long, checksums computed.
+    Off,
+}
+
+/// What a lab looks like.
+#[derive(Clone, Copy, Debug)]
+pub struct LabOptions {
+    /// Number of nodes, at most 200.
+    pub nodes: u8,
+    /// Network of the pods; node `i` gets the /24 number `i + 1` of it as [`Node::subnet`].
+    pub network: Subnet,
+    /// MTU in bytes of the uplinks and of the switch.
+    pub mtu: u32,
+    pub offloads: Offloads,
+    /// Gives each node an `eth1` in 192.168.78.0/24, on a switch of its own.
+    pub second_uplink: bool,
+}
+
+impl Default for LabOptions {
+    fn default() -> LabOptions {
+        LabOptions {
+            nodes: 2,
+            network: Subnet::new(Ipv4Addr::new(10, 244, 0, 0), 16),
+            mtu: 1500,
+            offloads: Offloads::Default,
+            second_uplink: false,
+        }
+    }
+}
+
+/// A set of namespaces `fe-<pid>-<lab>-<name>`. Dropping it, also in a panic, ends its processes and removes all.
+#[derive(Debug)]
+pub struct Lab {
+    prefix: String,
+    underlay: Netns,
+    nodes: Vec<Node>,
+    // Last: its drop removes the run directories.
+    _state: LabState,
+}
+
+#[derive(Debug)]
+struct LabState {
+    prefix: String,
+    dir: PathBuf,
+    _state: State,
+}
+
+impl Drop for LabState {
+    fn drop(&mut self) {
+        sweep::sweep_prefix(&self.prefix);
+        // What cannot be removed now goes with the process's directory.
+        drop(std::fs::remove_dir_all(&self.dir));
+    }
+}
+
+impl Lab {
+    /// Builds the lab and returns when every node reaches the switch.
+    pub fn new(options: LabOptions) -> anyhow::Result<Lab> {
+        anyhow::ensure!(options.nodes <= 200, "at most 200 nodes");
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let prefix = sweep::prefix(std::process::id(), number);
+        let state = State::hold()?;
+        let dir = state.make_dir(&number.to_string())?;
+        // From here on an early return removes what there is.
+        let state = LabState {
+            prefix: prefix.clone(),
+            dir: dir.clone(),
+            _state: state,
+        };
+        let underlay = Netns::add(&format!("{prefix}underlay"))?;
+        underlay.set_sysctl("net/ipv4/ip_forward", "1")?;
+        for uplink in 0..=u8::from(options.second_uplink) {
+            add_switch(&underlay, uplink, options.mtu)?;
+        }
+        let mut lab = Lab {
+            prefix,
+            underlay,
+            nodes: Vec::new(),
+            _state: state,
+        };
+        for index in 0..options.nodes {
+            let run_dir = dir.join(format!("n{index}"));
+            std::fs::create_dir(&run_dir).with_context(|| format!("make {}", run_dir.display()))?;
+            let ns = Netns::add(&format!("{}n{index}", lab.prefix))?;
+            let node = Node::set_up(index, ns, run_dir, &lab.underlay, &options)?;
+            lab.nodes.push(node);
+        }
+        for node in &lab.nodes {
+            try_eventually(
+                Duration::from_secs(10),
+                &format!("{} reaches the switch", node.name),
+                || traffic::ping_once(&node.ns, Lab::GATEWAY, Duration::from_millis(500)),
+            )?;
+        }
+        Ok(lab)
+    }
+
+    /// Address of the switch, the nodes' default gateway; servers such as etcd may listen on it in [`Lab::underlay`].
+    pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 1);
+
+    /// Node `i`, from 0.
+    #[track_caller]
+    pub fn node(&self, i: usize) -> &Node {
+        let all = self.nodes.len();
+        self.nodes
+            .get(i)
+            .unwrap_or_else(|| panic!("node {i} of a lab of {all}"))
+    }
+
+    /// All nodes in order.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The namespace of the switch: bridge `br0` (and `br1`), one port a node ([`Node::port`]).
+    pub fn underlay(&self) -> &Netns {
+        &self.underlay
+    }
+
+    /// Adds a namespace that is neither node nor pod. It has nothing but a loopback, and goes with the lab.
+    pub fn extra(&self, name: &str) -> anyhow::Result<Netns> {
+        Netns::add(&format!("{}{name}", self.prefix))
+    }
+
+    /// Adds a host on the underlay with address 192.168.77.`host`/24 on `eth0` and the switch as its gateway.
+    pub fn host(&self, name: &str, host: u8) -> anyhow::Result<Netns> {
+        let ns = self.extra(name)?;
+        let port = format!("h{host}");
+        plug_in(&self.underlay, "br0", &port, &ns, "eth0")?;
+        ns.ip(&format!("addr add 192.168.77.{host}/24 dev eth0"))?;
+        ns.ip(&format!("route add default via {}", Lab::GATEWAY))?;
+        try_eventually(
+            Duration::from_secs(10),
+            &format!("{name} reaches the switch"),
+            || traffic::ping_once(&ns, Lab::GATEWAY, Duration::from_millis(500)),
+        )?;
+        Ok(ns)
+    }
+
+    /// The name prefix of everything in the lab.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// Removes all that process `pid` made: for a signal handler's thread, with the own pid, before exit.
+    pub fn sweep_pid(pid: u32) {
+        sweep::sweep_pid(pid);
+    }
+
+    /// Removes all that processes which no longer run left behind, and gives their pids. [`Lab::new`] does it once a process.
+    pub fn sweep_dead() -> Vec<u32> {
+        sweep::sweep_dead()
+    }
+}
+
+/// Whether the lab can work here. A test that gets `false` returns at once: the line on stderr says that it was
+/// skipped. With `FLANNEL_TEST_REQUIRE_ROOT=1` it panics instead, so that CI cannot skip silently.
+#[track_caller]
+pub fn privileged() -> bool {
+    if nix::unistd::geteuid().is_root() {
+        return true;
+    }
+    let required = std::env::var("FLANNEL_TEST_REQUIRE_ROOT").is_ok_and(|value| value == "1");
+    assert!(
+        !required,
+        "this test needs root, and FLANNEL_TEST_REQUIRE_ROOT=1"
+    );
+    eprintln!("skipped: this test needs root");
+    false
+}
+
+fn add_switch(underlay: &Netns, uplink: u8, mtu: u32) -> anyhow::Result<()> {
+    // No snooping: the querier's silence must not filter a test's multicast.
+    underlay.ip(&format!(
+        "link add br{uplink} mtu {mtu} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"
+    ))?;
+    underlay.ip(&format!(
+        "addr add 192.168.{}.1/24 dev br{uplink}",
+        77 + uplink
+    ))?;
+    underlay.ip(&format!("link set br{uplink} up"))?;
+    Ok(())
+}
+
+/// Connects `ifname` of `ns` to a new port of a bridge of the underlay.
+pub(crate) fn plug_in(
+    underlay: &Netns,
+    bridge: &str,
+    port: &str,
+    ns: &Netns,
+    ifname: &str,
+) -> anyhow::Result<()> {
+    let mac = crate::mac_text(crate::mac_for(&format!("{}/{ifname}", ns.name())));
+    let mtu = crate::json::link(underlay, bridge)?["mtu"].clone();
+    underlay.ip(&format!(
+        "link add {port} mtu {mtu} type veth peer name {ifname} address {mac} mtu {mtu} netns {}",
+        ns.name()
+    ))?;
+    underlay.ip(&format!("link set {port} master {bridge} up"))?;
+    ns.ip(&format!("link set {ifname} up"))?;
+    Ok(())
+}
