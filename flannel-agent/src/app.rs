@@ -18,17 +18,18 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    cli::{Args, DeviceChoice, EXIT_KERNEL, EXIT_STORE, EXIT_USAGE},
-    datapath::{self, Rung},
+    cli::{Args, EXIT_KERNEL, EXIT_STORE, EXIT_USAGE},
+    datapath,
     dataplane::{
-        Dataplane, DataplaneError,
+        DataplaneError,
         netlink::{Netlink, NetlinkError},
     },
+    device::{Site, Up},
     files::{self, FileError},
     leases::{ErrorKind, LeaseError, Offer, Store, View},
     preflight::Capabilities,
     reconcile::{Loop, Readiness},
-    state::{Datapath, Mode, State},
+    state::State,
     telemetry::chain,
 };
 
@@ -72,9 +73,17 @@ pub enum StartError {
     /// A change to the kernel failed.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),
-    /// `--datapath=bpf`, and it cannot be.
-    #[error("--datapath=bpf was asked for, but {0}")]
-    NoBpf(String),
+    /// Flags that ask for eBPF, and it cannot be.
+    #[error("{flag} was asked for, but {reason}")]
+    NoBpf {
+        /// What was asked for.
+        flag: &'static str,
+        /// Why not.
+        reason: String,
+    },
+    /// Flags that exclude each other.
+    #[error("{0}")]
+    Flags(&'static str),
     /// Neither vxlan nor eBPF.
     #[error(
         "this node has no way to carry the overlay: {vxlan}; and {bpf}. Install the vxlan module (Debian: linux-modules or linux-image, \
@@ -99,12 +108,13 @@ impl StartError {
             | Self::Config { .. }
             | Self::Unsupported { .. }
             | Self::Mark(_)
+            | Self::Flags(_)
             | Self::File(_) => EXIT_USAGE,
             Self::Lease(error) if error.kind() == ErrorKind::Config => EXIT_USAGE,
             Self::Lease(_) => EXIT_STORE,
             Self::Netlink(_)
             | Self::Dataplane(_)
-            | Self::NoBpf(_)
+            | Self::NoBpf { .. }
             | Self::NoPath { .. }
             | Self::NoPrivilege => EXIT_KERNEL,
         }
@@ -113,6 +123,7 @@ impl StartError {
 
 /// Runs until cancelled.
 pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartError> {
+    args.check().map_err(StartError::Flags)?;
     let net = Netlink::open()?;
     let uplink = choose_uplink(args, &net).await?;
     files::check_writable(&args.subnet_file)?;
@@ -133,6 +144,8 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
         .public_ip
         .ok_or_else(|| unsupported(&store, "the uplink has no IPv4 address"))?;
     let local = uplink.local_v4().unwrap_or(public_ip);
+    let name = mark::device_name(conf.backend.vxlan.vni);
+    mark::check_name(&name)?;
     let mtu = config::tunnel_mtu(&conf, uplink.mtu).map_err(|source| StartError::Config {
         origin: store.describe(),
         source,
@@ -149,16 +162,9 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     }
     // Checked to the end: from here on the node is changed.
     let ethernet = net.is_ethernet(uplink.index).await?;
-    let rung = datapath::choose(args, &conf, ethernet)?;
-    if let Rung::Kernel(reason) = &rung {
-        tracing::warn!(
-            reason,
-            "the kernel's vxlan device carries the overlay, without eBPF"
-        );
-    }
     let identity = Args::identity(Some(public_ip));
-    let name = mark::device_name(conf.backend.vxlan.vni);
     let mac = choose_mac(&net, &store, &name, &identity).await?;
+    let rung = datapath::choose(args, &conf, ethernet)?;
     let tunnel = Tunnel {
         name: name.clone(),
         kind: vxlan(&conf, &uplink, local),
@@ -167,22 +173,18 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
         address: None,
         network: family.network,
     };
-    let mut node = Node {
+    let site = Site {
         args,
         conf: &conf,
         uplink: &uplink,
-        rung,
-        tunnel,
-        dataplane: None,
-        desired: None,
-        path: None,
+        net: &net,
+        local,
     };
-    node.bring_up_device(&net, local).await?;
-    let (Some(dataplane), Some(mut desired), Some(path)) =
-        (node.dataplane, node.desired, node.path)
-    else {
-        return Err(StartError::NoPrivilege);
-    };
+    let Up {
+        dataplane,
+        mut desired,
+        path,
+    } = site.bring_up(rung, tunnel).await?;
 
     let previous = previous_subnet(&args.subnet_file);
     let attrs = LeaseAttrs::vxlan_v4(public_ip, conf.backend.vxlan.vni.get(), mac);
@@ -221,6 +223,7 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
         ..View::default()
     });
     let keeper = tokio::spawn(store.run(held, offers, views_in, cancel.clone()));
+    datapath::retire(&net, &state).await;
     let ready = Readiness::new(args.subnet_file.clone());
     Loop::new(dataplane, desired, views, state, ready)
         .run(cancel)
@@ -353,135 +356,4 @@ fn previous_subnet(subnet_file: &Path) -> Option<SubnetKey> {
         tracing::debug!(file = %subnet_file.display(), "{warning}");
     }
     previous.subnet.map(SubnetKey::from_v4)
-}
-
-/// The parts of a node on their way up.
-struct Node<'a> {
-    args: &'a Args,
-    conf: &'a NetConf,
-    uplink: &'a Uplink,
-    rung: Rung,
-    tunnel: Tunnel,
-    dataplane: Option<Dataplane>,
-    desired: Option<Desired>,
-    path: Option<Datapath>,
-}
-
-impl Node<'_> {
-    /// Creates or adopts the device. Where the kernel has no vxlan, and eBPF can do without, a veth pair takes its name.
-    async fn bring_up_device(&mut self, net: &Netlink, local: Ipv4Addr) -> Result<(), StartError> {
-        let rung = std::mem::replace(&mut self.rung, Rung::Kernel(String::new()));
-        let (bpf, kernel_reason) = match rung {
-            Rung::Bpf(bpf) => (Some(*bpf), None),
-            Rung::Kernel(reason) => (None, Some(reason)),
-        };
-        let mut refused = (self.args.bpf_device == DeviceChoice::Veth)
-            .then(|| "--bpf-device=veth was given".to_owned());
-        if refused.is_none() {
-            refused = self.try_vxlan(net).await?;
-        }
-        if let Some(vxlan) = &refused {
-            if let Some(bpf_reason) = kernel_reason {
-                return Err(StartError::NoPath {
-                    vxlan: vxlan.clone(),
-                    bpf: bpf_reason,
-                });
-            }
-            let peer = mark::peer_device_name(self.conf.backend.vxlan.vni)?;
-            tracing::warn!(
-                reason = vxlan,
-                "no kernel vxlan device: eBPF carries the overlay alone"
-            );
-            self.tunnel.kind = DeviceKind::Veth { peer };
-        }
-        let settings = match &bpf {
-            Some(bpf) => datapath::settings(bpf, self.conf, self.uplink, refused.is_some()),
-            None => None,
-        };
-        self.path = Some(Datapath {
-            mode: if bpf.is_some() {
-                Mode::Bpf
-            } else {
-                Mode::Kernel
-            },
-            reason: kernel_reason.unwrap_or_else(|| "eBPF is permitted and works".into()),
-            device: if refused.is_some() { "veth" } else { "vxlan" }.into(),
-            attach: bpf
-                .as_ref()
-                .map(|bpf| bpf.attach_mode().as_str().to_owned()),
-        });
-        self.desired = Some(Desired {
-            tunnel: self.tunnel.clone(),
-            own: Default::default(),
-            peers: None,
-            bpf: settings,
-        });
-        self.dataplane = Some(Dataplane::new(net.clone(), bpf, local));
-        Ok(())
-    }
-
-    /// Whether the kernel makes vxlan devices: `None` if it does (one is there then), else why not.
-    async fn try_vxlan(&self, net: &Netlink) -> Result<Option<String>, StartError> {
-        if let Some(device) = net.device(&self.tunnel.name).await? {
-            if matches!(device.kind, ObservedKind::Vxlan { .. }) {
-                return Ok(None);
-            }
-            if self.args.bpf_device == DeviceChoice::Auto
-                && matches!(device.kind, ObservedKind::Veth { .. })
-            {
-                return self.try_elsewhere(net).await;
-            }
-            // The planner says what is wrong with it.
-            return Ok(None);
-        }
-        match net.create_device(&self.tunnel).await {
-            Ok(()) => {
-                tracing::info!("create device {}", self.tunnel.name);
-                Ok(None)
-            }
-            Err(error)
-                if error.errno() == Some(libc::EOPNOTSUPP)
-                    && self.args.bpf_device == DeviceChoice::Auto =>
-            {
-                Ok(Some(format!(
-                    "the kernel refuses vxlan devices ({})",
-                    chain(&error)
-                )))
-            }
-            Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => Err(StartError::NoPath {
-                vxlan: chain(&error),
-                bpf: "--bpf-device=vxlan forbids doing without".into(),
-            }),
-            Err(error) if error.errno() == Some(libc::EEXIST) => Err(StartError::Unsupported {
-                origin: "this node".into(),
-                reason: format!(
-                    "{}: another vxlan device has the same VNI and port: remove it or choose another VNI",
-                    chain(&error)
-                ),
-            }),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// Our veth pair has the name; a vxlan device under a passing name tells whether the kernel has learnt better since.
-    async fn try_elsewhere(&self, net: &Netlink) -> Result<Option<String>, StartError> {
-        let passing = Tunnel {
-            name: format!("{}~", self.tunnel.name),
-            mac: None,
-            ..self.tunnel.clone()
-        };
-        match net.create_device(&passing).await {
-            Ok(()) => {
-                if let Some(index) = net.index(&passing.name).await? {
-                    net.delete_device(index).await?;
-                }
-                Ok(None)
-            }
-            Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => Ok(Some(format!(
-                "the kernel refuses vxlan devices ({})",
-                chain(&error)
-            ))),
-            Err(error) => Err(error.into()),
-        }
-    }
 }

@@ -1,12 +1,21 @@
 //! Choosing the rung: what the flags ask for, what this process may do, what this kernel can.
 
-use flannel_core::{addr::Vni, config::NetConf, iface::Uplink, plan::Settings};
+use flannel_core::{
+    addr::IfIndex,
+    config::NetConf,
+    iface::Uplink,
+    plan::{Hook, Settings},
+};
 
 use crate::{
     app::StartError,
     cli::{Args, AttachChoice, DatapathChoice},
-    dataplane::bpf::{self, AttachMode, Bpf, BpfError, Instance, LoadOptions},
+    dataplane::{
+        bpf::{self, AttachMode, Bpf, BpfError, Instance, LoadOptions},
+        netlink::Netlink,
+    },
     preflight::Capabilities,
+    state::{Mode, State},
     telemetry::chain,
 };
 
@@ -25,9 +34,7 @@ pub(crate) enum Rung {
 /// Loads the eBPF half where the flags, the privileges and the kernel allow it. With `--datapath=auto` every obstacle ends in the
 /// kernel's device; with `bpf` it is an error.
 pub(crate) fn choose(args: &Args, conf: &NetConf, ethernet: bool) -> Result<Rung, StartError> {
-    let vni = conf.backend.vxlan.vni;
     if args.datapath == DatapathChoice::Kernel {
-        retire(vni);
         return Ok(Rung::Kernel("--datapath=kernel".into()));
     }
     let obstacle = match obstacle(conf, ethernet) {
@@ -38,9 +45,11 @@ pub(crate) fn choose(args: &Args, conf: &NetConf, ethernet: bool) -> Result<Rung
         },
     };
     if args.datapath == DatapathChoice::Bpf {
-        return Err(StartError::NoBpf(obstacle));
+        return Err(StartError::NoBpf {
+            flag: "--datapath=bpf",
+            reason: obstacle,
+        });
     }
-    retire(vni);
     Ok(Rung::Kernel(obstacle))
 }
 
@@ -128,22 +137,63 @@ fn load(args: &Args, conf: &NetConf) -> Result<Bpf, BpfError> {
     })
 }
 
-/// Programs of an earlier run would go on with peers that nobody updates any more. Where there are none nothing is touched.
-fn retire(vni: Vni) {
-    let instance = match Instance::of(vni) {
-        Ok(instance) if instance.dir().exists() => instance,
-        Ok(_) => return,
+/// Says that there is no eBPF, and why: a warning, unless it was asked for.
+pub(crate) fn announce_kernel(args: &Args, reason: &str) {
+    if args.datapath == DatapathChoice::Kernel {
+        tracing::info!(reason, "the kernel's vxlan device carries the overlay");
+    } else {
+        tracing::warn!(
+            reason,
+            "the kernel's vxlan device carries the overlay, without eBPF"
+        );
+    }
+}
+
+/// Detaches what an earlier run left attached and this one does not use: all of it without eBPF, else the filter on an uplink
+/// that is no longer ours. It would go on with peers that nobody updates any more. Where there is nothing, nothing is touched.
+///
+/// `state` is the one about to be written; the file still holds the earlier one.
+pub(crate) async fn retire(net: &Netlink, state: &State) {
+    let earlier = State::read(&state.subnet_file).ok().flatten();
+    let old_uplink = earlier.map(|earlier| earlier.uplink_index);
+    let old_uplink = old_uplink.filter(|index| *index != state.uplink_index);
+    if let Some(index) = old_uplink {
+        retire_filter(net, Hook::FromWire, index).await;
+    }
+    if state.datapath.mode == Mode::Bpf {
+        return;
+    }
+    match Instance::of(state.vni) {
+        Ok(instance) if instance.dir().exists() => match instance.remove() {
+            Ok(()) => {
+                tracing::info!(dir = %instance.dir().display(), "detached the eBPF programs of an earlier run");
+            }
+            Err(error) => tracing::warn!(
+                error = chain(&error),
+                "detach the eBPF programs of an earlier run"
+            ),
+        },
+        Ok(_) => {}
         Err(error) => {
-            return tracing::debug!(error = chain(&error), "look for programs of an earlier run");
+            tracing::debug!(error = chain(&error), "look for programs of an earlier run");
         }
+    }
+    retire_filter(net, Hook::FromWire, state.uplink_index).await;
+    if let Ok(Some(index)) = net.index(&state.device).await {
+        retire_filter(net, Hook::ToOverlay, index).await;
+    }
+}
+
+async fn retire_filter(net: &Netlink, hook: Hook, index: IfIndex) {
+    // No filter, or no such interface any more.
+    let Ok(Some(_program)) = net.filter_program(hook, index).await else {
+        return;
     };
-    match instance.remove() {
-        Ok(()) => {
-            tracing::info!(dir = %instance.dir().display(), "detached the eBPF programs of an earlier run")
-        }
+    match bpf::delete_filter(hook, index) {
+        Ok(()) => tracing::info!(%hook, ifindex = index.get(), "detached the tc filter of an earlier run"),
         Err(error) => tracing::warn!(
             error = chain(&error),
-            "detach the eBPF programs of an earlier run"
+            "detach the tc filter of an earlier run"
         ),
     }
 }

@@ -17,6 +17,7 @@ pub mod app;
 pub mod cli;
 mod datapath;
 pub mod dataplane;
+mod device;
 pub mod files;
 pub mod leases;
 mod preflight;

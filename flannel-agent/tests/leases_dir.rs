@@ -9,8 +9,8 @@ use std::{
     time::Duration,
 };
 
-use flannel_agent::leases::{DirOptions, ErrorKind, Offer, Outcome, Store, StoreConfig};
-use lease_rig::{Agent, CONF, FIVE, Log, PATIENCE, attrs, key, offer, snapshot};
+use flannel_agent::leases::{DirOptions, ErrorKind, Outcome, Store, StoreConfig};
+use lease_rig::{Agent, CONF, FIVE, Log, PATIENCE, attrs, key, offer, snapshot, with_previous};
 use tempfile::TempDir;
 use tokio::{task::JoinSet, time::timeout};
 
@@ -68,13 +68,6 @@ async fn until(what: &str, wanted: impl Fn() -> bool) {
         }
     };
     assert!(timeout(PATIENCE, seen).await.is_ok(), "{what}: not in time");
-}
-
-fn with_previous(offer: Offer, subnet: &str) -> Offer {
-    Offer {
-        previous: Some(key(subnet)),
-        ..offer
-    }
 }
 
 #[tokio::test]

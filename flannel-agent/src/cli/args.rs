@@ -202,6 +202,16 @@ pub enum AttachChoice {
 }
 
 impl Args {
+    /// Finds flags that exclude each other.
+    pub fn check(&self) -> Result<(), &'static str> {
+        if self.datapath == DatapathChoice::Kernel && self.bpf_device == DeviceChoice::Veth {
+            return Err(
+                "--bpf-device=veth needs eBPF, which --datapath=kernel forbids: leave out one of the two",
+            );
+        }
+        Ok(())
+    }
+
     /// Which lease store the flags ask for.
     pub fn store(&self) -> StoreConfig {
         match &self.lease_dir {

@@ -166,6 +166,10 @@ impl Dataplane {
     pub async fn apply(&mut self, op: &Op, kind: &DeviceKind) -> Result<(), DataplaneError> {
         let net = &self.net;
         match op {
+            Op::Attach { hook, ifindex } => {
+                let filter = net.filter_program(*hook, *ifindex).await?;
+                self.bpf_for(op)?.attach(*hook, *ifindex, filter)?;
+            }
             Op::CreateDevice(tunnel) => net.create_device(tunnel).await?,
             Op::DeleteDevice { index, .. } => net.delete_device(*index).await?,
             Op::SetMtu { index, mtu } => net.set_mtu(*index, *mtu).await?,
@@ -196,7 +200,6 @@ impl Dataplane {
             Op::PutSubnet { index, id } => self.bpf_for(op)?.put_subnet(*index, *id)?,
             Op::ClearSubnet { index } => self.bpf_for(op)?.clear_subnet(*index)?,
             Op::PutSettings(settings) => self.bpf_for(op)?.put_settings(settings)?,
-            Op::Attach { hook, ifindex } => self.bpf_for(op)?.attach(*hook, *ifindex)?,
         }
         Ok(())
     }

@@ -136,6 +136,8 @@ pub enum LeaseError {
 
 /// gRPC `UNAUTHENTICATED`.
 pub(super) const UNAUTHENTICATED: i32 = 16;
+/// gRPC `NOT_FOUND`.
+pub(super) const NOT_FOUND: i32 = 5;
 const INVALID_ARGUMENT: i32 = 3;
 const PERMISSION_DENIED: i32 = 7;
 const FAILED_PRECONDITION: i32 = 9;
@@ -184,7 +186,10 @@ impl LeaseError {
     pub(super) fn is_logged(&self) -> bool {
         matches!(
             self,
-            LeaseError::Unreachable { .. } | LeaseError::Timeout { .. } | LeaseError::Answer { .. }
+            LeaseError::Unreachable { .. }
+                | LeaseError::Timeout { .. }
+                | LeaseError::Pem { .. }
+                | LeaseError::NoSystemRoots { .. }
         )
     }
 

@@ -276,10 +276,15 @@ impl EtcdLeases {
         }
     }
 
-    /// Notes an etcd lease that may be unused, for [`Self::revoke_orphans`].
-    fn orphaned(&self, id: Option<i64>) {
-        let mut orphans = self.orphans.lock().unwrap_or_else(PoisonError::into_inner);
-        orphans.extend(id);
+    /// Sees to an etcd lease granted for a write that failed. Without an answer the write may have been executed:
+    /// then the lease waits for [`Self::revoke_orphans`].
+    async fn not_written(&self, error: &LeaseError, lease: Option<i64>) {
+        if let (LeaseError::Answer { .. }, Some(id)) = (error, lease) {
+            self.revoke(id).await;
+        } else {
+            let mut orphans = self.orphans.lock().unwrap_or_else(PoisonError::into_inner);
+            orphans.extend(lease);
+        }
     }
 
     /// Gives back what earlier failures left, now that etcd answers again.
@@ -302,8 +307,9 @@ impl EtcdLeases {
                 client.lease_revoke(id).await
             })
             .await;
-        if let Err(error) = revoked {
-            tracing::debug!(error = %error.chain(), "an unused lease stays");
+        match revoked {
+            Ok(_) => tracing::debug!(lease = format!("{id:x}"), "gave back an unused lease"),
+            Err(error) => tracing::debug!(error = %error.chain(), "an unused lease stays"),
         }
     }
 }

@@ -45,6 +45,14 @@ pub(crate) fn offer(node: u8, conf: &str) -> Offer {
     }
 }
 
+/// The offer of a node that held `subnet` before its restart.
+pub(crate) fn with_previous(offer: Offer, subnet: &str) -> Offer {
+    Offer {
+        previous: Some(key(subnet)),
+        ..offer
+    }
+}
+
 pub(crate) fn key(text: &str) -> SubnetKey {
     text.parse().expect("subnet key")
 }

@@ -277,7 +277,7 @@ pub(super) fn plan(input: &Input<'_>, plan: &mut Plan, deletes: &mut Vec<Op>) {
 }
 
 /// A node that changes gets a new entry, and its subnet is then pointed at that: array entries are not written atomically, an
-/// index of four bytes is.
+/// index of four bytes is. A subnet for which there is no free entry keeps its old one until this pass's deletions have made room.
 fn plan_nodes(
     input: &Input<'_>,
     peers: &BTreeMap<IpNet, Peer>,
@@ -288,6 +288,12 @@ fn plan_nodes(
     let have = input.have;
     let mut wanted: BTreeMap<u32, Node> = BTreeMap::new();
     for (subnet, peer) in peers {
+        if input.observed.loops(peer.vtep) {
+            plan.problems.push(format!(
+                "peer {} with {subnet} is reached through {} itself: its PublicIP must not be inside the overlay",
+                peer.vtep, input.desired.tunnel.name
+            ));
+        }
         match (indexes(input.want, subnet), node(input, peer, own_mac)) {
             (Some(range), Some(node)) => wanted.extend(range.map(|index| (index, node))),
             _ if input.want.alone => plan.problems.push(format!(
@@ -310,16 +316,17 @@ fn plan_nodes(
         .filter_map(|(index, node)| is_kept(index, node))
         .copied()
         .collect();
-    let mut free = (1..have.node_capacity).filter(|id| !have.nodes.contains_key(id));
+    // An empty entry that something points at is not free: its subnet would go to whoever gets it.
+    let pointed: BTreeSet<NodeId> = have.subnets.values().copied().collect();
+    let mut free =
+        (1..have.node_capacity).filter(|id| !have.nodes.contains_key(id) && !pointed.contains(id));
+    let mut waiting = Vec::new();
     for (index, node) in &wanted {
         if is_kept(index, node).is_some() {
             continue;
         }
         let Some(id) = free.next() else {
-            plan.problems.push(format!(
-                "no free entry among {} for {}: restart the agent to resize the map",
-                have.node_capacity, node.remote
-            ));
+            waiting.push((*index, node.remote));
             continue;
         };
         used.insert(id);
@@ -332,6 +339,30 @@ fn plan_nodes(
         .filter(|index| !wanted.contains_key(index))
     {
         deletes.push(Op::ClearSubnet { index: *index });
+    }
+    let old = |index: &u32| have.subnets.get(index).copied();
+    let kept: BTreeSet<NodeId> = waiting.iter().filter_map(|(index, _)| old(index)).collect();
+    let room_comes = deletes
+        .iter()
+        .any(|op| matches!(op, Op::ClearSubnet { .. }))
+        || have
+            .nodes
+            .keys()
+            .any(|id| !used.contains(id) && !kept.contains(id));
+    if room_comes {
+        used.extend(kept);
+    } else {
+        // Only the waiting subnets themselves can make room. Better no entry for a moment than an old one for good.
+        for (index, remote) in &waiting {
+            if old(index).is_some() {
+                deletes.push(Op::ClearSubnet { index: *index });
+            } else {
+                plan.problems.push(format!(
+                    "no free entry among {} for {remote}: restart the agent to resize the map",
+                    have.node_capacity
+                ));
+            }
+        }
     }
     for id in have.nodes.keys().filter(|id| !used.contains(id)) {
         deletes.push(Op::ClearNode { id: *id });
@@ -357,7 +388,7 @@ fn node(input: &Input<'_>, peer: &Peer, own_mac: VtepMac) -> Option<Node> {
     let IpAddr::V4(remote) = peer.vtep else {
         return None;
     };
-    let way = input.observed.underlay.get(&peer.vtep);
+    let way = input.observed.way(peer.vtep);
     Some(Node {
         remote,
         local: input.want.local,

@@ -110,10 +110,7 @@ pub fn peers_of<'a>(
             Ok(peer) => {
                 peers.insert(IpNet::V4(subnet), peer);
             }
-            Err(reason) => problems.push(PeerProblem {
-                key: key.clone(),
-                reason,
-            }),
+            Err(reason) => problems.push(PeerProblem { key: *key, reason }),
         }
     }
     (peers, problems)

@@ -9,7 +9,10 @@ use flannel_common::OVERHEAD_V4;
 use ipnet::IpNet;
 
 use super::{Desired, Device, DeviceKind, Observed, ObservedKind, Op, Peer, Plan, Route};
-use crate::mark;
+use crate::{
+    addr::{Mtu, VtepMac},
+    mark,
+};
 
 /// Plans the device itself. Returns it once it is fit to carry peers.
 pub(super) fn plan_device<'a>(
@@ -41,7 +44,7 @@ pub(super) fn plan_device<'a>(
         }
     }
     // A device that came back with another MAC (made by hand, or udev's policy) would be deaf to its peers.
-    if let Some(mac) = tunnel.mac.filter(|mac| *mac != device.mac) {
+    if let Some(mac) = new_mac(desired, device) {
         plan.ops.push(Op::SetMac {
             index: device.index,
             mac,
@@ -141,32 +144,80 @@ fn fit(want: &DeviceKind, have: &ObservedKind) -> Fit {
     }
 }
 
+/// The MAC address that the device must get, if it has another one.
+fn new_mac(desired: &Desired, device: &Device) -> Option<VtepMac> {
+    desired.tunnel.mac.filter(|mac| *mac != device.mac)
+}
+
+/// Puts back the neighbours that a change of the device's MAC takes away, while nobody can say which of them are right.
+///
+/// The kernel drops all neighbours of a device whose MAC changes, permanent ones too (`neigh_changeaddr`, seen on 6.18); routes and
+/// forwarding entries stay.
+pub(super) fn restore_neighbours(desired: &Desired, device: &Device, puts: &mut Vec<Op>) {
+    if new_mac(desired, device).is_none() {
+        return;
+    }
+    for (address, mac) in &device.neighbours {
+        puts.push(Op::PutNeighbour {
+            address: *address,
+            mac: *mac,
+        });
+    }
+}
+
 /// Plans forwarding entries, neighbours and routes.
 pub(super) fn plan_peers(
     desired: &Desired,
     observed: &Observed,
     device: &Device,
     peers: &BTreeMap<IpNet, Peer>,
-    puts: &mut Vec<Op>,
+    plan: &mut Plan,
     deletes: &mut Vec<Op>,
 ) {
+    let Plan {
+        ops: puts,
+        problems,
+    } = plan;
     let has_fdb = matches!(desired.tunnel.kind, DeviceKind::Vxlan { .. });
-    let mut macs = BTreeMap::new();
+    let own_mac = desired.tunnel.mac.unwrap_or(device.mac);
+    // By the time these ops run, a change of the device's MAC has taken all neighbours away, see `restore_neighbours`.
+    let none = BTreeMap::new();
+    let neighbours = match new_mac(desired, device) {
+        Some(_) => &none,
+        None => &device.neighbours,
+    };
+    let mut macs: BTreeMap<VtepMac, IpAddr> = BTreeMap::new();
     let mut gateways = BTreeSet::new();
     for (subnet, peer) in peers {
         let gateway = subnet.network();
         gateways.insert(gateway);
         // Forwarding entry first: a neighbour with a MAC that nobody forwards would swallow packets.
-        if has_fdb
-            && macs.insert(peer.mac, peer.vtep).is_none()
-            && device.fdb.get(&peer.mac) != Some(&peer.vtep)
-        {
-            puts.push(Op::PutFdb {
-                mac: peer.mac,
-                vtep: peer.vtep,
-            });
+        if has_fdb {
+            if peer.mac == own_mac {
+                // `vxlan_rcv` drops frames that seem to come from the device itself.
+                problems.push(format!(
+                    "peer {} with {subnet} has the MAC address {own_mac} of this node's own device, which hears nothing from it: delete the lease if it is an older one of this node, else give one of the two nodes' devices another MAC address",
+                    peer.vtep
+                ));
+            }
+            match macs.get(&peer.mac) {
+                None => {
+                    macs.insert(peer.mac, peer.vtep);
+                    if device.fdb.get(&peer.mac) != Some(&peer.vtep) {
+                        puts.push(Op::PutFdb {
+                            mac: peer.mac,
+                            vtep: peer.vtep,
+                        });
+                    }
+                }
+                Some(vtep) if *vtep != peer.vtep => problems.push(format!(
+                    "peer {} with {subnet} has the MAC address {} of peer {vtep}, which gets its packets: delete the older lease if they are one node, else give one of the two nodes' devices another MAC address",
+                    peer.vtep, peer.mac
+                )),
+                Some(_) => {}
+            }
         }
-        if device.neighbours.get(&gateway) != Some(&peer.mac) {
+        if neighbours.get(&gateway) != Some(&peer.mac) {
             puts.push(Op::PutNeighbour {
                 address: gateway,
                 mac: peer.mac,
@@ -188,8 +239,7 @@ pub(super) fn plan_peers(
     {
         deletes.push(Op::DelRoute { subnet: *subnet });
     }
-    for address in device
-        .neighbours
+    for address in neighbours
         .keys()
         .filter(|address| !gateways.contains(address))
     {
@@ -214,9 +264,10 @@ fn route_mtu(desired: &Desired, observed: &Observed, vtep: IpAddr) -> Option<u32
         return None;
     }
     let path = observed
-        .underlay
-        .get(&vtep)?
+        .way(vtep)?
         .mtu
-        .saturating_sub(OVERHEAD_V4);
+        .saturating_sub(OVERHEAD_V4)
+        // A route whose MTU is zero has none, and would be set again and again.
+        .max(Mtu::MIN);
     (path < desired.tunnel.mtu.get()).then_some(path)
 }

@@ -44,15 +44,11 @@ pub fn plan(desired: &Desired, observed: &Observed) -> Plan {
         .as_ref()
         .map(|peers| desired::usable(desired, peers, &mut plan.problems));
     let mut deletes = Vec::new();
-    if let Some(peers) = &peers {
-        kernel::plan_peers(
-            desired,
-            observed,
-            device,
-            peers,
-            &mut plan.ops,
-            &mut deletes,
-        );
+    match &peers {
+        Some(peers) => {
+            kernel::plan_peers(desired, observed, device, peers, &mut plan, &mut deletes);
+        }
+        None => kernel::restore_neighbours(desired, device, &mut plan.ops),
     }
     if let (Some(want), Some(have)) = (&desired.bpf, &observed.bpf) {
         bpf::plan(

@@ -25,6 +25,29 @@ pub struct Observed {
     pub bpf: Option<BpfState>,
 }
 
+impl Observed {
+    /// The way to a VTEP. One that leads through the tunnel itself is none: packets would be wrapped without end, and a route's
+    /// MTU would shrink with every look.
+    pub(super) fn way(&self, vtep: IpAddr) -> Option<&NextHop> {
+        self.underlay
+            .get(&vtep)
+            .filter(|way| !self.is_tunnel(way.ifindex))
+    }
+
+    /// Tells whether a VTEP is reached through the tunnel itself.
+    pub(super) fn loops(&self, vtep: IpAddr) -> bool {
+        self.underlay
+            .get(&vtep)
+            .is_some_and(|way| self.is_tunnel(way.ifindex))
+    }
+
+    fn is_tunnel(&self, index: IfIndex) -> bool {
+        self.device
+            .as_ref()
+            .is_some_and(|device| device.index == index)
+    }
+}
+
 /// The device that has the tunnel's name, with everything that hangs on it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {

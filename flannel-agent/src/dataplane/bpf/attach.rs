@@ -47,12 +47,28 @@ impl AttachMode {
 }
 
 impl Bpf {
-    /// Attaches a program, or replaces the one of an earlier run.
-    pub fn attach(&mut self, hook: Hook, ifindex: IfIndex) -> Result<(), BpfError> {
+    /// Attaches a program, or replaces the one of an earlier run. What an earlier run attached the other way goes once the new
+    /// one is in place; until then both run the same rules, and the first to take a packet keeps it.
+    ///
+    /// `filter` is the program that our clsact filter runs there, which only netlink knows.
+    pub fn attach(
+        &mut self,
+        hook: Hook,
+        ifindex: IfIndex,
+        filter: Option<u32>,
+    ) -> Result<(), BpfError> {
         let interface = name_of(ifindex)?;
         match self.attach {
-            AttachMode::Tcx => self.attach_tcx(hook, &interface)?,
-            AttachMode::Clsact => self.attach_clsact(hook, &interface)?,
+            AttachMode::Tcx => {
+                self.attach_tcx(hook, &interface)?;
+                if filter.is_some() {
+                    delete_filter(hook, ifindex)?;
+                }
+            }
+            AttachMode::Clsact => {
+                self.attach_clsact(hook, &interface)?;
+                remove_pin(&self.instance.link(hook))?;
+            }
         }
         self.instance.remove_old_maps();
         Ok(())
@@ -139,11 +155,7 @@ impl Bpf {
             reason: "the kernel made no link".into(),
         })?;
         // The new link is attached: only now may the old one go.
-        match fs::remove_file(&pin) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(pin_error("remove", &pin, error)),
-        }
+        remove_pin(&pin)?;
         link.pin(&pin)
             .map_err(|error| pin_error("pin", &pin, io::Error::other(error)))?;
         Ok(())
@@ -185,6 +197,16 @@ impl Bpf {
         // Dropping it would delete the filter, which is meant to outlive the agent.
         std::mem::forget(link);
         Ok(())
+    }
+}
+
+/// Removes a pinned link, and with it what it holds attached.
+fn remove_pin(pin: &Path) -> Result<(), BpfError> {
+    match fs::remove_file(pin) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(pin_error("remove", pin, error))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -55,6 +55,8 @@ pub struct Bpf {
     /// Entries that a full scan or our own writes found in use: what a quick look needs to read.
     used_subnets: BTreeSet<u32>,
     used_nodes: BTreeSet<NodeId>,
+    /// Whether there was nothing of an earlier run.
+    fresh: bool,
 }
 
 impl std::fmt::Debug for Bpf {
@@ -65,7 +67,24 @@ impl std::fmt::Debug for Bpf {
 
 impl Bpf {
     /// Loads the programs with the pinned maps of an earlier run, where they fit, and asks the kernel what it can do.
+    /// If that fails where nothing was before, nothing is left behind.
     pub fn load(options: &LoadOptions) -> Result<Self, BpfError> {
+        let fresh = !options.instance.dir().exists();
+        let loaded = Self::load_pinned(options, fresh);
+        if loaded.is_err() && fresh {
+            remove(&options.instance);
+        }
+        loaded
+    }
+
+    /// Gives it up before anything was attached: what this load has made goes, what an earlier run made stays.
+    pub fn discard(self) {
+        if self.fresh {
+            remove(&self.instance);
+        }
+    }
+
+    fn load_pinned(options: &LoadOptions, fresh: bool) -> Result<Self, BpfError> {
         let LoadOptions {
             instance,
             subnet_count,
@@ -119,6 +138,7 @@ impl Bpf {
             node_capacity,
             used_subnets: BTreeSet::new(),
             used_nodes: BTreeSet::new(),
+            fresh,
         })
     }
 
@@ -228,6 +248,12 @@ impl Bpf {
         self.config
             .set(0, settings.encode(), 0)
             .map_err(|source| BpfError::write("config", 0, source))
+    }
+}
+
+fn remove(instance: &Instance) {
+    if let Err(error) = instance.remove() {
+        tracing::debug!(dir = %instance.dir().display(), %error, "remove what a failed start has pinned");
     }
 }
 

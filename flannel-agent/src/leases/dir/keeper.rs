@@ -33,7 +33,10 @@ enum Verdict {
     /// The file is gone.
     Lost,
     /// The file names another node.
-    Taken(LeaseAttrs),
+    Taken {
+        by: LeaseAttrs,
+        revision: i64,
+    },
     /// The file names us, and somebody else wrote it.
     Touched,
 }
@@ -53,6 +56,7 @@ struct Keeper<'a> {
     outage: Outage,
     scan_error: Option<String>,
     own_error: Option<String>,
+    loss_reported: Option<i64>,
     contest: Contest,
 }
 
@@ -77,6 +81,7 @@ pub(super) async fn run(
         outage: Outage::default(),
         scan_error: None,
         own_error: None,
+        loss_reported: None,
         contest: Contest::default(),
     };
     let mut offers_open = true;
@@ -208,9 +213,10 @@ impl Keeper<'_> {
                 }
             }
             Some(entry) => match &entry.attrs {
-                Some(attrs) if !is_ours(attrs, &self.offer.identity) => {
-                    Verdict::Taken(attrs.clone())
-                }
+                Some(attrs) if !is_ours(attrs, &self.offer.identity) => Verdict::Taken {
+                    by: attrs.clone(),
+                    revision: entry.mod_revision,
+                },
                 _ => Verdict::Touched,
             },
         }
@@ -223,17 +229,18 @@ impl Keeper<'_> {
         let done = match self.verdict() {
             Verdict::Fine => {
                 self.own_error = None;
+                self.loss_reported = None;
                 return;
             }
             Verdict::Outdated => self.write().await,
             Verdict::Lost => {
-                if first {
+                if self.is_news(0) {
                     warn!(%subnet, "our lease file was removed, acquiring it again");
                 }
                 self.acquire_again(Some(subnet)).await
             }
-            Verdict::Taken(by) => {
-                if first {
+            Verdict::Taken { by, revision } => {
+                if self.is_news(revision) {
                     error!(
                         %subnet,
                         ours = addresses(&self.offer.attrs),
@@ -267,6 +274,11 @@ impl Keeper<'_> {
                 self.scan_at = Instant::now() + self.backoff.next_wait();
             }
         }
+    }
+
+    /// Whether a loss, to the file with this digest or to none, has not been reported yet.
+    fn is_news(&mut self, digest: i64) -> bool {
+        self.loss_reported.replace(digest) != Some(digest)
     }
 
     async fn write(&mut self) -> Result<(), LeaseError> {

@@ -110,7 +110,8 @@ async fn attempt(
     };
     let id = lease.map(|granted: Granted| granted.id);
     let txn = transaction(store, offer, write, id);
-    let action = format!("write {}", store.key_of(&write.key));
+    // Without the key, which is another one at the next attempt: a repeated failure has to read the same.
+    let action = format!("write a lease below {}", store.subnets());
     let sent = store
         .connection
         .call(&action, |client| {
@@ -121,8 +122,7 @@ async fn attempt(
     let answer = match sent {
         Ok(answer) => answer,
         Err(error) => {
-            // It may have been executed: the lease is given back once it is known not to be in use.
-            store.orphaned(id);
+            store.not_written(&error, id).await;
             return Err(error);
         }
     };

@@ -288,9 +288,14 @@ impl Connection {
                     } else {
                         attempts = 0;
                     }
-                    let error = failure.describe(endpoint, action);
+                    let anonymous = self.tls.client.is_none();
+                    let error = failure.describe(endpoint, action, anonymous);
                     if attempts == 0 {
-                        self.outage().failed(&error);
+                        match error {
+                            // The request is at fault. Whoever sent it knows what to say about it.
+                            LeaseError::Answer { .. } => self.outage().recovered(endpoint),
+                            _ => self.outage().failed(&error),
+                        }
                         return Err(error);
                     }
                     debug!(error = %error.chain(), "trying the next etcd endpoint");
@@ -331,7 +336,8 @@ impl Failure {
         }
     }
 
-    fn describe(self, endpoint: &str, action: &str) -> LeaseError {
+    fn describe(self, endpoint: &str, action: &str, anonymous: bool) -> LeaseError {
+        let tls = endpoint.starts_with("https://");
         let (endpoint, action) = (endpoint.to_owned(), action.to_owned());
         match self {
             Failure::Local(error) => error,
@@ -350,11 +356,18 @@ impl Failure {
                     message: status.message().to_owned(),
                 }
             }
-            Failure::Etcd(error) => LeaseError::Unreachable {
-                endpoint,
-                action,
-                cause: cause(&error),
-            },
+            Failure::Etcd(error) => {
+                let mut cause = cause(&error);
+                // A server that misses a certificate closes the connection, and may do no more than that.
+                if tls && anonymous && cause.contains("closed") {
+                    cause.push_str(" (no client certificate was given)");
+                }
+                LeaseError::Unreachable {
+                    endpoint,
+                    action,
+                    cause,
+                }
+            }
         }
     }
 }

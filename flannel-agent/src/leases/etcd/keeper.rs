@@ -72,7 +72,7 @@ pub(super) async fn run(
             () = sleep_until(connect_at), if idle => keeper.connect().await,
             () = maybe_until(renew_at) => keeper.renew_due().await,
             () = maybe_until(keeper.repair_at) => keeper.repair_at = None,
-            () = maybe_until(grace_ends) => keeper.changed(),
+            () = maybe_until(grace_ends), if keeper.publish_at.is_none() => keeper.changed(),
             () = maybe_until(keeper.publish_at) => keeper.publish(),
             changed = offers.changed(), if offers_open => match changed {
                 Ok(()) => keeper.offer = offers.borrow_and_update().clone(),
@@ -172,7 +172,13 @@ impl<'a> Keeper<'a> {
         };
         match opened.await {
             Ok(stream) => self.stream = Some(stream),
-            Err(error) => self.disconnected(error.chain()),
+            Err(error) => {
+                let text = error.chain();
+                if !error.is_logged() && self.watch_error.as_ref() != Some(&text) {
+                    warn!(error = text, "cannot follow the leases, trying again");
+                }
+                self.disconnected(text);
+            }
         }
     }
 
@@ -300,6 +306,7 @@ impl<'a> Keeper<'a> {
 
     fn apply(&mut self, response: &WatchResponse) {
         let subnets = self.store.subnets();
+        let own = self.held.lease.key.to_string();
         for event in response.events() {
             let Some(kv) = event.kv() else { continue };
             match event.event_type() {
@@ -310,6 +317,10 @@ impl<'a> Keeper<'a> {
                 }
             }
             self.next = self.next.max(kv.mod_revision() + 1);
+            if name_of(kv, &subnets) == own {
+                // Whatever we were waiting for may be different now.
+                self.repair_at = None;
+            }
             self.changed();
         }
     }

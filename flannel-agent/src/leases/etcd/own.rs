@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::{Granted, Grip, keeper::Keeper};
-use crate::leases::{LeaseError, Offer, addresses, is_ours, table::Entry};
+use crate::leases::{LeaseError, Offer, addresses, error::NOT_FOUND, is_ours, table::Entry};
 
 /// What the table says about our own lease.
 pub(super) enum Verdict {
@@ -93,7 +93,11 @@ impl Keeper<'_> {
         match done {
             Ok(()) => self.changed(),
             Err(error) => {
-                self.own_error = Some(error.chain());
+                let text = error.chain();
+                if !error.is_logged() && self.own_error.as_ref() != Some(&text) {
+                    warn!(error = text, "our lease is not right, trying again");
+                }
+                self.own_error = Some(text);
                 self.repair_at = Some(Instant::now() + self.repair_backoff.next_wait());
                 self.changed();
             }
@@ -110,12 +114,7 @@ impl Keeper<'_> {
             previous,
             ..self.offer.clone()
         };
-        let first = self.own_error.is_none();
-        let held = self.store.acquire(&offer).await.inspect_err(|error| {
-            if first && !error.is_logged() {
-                warn!(error = %error.chain(), "no lease, trying again");
-            }
-        })?;
+        let held = self.store.acquire(&offer).await?;
         let old = self.grip.lease;
         if let Some(grip) = held.grip {
             self.grip = grip;
@@ -187,9 +186,16 @@ impl Keeper<'_> {
         let answer = match sent {
             Ok(answer) => answer,
             Err(error) => {
-                self.store.orphaned(fresh.map(|granted| granted.id));
-                // A write that fails for the sake of its lease must not meet the same lease again.
-                if let (LeaseError::Answer { .. }, Some(granted)) = (&error, &mut self.grip.lease) {
+                let fresh = fresh.map(|granted| granted.id);
+                self.store.not_written(&error, fresh).await;
+                // A write that fails because its lease is gone must not meet the same lease again.
+                if let (
+                    LeaseError::Answer {
+                        code: NOT_FOUND, ..
+                    },
+                    Some(granted),
+                ) = (&error, &mut self.grip.lease)
+                {
                     granted.expires = Instant::now();
                 }
                 return Err(error);
@@ -249,6 +255,7 @@ impl Keeper<'_> {
             Ok(true) => {
                 self.renew_retry = None;
                 self.renew_backoff.reset();
+                self.store.revoke_orphans().await;
                 info!("Lease renewed, new expiration: in {:?}", granted.ttl);
                 self.log_renewal();
             }

@@ -1,0 +1,185 @@
+//! Bringing up the tunnel device: the kernel's vxlan device, or a veth pair where there is none and eBPF can do without.
+
+use std::net::Ipv4Addr;
+
+use flannel_core::{
+    config::NetConf,
+    iface::Uplink,
+    mark,
+    plan::{Desired, DeviceKind, ObservedKind, Tunnel},
+};
+
+use crate::{
+    app::StartError,
+    cli::{Args, DeviceChoice},
+    datapath::{self, Rung},
+    dataplane::{Dataplane, netlink::Netlink},
+    state::{Datapath, Mode},
+    telemetry::chain,
+};
+
+/// What a device is brought up from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Site<'a> {
+    pub(crate) args: &'a Args,
+    pub(crate) conf: &'a NetConf,
+    pub(crate) uplink: &'a Uplink,
+    pub(crate) net: &'a Netlink,
+    pub(crate) local: Ipv4Addr,
+}
+
+/// A node whose device is there, or can be made at any time.
+#[derive(Debug)]
+pub(crate) struct Up {
+    pub(crate) dataplane: Dataplane,
+    pub(crate) desired: Desired,
+    pub(crate) path: Datapath,
+}
+
+impl Site<'_> {
+    /// Creates or adopts the device. On an error nothing of this start is left on the node.
+    pub(crate) async fn bring_up(&self, rung: Rung, mut tunnel: Tunnel) -> Result<Up, StartError> {
+        let refused = match self.refused(&rung, &tunnel).await {
+            Ok(refused) => refused,
+            Err(error) => {
+                if let Rung::Bpf(bpf) = rung {
+                    bpf.discard();
+                }
+                return Err(error);
+            }
+        };
+        let (bpf, reason) = match rung {
+            Rung::Bpf(bpf) => (Some(*bpf), None),
+            Rung::Kernel(reason) => (None, Some(reason)),
+        };
+        if let Some((vxlan, peer)) = &refused {
+            tracing::warn!(
+                reason = vxlan,
+                "no kernel vxlan device: eBPF carries the overlay alone"
+            );
+            tunnel.kind = DeviceKind::Veth { peer: peer.clone() };
+        }
+        if let Some(reason) = &reason {
+            datapath::announce_kernel(self.args, reason);
+        }
+        let alone = refused.is_some();
+        let settings = bpf
+            .as_ref()
+            .and_then(|bpf| datapath::settings(bpf, self.conf, self.uplink, alone));
+        let path = Datapath {
+            mode: if bpf.is_some() {
+                Mode::Bpf
+            } else {
+                Mode::Kernel
+            },
+            reason: reason.unwrap_or_else(|| "eBPF is permitted and works".into()),
+            device: if alone { "veth" } else { "vxlan" }.into(),
+            attach: bpf
+                .as_ref()
+                .map(|bpf| bpf.attach_mode().as_str().to_owned()),
+        };
+        let desired = Desired {
+            tunnel,
+            own: Default::default(),
+            peers: None,
+            bpf: settings,
+        };
+        Ok(Up {
+            dataplane: Dataplane::new(self.net.clone(), bpf, self.local),
+            desired,
+            path,
+        })
+    }
+
+    /// Why there is no kernel vxlan device, and the name of the veth peer to use instead; `None` when there is one.
+    async fn refused(
+        &self,
+        rung: &Rung,
+        tunnel: &Tunnel,
+    ) -> Result<Option<(String, String)>, StartError> {
+        let forced = self.args.bpf_device == DeviceChoice::Veth;
+        let vxlan = if forced {
+            Some("--bpf-device=veth was given".to_owned())
+        } else {
+            self.try_vxlan(tunnel).await?
+        };
+        let Some(vxlan) = vxlan else { return Ok(None) };
+        match rung {
+            Rung::Bpf(_) => {
+                let peer = mark::peer_device_name(self.conf.backend.vxlan.vni)?;
+                Ok(Some((vxlan, peer)))
+            }
+            Rung::Kernel(reason) if forced => Err(StartError::NoBpf {
+                flag: "--bpf-device=veth",
+                reason: reason.clone(),
+            }),
+            Rung::Kernel(reason) => Err(StartError::NoPath {
+                vxlan,
+                bpf: reason.clone(),
+            }),
+        }
+    }
+
+    /// Whether the kernel makes vxlan devices: `None` if it does (one is there then), else why not.
+    async fn try_vxlan(&self, tunnel: &Tunnel) -> Result<Option<String>, StartError> {
+        if let Some(device) = self.net.device(&tunnel.name).await? {
+            if self.args.bpf_device == DeviceChoice::Auto
+                && matches!(device.kind, ObservedKind::Veth { .. })
+            {
+                return self.try_elsewhere(tunnel).await;
+            }
+            // If it is none of ours the planner says what is wrong with it.
+            return Ok(None);
+        }
+        match self.net.create_device(tunnel).await {
+            Ok(()) => {
+                tracing::info!("create device {}", tunnel.name);
+                Ok(None)
+            }
+            Err(error)
+                if error.errno() == Some(libc::EOPNOTSUPP)
+                    && self.args.bpf_device == DeviceChoice::Auto =>
+            {
+                Ok(Some(format!(
+                    "the kernel refuses vxlan devices ({})",
+                    chain(&error)
+                )))
+            }
+            Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => Err(StartError::NoPath {
+                vxlan: chain(&error),
+                bpf: "--bpf-device=vxlan forbids doing without".into(),
+            }),
+            Err(error) if error.errno() == Some(libc::EEXIST) => Err(StartError::Unsupported {
+                origin: "this node".into(),
+                reason: format!(
+                    "{}: another vxlan device has the same VNI and port: remove it or choose another VNI",
+                    chain(&error)
+                ),
+            }),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Our veth pair has the name; a vxlan device under a passing name tells whether the kernel has learnt better since.
+    async fn try_elsewhere(&self, tunnel: &Tunnel) -> Result<Option<String>, StartError> {
+        let passing = Tunnel {
+            // Never longer than the device's own name.
+            name: format!("flan-{}", self.conf.backend.vxlan.vni),
+            mac: None,
+            ..tunnel.clone()
+        };
+        match self.net.create_device(&passing).await {
+            Ok(()) => {
+                if let Some(index) = self.net.index(&passing.name).await? {
+                    self.net.delete_device(index).await?;
+                }
+                Ok(None)
+            }
+            Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => Ok(Some(format!(
+                "the kernel refuses vxlan devices ({})",
+                chain(&error)
+            ))),
+            Err(error) => Err(error.into()),
+        }
+    }
+}

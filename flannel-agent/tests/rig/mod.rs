@@ -1,0 +1,496 @@
+//! Agents in a lab: nodes that share a lease directory, the pods behind them, and what the kernel has of them, read
+//! with `ip`, `bridge` and `bpftool` instead of the agent's own code.
+
+#![allow(dead_code, reason = "every test binary uses a part of it")]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use flannel_testkit::{
+    AgentProcess, Lab, LabOptions, Netns, Node, Pod, Subnet, eventually,
+    json::{bpftool_json, bridge_json, ip_json},
+    process::{self, Finished},
+    traffic,
+};
+use serde_json::{Value, json};
+
+/// How long anything may take that is expected to happen and has no bound of its own.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+/// The network configuration unless a test says otherwise.
+pub(crate) const NET_CONF: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+/// The tunnel device of [`NET_CONF`].
+pub(crate) const DEVICE: &str = "flannel.1";
+/// The network identifier of [`NET_CONF`].
+const VNI: u32 = 1;
+
+/// The agent under test.
+pub(crate) fn agent_binary() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_flannel-agent"))
+}
+
+/// Nodes of a lab whose agents share one lease directory. Node `i` gets subnet 10.244.(i + 1).0/24. Agents are killed, and
+/// everything is removed, when it is dropped.
+pub(crate) struct Rig {
+    agents: BTreeMap<usize, AgentProcess>,
+    pods: BTreeMap<usize, Vec<Pod>>,
+    lab: Lab,
+    lease_dir: PathBuf,
+}
+
+impl Rig {
+    /// A lab of `nodes` nodes and a lease directory; no agent runs yet.
+    pub(crate) fn new(nodes: u8) -> Rig {
+        let options = LabOptions {
+            nodes,
+            ..LabOptions::default()
+        };
+        Rig::with(options, NET_CONF)
+    }
+
+    /// Like [`Rig::new`], with a lab and a network configuration of the caller's.
+    pub(crate) fn with(options: LabOptions, net_conf: &str) -> Rig {
+        let lab = Lab::new(options).expect("a lab");
+        let lease_dir = lab.node(0).run_dir.join("leases");
+        fs::create_dir_all(lease_dir.join("subnets")).expect("make the lease directory");
+        fs::write(lease_dir.join("config"), net_conf).expect("write the network configuration");
+        Rig {
+            agents: BTreeMap::new(),
+            pods: BTreeMap::new(),
+            lab,
+            lease_dir,
+        }
+    }
+
+    /// A lab with an agent on every node, all with the same flags, which know each other, and one pod on each.
+    pub(crate) fn start(nodes: u8, flags: &[&str]) -> Rig {
+        let mut rig = Rig::new(nodes);
+        rig.start_all(flags);
+        rig
+    }
+
+    /// Starts an agent and a pod on every node and waits until all know each other.
+    pub(crate) fn start_all(&mut self, flags: &[&str]) {
+        for node in 0..self.lab.nodes().len() {
+            self.start_agent(node, flags);
+        }
+        for node in 0..self.lab.nodes().len() {
+            self.wait_ready(node);
+            self.add_pod(node);
+        }
+        self.wait_converged();
+    }
+
+    pub(crate) fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    #[track_caller]
+    pub(crate) fn node(&self, node: usize) -> &Node {
+        self.lab.node(node)
+    }
+
+    #[track_caller]
+    pub(crate) fn ns(&self, node: usize) -> &Netns {
+        &self.lab.node(node).ns
+    }
+
+    /// Starts the agent of a node with these flags besides those for the store and the subnet file. It takes the node's
+    /// [`Node::subnet`], unless its subnet file says otherwise already. [`Rig::wait_ready`] waits for it.
+    pub(crate) fn start_agent(&mut self, node: usize, flags: &[&str]) {
+        self.start_binary(node, agent_binary(), flags, &[]);
+    }
+
+    /// Like [`Rig::start_agent`] with another binary and environment variables.
+    pub(crate) fn start_binary(
+        &mut self,
+        node: usize,
+        binary: &Path,
+        flags: &[&str],
+        env: &[(&str, &str)],
+    ) {
+        self.reserve_subnet(node);
+        let flags: Vec<String> = self
+            .common_flags(node)
+            .into_iter()
+            .chain(flags.iter().map(ToString::to_string))
+            .collect();
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let agent = AgentProcess::spawn(self.node(node), binary, &flags, env)
+            .unwrap_or_else(|error| panic!("start the agent of node {node}: {error:#}"));
+        self.agents.insert(node, agent);
+    }
+
+    /// The flags that every agent of the rig gets.
+    pub(crate) fn common_flags(&self, node: usize) -> Vec<String> {
+        vec![
+            format!("--lease-dir={}", self.lease_dir.display()),
+            format!("--subnet-file={}", self.subnet_file(node).display()),
+        ]
+    }
+
+    /// Where the agent of a node writes its `subnet.env`.
+    pub(crate) fn subnet_file(&self, node: usize) -> PathBuf {
+        self.node(node).run_dir.join("subnet.env")
+    }
+
+    /// Where the agent of a node writes its state.
+    pub(crate) fn state_file(&self, node: usize) -> PathBuf {
+        self.node(node).run_dir.join("flannel-agent.json")
+    }
+
+    /// An agent prefers the subnet that its subnet file names.
+    fn reserve_subnet(&self, node: usize) {
+        let file = self.subnet_file(node);
+        if file.exists() {
+            return;
+        }
+        let subnet = self.node(node).subnet;
+        let text = format!(
+            "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET={}/{}\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n",
+            subnet.gateway(),
+            subnet.prefix_len()
+        );
+        fs::write(&file, text).expect("write the subnet file");
+    }
+
+    /// Waits until the agent has put everything in place and says that it is ready.
+    #[track_caller]
+    pub(crate) fn wait_ready(&mut self, node: usize) {
+        let agent = self.agent(node);
+        if let Err(error) = agent.wait_log("flannel is ready", PATIENCE) {
+            panic!("node {node}: {error:#}");
+        }
+    }
+
+    #[track_caller]
+    pub(crate) fn agent(&mut self, node: usize) -> &mut AgentProcess {
+        self.agents
+            .get_mut(&node)
+            .unwrap_or_else(|| panic!("no agent runs on node {node}"))
+    }
+
+    /// Kills the agent as a crash would.
+    #[track_caller]
+    pub(crate) fn kill_agent(&mut self, node: usize) {
+        self.agent(node).sigkill();
+        self.agents.remove(&node);
+    }
+
+    /// Asks the agent to stop and gives its exit code.
+    #[track_caller]
+    pub(crate) fn stop_agent(&mut self, node: usize) -> i32 {
+        let agent = self.agent(node);
+        agent.sigterm().expect("send SIGTERM");
+        let code = agent.wait(PATIENCE).expect("the agent ends");
+        self.agents.remove(&node);
+        code
+    }
+
+    /// Adds a pod with the MTU of the node's subnet file; the first of a node has the address that ends in 2.
+    #[track_caller]
+    pub(crate) fn add_pod(&mut self, node: usize) -> Pod {
+        let mtu = self
+            .subnet_env(node, "FLANNEL_MTU")
+            .parse()
+            .expect("FLANNEL_MTU");
+        let subnet = self.node(node).subnet;
+        let number = u32::try_from(self.pods.get(&node).map_or(0, Vec::len)).expect("few pods") + 2;
+        let pod = self
+            .node(node)
+            .add_pod(subnet, number, mtu)
+            .unwrap_or_else(|error| panic!("add a pod to node {node}: {error:#}"));
+        self.pods.entry(node).or_default().push(pod.clone());
+        pod
+    }
+
+    /// The first pod of a node.
+    #[track_caller]
+    pub(crate) fn pod(&self, node: usize) -> &Pod {
+        self.pods
+            .get(&node)
+            .and_then(|pods| pods.first())
+            .unwrap_or_else(|| panic!("node {node} has no pod"))
+    }
+
+    /// A value of the node's subnet file.
+    #[track_caller]
+    pub(crate) fn subnet_env(&self, node: usize, name: &str) -> String {
+        let file = self.subnet_file(node);
+        let text = fs::read_to_string(&file).expect("read the subnet file");
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+            .unwrap_or_else(|| panic!("no {name} in {text:?}"))
+            .to_owned()
+    }
+
+    /// Runs a subcommand of the agent in the node's namespace, such as `["status", "-o", "json"]`.
+    #[track_caller]
+    pub(crate) fn cli(&self, node: usize, words: &[&str]) -> Finished {
+        let mut command = self.ns(node).command(agent_binary());
+        command.args(words).arg(format!(
+            "--subnet-file={}",
+            self.subnet_file(node).display()
+        ));
+        process::finish(&mut command, PATIENCE).expect("run the agent")
+    }
+
+    /// `status -o json`, whatever its exit code.
+    #[track_caller]
+    pub(crate) fn status(&self, node: usize) -> Value {
+        parse(&self.cli(node, &["status", "-o", "json"]))
+    }
+
+    /// `peers -o json`.
+    #[track_caller]
+    pub(crate) fn peers(&self, node: usize) -> Value {
+        parse(&self.cli(node, &["peers", "-o", "json"]))
+    }
+
+    /// The state file of the node's agent.
+    #[track_caller]
+    pub(crate) fn state(&self, node: usize) -> Value {
+        let text = fs::read_to_string(self.state_file(node)).expect("read the state file");
+        serde_json::from_str(&text).expect("the state file")
+    }
+
+    pub(crate) fn lease_dir(&self) -> &Path {
+        &self.lease_dir
+    }
+
+    /// The file of a lease.
+    pub(crate) fn lease_file(&self, subnet: Subnet) -> PathBuf {
+        self.lease_dir.join("subnets").join(subnet.lease_key())
+    }
+
+    /// Writes a lease as another node would: all at once.
+    pub(crate) fn put_lease(&self, subnet: Subnet, public_ip: Ipv4Addr, mac: &str) {
+        let value = json!({
+            "PublicIP": public_ip.to_string(), "PublicIPv6": null, "BackendType": "vxlan",
+            "BackendData": {"VNI": VNI, "VtepMAC": mac},
+        });
+        let scratch = self.lease_dir.join("subnets").join(".rig");
+        fs::write(&scratch, value.to_string()).expect("write a lease");
+        fs::rename(&scratch, self.lease_file(subnet)).expect("put a lease in place");
+    }
+
+    /// Removes a lease, as its node does when it leaves for good.
+    pub(crate) fn remove_lease(&self, subnet: Subnet) {
+        fs::remove_file(self.lease_file(subnet)).expect("remove a lease");
+    }
+
+    /// All leases.
+    pub(crate) fn leases(&self) -> BTreeMap<Subnet, Peer> {
+        let entries = fs::read_dir(self.lease_dir.join("subnets")).expect("list the leases");
+        entries
+            .filter_map(|entry| {
+                let entry = entry.ok()?;
+                let subnet = entry.file_name().to_str()?.replace('-', "/").parse().ok()?;
+                let value: Value =
+                    serde_json::from_str(&fs::read_to_string(entry.path()).ok()?).ok()?;
+                let peer = Peer {
+                    public_ip: value["PublicIP"].as_str()?.to_owned(),
+                    mac: value["BackendData"]["VtepMAC"].as_str()?.to_owned(),
+                };
+                Some((subnet, peer))
+            })
+            .collect()
+    }
+
+    /// The lease of a node's own subnet.
+    #[track_caller]
+    pub(crate) fn lease(&self, node: usize) -> Peer {
+        let subnet = self.node(node).subnet;
+        let mut leases = self.leases();
+        leases
+            .remove(&subnet)
+            .unwrap_or_else(|| panic!("no lease of {subnet}"))
+    }
+
+    /// Waits until every agent's node has exactly the peers of the lease directory, in the kernel and, where eBPF carries
+    /// traffic, in the maps with a next hop.
+    #[track_caller]
+    pub(crate) fn wait_converged(&self) {
+        for node in self.agents.keys() {
+            eventually(PATIENCE, &format!("node {node} knows all peers"), || {
+                self.converged(*node)
+            });
+        }
+    }
+
+    /// Whether the node has all peers that it should, and no other; else what is missing.
+    pub(crate) fn converged(&self, node: usize) -> Result<(), String> {
+        let own = self.node(node).subnet;
+        let mut want = self.leases();
+        want.remove(&own)
+            .ok_or_else(|| format!("no lease of {own}"))?;
+        let (kind, have) = kernel_peers(self.ns(node)).map_err(|error| format!("{error:#}"))?;
+        if kind != "vxlan" {
+            // A veth pair has no forwarding entries, which alone hold the peers' addresses.
+            want.values_mut().for_each(|peer| peer.public_ip.clear());
+        }
+        if have != want {
+            return Err(format!("the kernel has {have:?}, wanted {want:?}"));
+        }
+        if self.instance(node).join("maps-v1").exists() {
+            let peers = self.peers(node);
+            let in_bpf: BTreeSet<String> = peers
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter(|peer| peer["path"] == "bpf")
+                .filter_map(|peer| Some(peer["subnet"].as_str()?.to_owned()))
+                .collect();
+            let wanted: BTreeSet<String> = want.keys().map(ToString::to_string).collect();
+            if in_bpf != wanted {
+                return Err(format!("the maps carry {in_bpf:?}: {peers}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The directory of the node's pins.
+    #[track_caller]
+    pub(crate) fn instance(&self, node: usize) -> PathBuf {
+        let cookie = self.ns(node).cookie().expect("the namespace's cookie");
+        flannel_core::mark::instance_path(cookie, VNI.try_into().expect("a VNI")).into()
+    }
+
+    /// Where a map of the node is pinned.
+    #[track_caller]
+    pub(crate) fn map_pin(&self, node: usize, map: &str) -> PathBuf {
+        self.instance(node).join("maps-v1").join(map)
+    }
+
+    /// All entries of a map as `bpftool` prints them.
+    #[track_caller]
+    pub(crate) fn map_dump(&self, node: usize, map: &str) -> Value {
+        let pin = self.map_pin(node, map).display().to_string();
+        bpftool_json(self.ns(node), &["map", "dump", "pinned", &pin]).expect("dump a map")
+    }
+
+    /// Packets that eBPF has carried, from the maps through `bpftool`.
+    #[track_caller]
+    pub(crate) fn counters(&self, node: usize) -> Counters {
+        let dump = self.map_dump(node, "counters");
+        let packets = |index: usize| per_cpu(&dump[index]);
+        Counters {
+            encap: packets(0),
+            decap: packets(1),
+        }
+    }
+
+    /// Packets that the kernel's tunnel device of the node has sent and received.
+    #[track_caller]
+    pub(crate) fn device_counters(&self, node: usize) -> Counters {
+        let link = flannel_testkit::json::link(self.ns(node), DEVICE).expect("the tunnel device");
+        let packets = |way: &str| link["stats64"][way]["packets"].as_u64().expect("packets");
+        Counters {
+            encap: packets("tx"),
+            decap: packets("rx"),
+        }
+    }
+
+    /// One ping from pod to pod.
+    pub(crate) fn ping(&self, from: usize, to: usize) -> anyhow::Result<Duration> {
+        traffic::ping_once(&self.pod(from).ns, self.pod(to).ip, Duration::from_secs(1))
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for (node, agent) in &self.agents {
+                eprintln!("--- the agent of node {node} said:\n{}", agent.log());
+            }
+        }
+    }
+}
+
+/// Packets by direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Counters {
+    pub(crate) encap: u64,
+    pub(crate) decap: u64,
+}
+
+/// A node as others know it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Peer {
+    pub(crate) public_ip: String,
+    pub(crate) mac: String,
+}
+
+/// The peers for which the namespace's tunnel device has a route, a neighbour and a forwarding entry that agree. Anything left
+/// over, such as a neighbour without a route, is an error. First comes the kind of the device.
+pub(crate) fn kernel_peers(ns: &Netns) -> anyhow::Result<(String, BTreeMap<Subnet, Peer>)> {
+    let routes = ip_json(ns, &["route", "show", "dev", DEVICE])?;
+    let neighbours = ip_json(ns, &["neigh", "show", "dev", DEVICE, "nud", "permanent"])?;
+    let fdb = bridge_json(ns, &["fdb", "show", "dev", DEVICE])?;
+    let mut macs: BTreeMap<String, String> = list(&neighbours)
+        .iter()
+        .filter_map(|entry| Some((text(entry, "dst")?, text(entry, "lladdr")?)))
+        .collect();
+    let mut vteps: BTreeMap<String, String> = list(&fdb)
+        .iter()
+        .filter_map(|entry| Some((text(entry, "mac")?, text(entry, "dst")?)))
+        .collect();
+    let link = flannel_testkit::json::link(ns, DEVICE)?;
+    let kind = text(&link["linkinfo"], "info_kind").unwrap_or_default();
+    let mut peers = BTreeMap::new();
+    for route in list(&routes) {
+        let (Some(dst), Some(gateway)) = (text(route, "dst"), text(route, "gateway")) else {
+            continue;
+        };
+        let mac = macs
+            .remove(&gateway)
+            .ok_or_else(|| anyhow::anyhow!("no neighbour {gateway} for the route to {dst}"))?;
+        let public_ip = match vteps.remove(&mac) {
+            Some(vtep) => vtep,
+            None if kind == "vxlan" => anyhow::bail!("no forwarding entry for {mac} of {dst}"),
+            None => String::new(),
+        };
+        peers.insert(dst.parse()?, Peer { public_ip, mac });
+    }
+    anyhow::ensure!(macs.is_empty(), "neighbours without a route: {macs:?}");
+    anyhow::ensure!(
+        vteps.is_empty(),
+        "forwarding entries without a neighbour: {vteps:?}"
+    );
+    Ok((kind, peers))
+}
+
+/// The entries of a list; `ip` says nothing at all for an empty one.
+pub(crate) fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+/// A string field.
+pub(crate) fn text(value: &Value, field: &str) -> Option<String> {
+    Some(value[field].as_str()?.to_owned())
+}
+
+/// The first eight bytes of a per-CPU entry as a number, summed over all CPUs.
+pub(crate) fn per_cpu(entry: &Value) -> u64 {
+    list(&entry["values"])
+        .iter()
+        .map(|value| {
+            let mut bytes = [0; 8];
+            for (byte, text) in bytes.iter_mut().zip(list(&value["value"])) {
+                let digits = text.as_str().expect("a byte").trim_start_matches("0x");
+                *byte = u8::from_str_radix(digits, 16).expect("a byte in hex");
+            }
+            u64::from_ne_bytes(bytes)
+        })
+        .sum()
+}
+
+#[track_caller]
+fn parse(done: &Finished) -> Value {
+    serde_json::from_str(&done.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {:?} {:?}", done.stdout, done.stderr))
+}

@@ -1,0 +1,94 @@
+//! What the tests of the wire share: kernel nodes beside ours, and the reasons for which eBPF left packets alone.
+
+#![allow(dead_code, reason = "every test binary uses a part of it")]
+
+use std::collections::BTreeMap;
+
+use flannel_common::{Direction, DropReason, reason_index};
+use flannel_testkit::{KernelNode, Netns, Pod, json, mac_text};
+
+use crate::rig::{DEVICE, Rig, per_cpu};
+
+/// MTU in bytes of pods on an underlay with the usual 1500.
+pub(crate) const POD_MTU: u32 = 1450;
+
+/// One side of the traffic: a node and a pod on it.
+#[derive(Clone, Debug)]
+pub(crate) struct End {
+    pub(crate) node: Netns,
+    pub(crate) pod: Pod,
+}
+
+impl End {
+    /// A node of ours that has a pod.
+    pub(crate) fn of(rig: &Rig, node: usize) -> End {
+        End {
+            node: rig.ns(node).clone(),
+            pod: rig.pod(node).clone(),
+        }
+    }
+}
+
+/// Makes a node of the rig one of upstream flannel's, with a pod, and publishes its lease.
+pub(crate) fn kernel_end(rig: &Rig, node: usize) -> (KernelNode, End) {
+    let kernel = KernelNode::set_up(rig.node(node)).expect("a kernel node");
+    rig.put_lease(
+        kernel.subnet,
+        kernel.public_ip,
+        &mac_text(kernel.vtep_mac),
+    );
+    let pod = rig
+        .node(node)
+        .add_pod(kernel.subnet, 2, POD_MTU)
+        .expect("a pod on the kernel node");
+    let end = End {
+        node: kernel.ns.clone(),
+        pod,
+    };
+    (kernel, end)
+}
+
+/// Starts the agent and a pod of a node and connects it with a kernel node.
+pub(crate) fn start_with_peer(rig: &mut Rig, node: usize, flags: &[&str], peer: &KernelNode) {
+    rig.start_agent(node, flags);
+    rig.wait_ready(node);
+    rig.add_pod(node);
+    rig.wait_converged();
+    let subnet = rig.node(node).subnet;
+    peer.add_peer(subnet, vtep_mac(rig.ns(node)), rig.node(node).ip)
+        .expect("tell the kernel node of ours");
+}
+
+/// MAC address of the tunnel device, as `ip` shows it.
+pub(crate) fn vtep_mac(ns: &Netns) -> [u8; 6] {
+    let link = json::link(ns, DEVICE).expect("the tunnel device");
+    parse_mac(link["address"].as_str().expect("its MAC address"))
+}
+
+/// MAC address of any device.
+pub(crate) fn mac_of(ns: &Netns, ifname: &str) -> [u8; 6] {
+    let link = json::link(ns, ifname).expect("the device");
+    parse_mac(link["address"].as_str().expect("its MAC address"))
+}
+
+fn parse_mac(text: &str) -> [u8; 6] {
+    let mut mac = [0; 6];
+    for (byte, digits) in mac.iter_mut().zip(text.split(':')) {
+        *byte = u8::from_str_radix(digits, 16).expect("a MAC address");
+    }
+    mac
+}
+
+/// Packets of one direction that eBPF did not carry, by label of the reason, from the map through `bpftool`. Reasons that
+/// never applied are left out.
+pub(crate) fn reasons(rig: &Rig, node: usize, direction: Direction) -> BTreeMap<&'static str, u64> {
+    let dump = rig.map_dump(node, "reasons");
+    DropReason::ALL
+        .iter()
+        .map(|reason| {
+            let entry = &dump[reason_index(direction, *reason) as usize];
+            (reason.as_str(), per_cpu(entry))
+        })
+        .filter(|(_, packets)| *packets > 0)
+        .collect()
+}
