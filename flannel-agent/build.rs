@@ -50,19 +50,17 @@ fn embed() -> Result<(), Box<dyn Error>> {
         .parent()
         .ok_or("the agent's package has no parent directory")?;
     println!("cargo:rerun-if-env-changed={OBJECT_VAR}");
-    let built = match env::var_os(OBJECT_VAR).filter(|path| !path.is_empty()) {
-        Some(path) => {
-            let given = root.join(path);
-            println!("cargo:rerun-if-changed={}", given.display());
-            ebpf::check_object(&given)?;
-            given
+    let given = env::var_os(OBJECT_VAR).filter(|path| !path.is_empty());
+    let built = if let Some(path) = given {
+        let given = root.join(path);
+        println!("cargo:rerun-if-changed={}", given.display());
+        ebpf::check_object(&given)?;
+        given
+    } else {
+        for input in INPUTS {
+            println!("cargo:rerun-if-changed={}", root.join(input).display());
         }
-        None => {
-            for input in INPUTS {
-                println!("cargo:rerun-if-changed={}", root.join(input).display());
-            }
-            ebpf::build(root, &[])?
-        }
+        ebpf::build(root, &[])?
     };
     // A copy, so that emptying `target/bpf` does not break an agent that is otherwise up to date.
     let copy = Path::new(&env::var("OUT_DIR")?).join(ebpf::OBJECT_NAME);

@@ -33,8 +33,8 @@ use crate::{
     telemetry::chain,
 };
 
-/// How long to wait before asking a store again that has no configuration yet: upstream's second.
-const CONFIG_RETRY: Duration = Duration::from_secs(1);
+/// How long to wait before asking a store again that has no configuration yet, or no answer: upstream's second.
+const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// Why the daemon could not start.
 #[derive(Debug, Error)]
@@ -95,6 +95,9 @@ pub enum StartError {
         /// Why no eBPF.
         bpf: String,
     },
+    /// No random bytes for a MAC address.
+    #[error("read /dev/urandom for a MAC address")]
+    Random(#[source] std::io::Error),
     /// Not even netlink.
     #[error("CAP_NET_ADMIN is missing: run as root, or add the capability")]
     NoPrivilege,
@@ -116,6 +119,7 @@ impl StartError {
             | Self::Dataplane(_)
             | Self::NoBpf { .. }
             | Self::NoPath { .. }
+            | Self::Random(_)
             | Self::NoPrivilege => EXIT_KERNEL,
         }
     }
@@ -127,6 +131,9 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     let net = Netlink::open()?;
     let uplink = choose_uplink(args, &net).await?;
     files::check_writable(&args.subnet_file)?;
+    if let Some(dir) = &args.lease_dir {
+        files::check_lease_dir(dir)?;
+    }
     let store = Store::open(&args.store()).await?;
     tracing::info!(store = store.describe(), "lease store");
     let Some(conf) = cancel
@@ -138,7 +145,6 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     };
     let family = conf
         .ipv4
-        .clone()
         .ok_or_else(|| unsupported(&store, "EnableIPv4 is false: only IPv4 is supported yet"))?;
     let public_ip = uplink
         .public_ip
@@ -160,10 +166,16 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     if !Capabilities::effective().may_configure() {
         return Err(StartError::NoPrivilege);
     }
-    // Checked to the end: from here on the node is changed.
     let ethernet = net.is_ethernet(uplink.index).await?;
     let identity = Args::identity(Some(public_ip));
-    let mac = choose_mac(&net, &store, &name, &identity).await?;
+    let Some(mac) = cancel
+        .run_until_cancelled(choose_mac(&net, &store, &name, &identity))
+        .await
+        .transpose()?
+    else {
+        return Ok(());
+    };
+    // Checked to the end: from here on the node is changed.
     let rung = datapath::choose(args, &conf, ethernet)?;
     let tunnel = Tunnel {
         name: name.clone(),
@@ -285,14 +297,14 @@ async fn net_conf(store: &Store) -> Result<NetConf, StartError> {
             }
             Err(error) if error.kind() == ErrorKind::Retry => {
                 let text = chain(&error);
-                if reported.as_ref() != Some(&text) {
+                if !error.is_logged() && reported.as_ref() != Some(&text) {
                     tracing::warn!(error = text, "no network config yet, trying again");
                     reported = Some(text);
                 }
             }
             Err(error) => return Err(error.into()),
         }
-        tokio::time::sleep(CONFIG_RETRY).await;
+        tokio::time::sleep(STORE_RETRY).await;
     }
 }
 
@@ -316,37 +328,48 @@ fn vxlan(conf: &NetConf, uplink: &Uplink, local: Ipv4Addr) -> DeviceKind {
 }
 
 /// An existing device is adopted with its MAC, which peers know. Without one, the MAC of our stored lease saves every peer an
-/// update; without that, a new one.
+/// update; without that, a new one. A store that does not answer is asked again: a guess would cost every peer that update.
 async fn choose_mac(
     net: &Netlink,
     store: &Store,
     name: &str,
     identity: &flannel_core::acquire::Identity,
 ) -> Result<VtepMac, StartError> {
-    if let Some(device) = net.device(name).await? {
-        if matches!(
+    if let Some(device) = net.device(name).await?
+        && matches!(
             device.kind,
             ObservedKind::Vxlan { .. } | ObservedKind::Veth { .. }
-        ) {
-            return Ok(device.mac);
-        }
+        )
+    {
+        return Ok(device.mac);
     }
-    let stored = store.own_stored(identity).await.ok().flatten();
+    let mut reported = false;
+    let stored = loop {
+        match store.own_stored(identity).await {
+            Ok(stored) => break stored,
+            Err(error) if error.kind() == ErrorKind::Config => return Err(error.into()),
+            Err(error) => {
+                if !error.is_logged() && !reported {
+                    tracing::warn!(error = chain(&error), "no list of leases yet, trying again");
+                    reported = true;
+                }
+            }
+        }
+        tokio::time::sleep(STORE_RETRY).await;
+    };
     if let Some(data) = stored.and_then(|lease| lease.attrs.v4) {
         tracing::info!(mac = %data.mac, "the new device takes the MAC address of the stored lease");
         return Ok(data.mac);
     }
-    Ok(VtepMac::from_random(random_bytes()))
+    let bytes = random_bytes().map_err(StartError::Random)?;
+    Ok(VtepMac::from_random(bytes))
 }
 
-fn random_bytes() -> [u8; 6] {
-    use std::hash::{BuildHasher as _, Hasher as _};
-    // The standard library's hasher keys come from the kernel's random source.
-    let [a, b, c, d, e, f, _, _] = std::hash::RandomState::new()
-        .build_hasher()
-        .finish()
-        .to_ne_bytes();
-    [a, b, c, d, e, f]
+fn random_bytes() -> std::io::Result<[u8; 6]> {
+    use std::io::Read as _;
+    let mut bytes = [0; 6];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
 }
 
 fn previous_subnet(subnet_file: &Path) -> Option<SubnetKey> {

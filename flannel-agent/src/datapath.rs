@@ -190,7 +190,9 @@ async fn retire_filter(net: &Netlink, hook: Hook, index: IfIndex) {
         return;
     };
     match bpf::delete_filter(hook, index) {
-        Ok(()) => tracing::info!(%hook, ifindex = index.get(), "detached the tc filter of an earlier run"),
+        Ok(()) => {
+            tracing::info!(%hook, ifindex = index.get(), "detached the tc filter of an earlier run")
+        }
         Err(error) => tracing::warn!(
             error = chain(&error),
             "detach the tc filter of an earlier run"

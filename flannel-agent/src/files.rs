@@ -9,10 +9,11 @@ use std::{
 
 use thiserror::Error;
 
-/// A file that could not be written.
+/// A file or directory that cannot be used.
 #[derive(Debug, Error)]
-#[error("write {}: {source}: {fix}", path.display())]
+#[error("{action} {}: {source}: {fix}", path.display())]
 pub struct FileError {
+    action: &'static str,
     path: PathBuf,
     fix: &'static str,
     source: io::Error,
@@ -23,21 +24,77 @@ pub(crate) fn replace(path: &Path, text: &str) -> Result<(), FileError> {
     attempt(path, text).map_err(|source| error(path, source))
 }
 
-/// Finds out whether [`replace`] would work, leaving no file behind.
+/// Finds out whether [`replace`] would work, leaving neither file nor directory behind.
 pub(crate) fn check_writable(path: &Path) -> Result<(), FileError> {
     let probe = || -> io::Result<()> {
         if path.is_dir() {
             return Err(io::Error::from(io::ErrorKind::IsADirectory));
         }
-        let (temporary, file) = beside(path)?;
-        drop(file);
-        fs::remove_file(temporary)
+        let made: Vec<&Path> = path
+            .ancestors()
+            .skip(1)
+            .take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists())
+            .collect();
+        let outcome = beside(path).and_then(|(temporary, file)| {
+            drop(file);
+            fs::remove_file(temporary)
+        });
+        for dir in made {
+            // Not empty any more: somebody else has use for it.
+            let _kept = fs::remove_dir(dir);
+        }
+        outcome
     };
     probe().map_err(|source| error(path, source))
 }
 
+/// Finds out whether leases can be kept in a directory, changing nothing. Troubles that may pass, as those of a network file
+/// system, are left to the store.
+pub(crate) fn check_lease_dir(dir: &Path) -> Result<(), FileError> {
+    use nix::{
+        errno::Errno,
+        unistd::{AccessFlags, access},
+    };
+    let usable = AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK;
+    let refuse = |path: &Path, errno: Errno, fix| {
+        Err(FileError {
+            action: "keep leases in",
+            path: path.to_owned(),
+            fix,
+            source: errno.into(),
+        })
+    };
+    for path in [dir.to_owned(), dir.join("subnets")] {
+        match access(&path, usable) {
+            _ if path.exists() && !path.is_dir() => {
+                return refuse(&path, Errno::ENOTDIR, "name a directory with --lease-dir");
+            }
+            Err(errno @ Errno::ENOENT) if path == dir => {
+                return refuse(
+                    &path,
+                    errno,
+                    "create it, mount the file system that has it, or name another with --lease-dir",
+                );
+            }
+            Err(errno @ Errno::ENOTDIR) => {
+                return refuse(&path, errno, "name a directory with --lease-dir");
+            }
+            Err(errno @ (Errno::EACCES | Errno::EPERM | Errno::EROFS)) => {
+                return refuse(
+                    &path,
+                    errno,
+                    "make it readable and writable for this user, or name another with --lease-dir",
+                );
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 fn error(path: &Path, source: io::Error) -> FileError {
     FileError {
+        action: "write",
         path: path.to_owned(),
         fix: "name a file in a writable directory",
         source,
@@ -83,7 +140,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("a/b/subnet.env");
         check_writable(&path).expect("writable");
-        assert!(!path.exists());
+        assert!(!dir.path().join("a").exists());
         replace(&path, "one\n").expect("write");
         replace(&path, "two\n").expect("write again");
         assert_eq!(fs::read_to_string(&path).expect("read"), "two\n");
@@ -97,6 +154,18 @@ mod tests {
                 .count(),
             1
         );
+    }
+
+    #[test]
+    fn a_lease_directory_is_one() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let dir = dir.path();
+        check_lease_dir(dir).expect("without subnets");
+        assert!(check_lease_dir(&dir.join("missing")).is_err());
+        fs::write(dir.join("subnets"), "").expect("write");
+        let error = check_lease_dir(dir).expect_err("subnets is a file");
+        assert!(error.to_string().contains("subnets: "), "{error}");
+        assert!(check_lease_dir(&dir.join("subnets")).is_err());
     }
 
     #[test]

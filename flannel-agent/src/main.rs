@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    flannel_agent::cli::main(std::env::args())
+    flannel_agent::cli::main(std::env::args_os())
 }

@@ -33,6 +33,8 @@ const COALESCE: Duration = Duration::from_millis(50);
 const TICK: Duration = Duration::from_secs(1);
 /// How often everything is read, whatever the notifications said.
 const RESYNC: Duration = Duration::from_secs(10);
+/// The longest rest: what is broken is repaired within two seconds all the same.
+const MAX_REST: Duration = Duration::from_secs(1);
 /// A plan that is not empty after so many passes is tried again at the next tick.
 const MAX_PASSES: usize = 8;
 /// How long a lost notification socket stays closed.
@@ -99,14 +101,23 @@ impl Loop {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut last_full = Instant::now();
-        let mut scope = Scope::Everything;
+        let mut due = Some(Scope::Everything);
+        // What a look at everything took: the loop rests four times as long, so that a node with thousands of peers and a restless
+        // underlay is not busy looking.
+        let mut rest = COALESCE;
         self.take_view();
         loop {
-            if scope == Scope::Everything {
-                last_full = Instant::now();
+            if let Some(scope) = due {
+                let begun = Instant::now();
+                if scope == Scope::Everything {
+                    last_full = begun;
+                }
+                self.converge(scope).await;
+                if scope >= Scope::Kernel {
+                    rest = COALESCE.max(begun.elapsed() * 4).min(MAX_REST);
+                }
             }
-            self.converge(scope).await;
-            scope = tokio::select! {
+            due = tokio::select! {
                 () = cancel.cancelled() => break,
                 changed = self.views.changed() => {
                     if changed.is_err() {
@@ -116,23 +127,23 @@ impl Loop {
                     }
                     sleep(COALESCE).await;
                     self.take_view();
-                    Scope::Kernel
+                    Some(Scope::Kernel)
                 }
                 Some(change) = changes.recv() => {
-                    if !self.concerns_us(&change) {
-                        continue_scope(last_full)
-                    } else {
-                        sleep(COALESCE).await;
+                    if self.concerns_us(&change) {
+                        sleep(rest).await;
                         while changes.try_recv().is_ok() {}
-                        Scope::Kernel
+                        Some(Scope::Kernel)
+                    } else {
+                        None
                     }
                 }
                 _ = tick.tick() => {
                     if last_full.elapsed() >= RESYNC {
                         self.dataplane.forget_asked();
-                        Scope::Everything
+                        Some(Scope::Everything)
                     } else {
-                        Scope::Maps
+                        Some(Scope::Maps)
                     }
                 }
             };
@@ -286,15 +297,6 @@ impl Loop {
             Err(error) => tracing::debug!(%error, "write the state file"),
         }
         self.state_written = Some(self.state.clone());
-    }
-}
-
-/// After a notification that is none of our business: look only if it is time anyway.
-fn continue_scope(last_full: Instant) -> Scope {
-    if last_full.elapsed() >= RESYNC {
-        Scope::Everything
-    } else {
-        Scope::Nothing
     }
 }
 

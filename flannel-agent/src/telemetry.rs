@@ -39,3 +39,14 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     }
     text
 }
+
+/// Keeps what others wrote, such as a name with a line break in it, from looking like lines of ours.
+pub(crate) fn one_line(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| {
+            let escaped = c.is_control().then(|| c.escape_default());
+            let plain = escaped.is_none().then_some(c);
+            escaped.into_iter().flatten().chain(plain)
+        })
+        .collect()
+}

@@ -44,6 +44,31 @@ fn with_a_kernel_node(flags: &[&str], offloads: Offloads) {
 }
 
 #[test]
+fn zz_off() {
+    if privileged() {
+        with_a_kernel_node(&["--datapath=bpf"], Offloads::Off);
+    }
+}
+#[test]
+fn zz_clsact() {
+    if privileged() {
+        with_a_kernel_node(&["--datapath=bpf", "--bpf-attach=clsact"], Offloads::Default);
+    }
+}
+#[test]
+fn zz_veth() {
+    if privileged() {
+        with_a_kernel_node(&["--datapath=bpf", "--bpf-device=veth"], Offloads::Default);
+    }
+}
+#[test]
+fn zz_veth_off() {
+    if privileged() {
+        with_a_kernel_node(&["--datapath=bpf", "--bpf-device=veth"], Offloads::Off);
+    }
+}
+
+#[test]
 fn a_kernel_node_and_ours_exchange_everything() {
     if privileged() {
         with_a_kernel_node(&["--datapath=bpf"], Offloads::Default);

@@ -28,7 +28,9 @@ pub const DEFAULT_PORT: u16 = 8472;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ConfigError {
     /// Not JSON.
-    #[error("network config is not valid JSON: {reason}")]
+    #[error(
+        "network config is not valid JSON: {reason}: write an object such as {{\"Network\":\"10.244.0.0/16\",\"Backend\":{{\"Type\":\"vxlan\"}}}}"
+    )]
     Syntax {
         /// What the parser says, with line and column.
         reason: String,

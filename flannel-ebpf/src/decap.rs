@@ -27,8 +27,10 @@ use crate::{
 
 const PACKET_HOST: u32 = 0;
 const PROTO_UDP: u8 = 17;
-/// More-fragments bit and offset of the fragment field: anything but the DF bit.
-const FRAGMENT: u16 = 0x3fff;
+const MORE_FRAGMENTS: u16 = 0x2000;
+const OFFSET: u16 = 0x1fff;
+/// What makes an IPv4 packet a fragment: anything in the field but the DF bit.
+const FRAGMENT: u16 = MORE_FRAGMENTS | OFFSET;
 const ETH_LEN: u32 = EthHdr::LEN as u32;
 const VLAN_LEN: u32 = 4;
 /// Outer headers and the inner IPv4 header.
@@ -100,8 +102,13 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
     if !checksum::ipv4_header_is_valid(&outer) {
         return Err(DropReason::OuterHeader);
     }
-    // SAFETY: a helper call on the context.
-    if udp.check != [0, 0] && unsafe { bpf_csum_level(skb, u64::from(BPF_CSUM_LEVEL_QUERY)) } < 0 {
+    // What the device has not verified the kernel verifies. Alone there is nobody to ask, and RFC 7348 (section 5) lets a
+    // receiver do without: a program cannot tell a sum not looked at from one that a local sender left to its device.
+    if udp.check != [0, 0]
+        && config.flags & config_flags::ALONE == 0
+        // SAFETY: a helper call on the context.
+        && unsafe { bpf_csum_level(skb, u64::from(BPF_CSUM_LEVEL_QUERY)) } < 0
+    {
         return Err(DropReason::OuterChecksum);
     }
     let inner_eth: [u8; EthHdr::LEN] = read(ctx, INNER_ETH).ok_or(DropReason::TooShort)?;
@@ -168,14 +175,11 @@ fn check_inner(config: &Config, eth: &[u8; EthHdr::LEN]) -> Result<(), DropReaso
 /// A fragment: ours to count only if it is the first and goes to our port; otherwise nobody can tell.
 #[inline(always)]
 fn fragment(ctx: &TcContext, config: &Config, ip: &Ipv4Hdr) -> Result<Verdict, DropReason> {
-    if u16::from_be_bytes(ip.frags) & 0x1fff == 0 && ip.vihl == 0x45 {
-        if let Some(udp) = read::<UdpHdr>(ctx, UDP) {
-            if udp.dst == config.port {
-                return Err(DropReason::OuterFragment);
-            }
-        }
+    let first = u16::from_be_bytes(ip.frags) & OFFSET == 0 && ip.vihl == 0x45;
+    match read::<UdpHdr>(ctx, UDP) {
+        Some(udp) if first && udp.dst == config.port => Err(DropReason::OuterFragment),
+        _ => Ok(Verdict::NOT_OURS),
     }
-    Ok(Verdict::NOT_OURS)
 }
 
 /// A header with options: the UDP header is further down, at a place that depends on the packet.

@@ -4,6 +4,10 @@
 //! what it always did. Without one ([`config_flags::ALONE`]) what cannot be carried is dropped and counted.
 #![no_std]
 #![no_main]
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "the classifier macro hands the context over by value"
+)]
 
 mod access;
 mod decap;
@@ -73,9 +77,10 @@ pub(crate) fn from_wire(ctx: TcContext) -> i32 {
     match decap::try_from_wire(&ctx, config) {
         Ok(verdict) => carry(verdict),
         Err(DropReason::Store) => discard(Direction::Decap, DropReason::Store),
-        Err(reason @ DropReason::Disabled) => slow(Direction::Decap, reason, 0),
-        // Alone, these are not lost on the vxlan device's behalf: another network's packets may have another owner.
-        Err(reason @ DropReason::OtherVni) => slow(Direction::Decap, reason, 0),
+        // Whatever else is on this node may own these: another network's packets are never dropped on a missing device's behalf.
+        Err(reason @ (DropReason::Disabled | DropReason::OtherVni)) => {
+            slow(Direction::Decap, reason, 0)
+        }
         Err(reason) => slow(Direction::Decap, reason, config.flags),
     }
 }

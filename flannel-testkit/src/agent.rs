@@ -1,34 +1,16 @@
 //! A `flannel-agent` in a node's namespace.
 
+pub use crate::confine::Capability;
+use crate::confine::{self, Confinement};
 use crate::eventually::try_eventually;
 use crate::node::Node;
-use crate::process::{self, check};
+use crate::process;
 use anyhow::{Context as _, bail, ensure};
 use std::fs;
-use std::io;
-use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::Duration;
-
-/// Capabilities by their number in `linux/capability.h`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Capability {
-    NetBindService = 10,
-    NetAdmin = 12,
-    NetRaw = 13,
-    SysModule = 16,
-    SysAdmin = 21,
-    SysResource = 24,
-    Perfmon = 38,
-    Bpf = 39,
-}
-
-/// The highest capability number that a 64-bit set can hold.
-const HIGHEST: u32 = 63;
-/// `_LINUX_CAPABILITY_VERSION_3`: sets of 64 bits in two words.
-const CAPSET_VERSION: u32 = 0x2008_0522;
 
 /// A started agent. Dropping it kills it.
 #[derive(Debug)]
@@ -52,7 +34,7 @@ impl AgentProcess {
         args: &[&str],
         env: &[(&str, &str)],
     ) -> anyhow::Result<AgentProcess> {
-        AgentProcess::start(node, binary, args, env, None)
+        AgentProcess::spawn_confined(node, binary, args, env, &Confinement::default())
     }
 
     /// Like [`AgentProcess::spawn`], still as uid 0 but with `caps` alone in the bounding, permitted, effective and inheritable sets.
@@ -63,15 +45,20 @@ impl AgentProcess {
         env: &[(&str, &str)],
         caps: &[Capability],
     ) -> anyhow::Result<AgentProcess> {
-        AgentProcess::start(node, binary, args, env, Some(caps))
+        let confinement = Confinement {
+            caps: Some(caps),
+            ..Confinement::default()
+        };
+        AgentProcess::spawn_confined(node, binary, args, env, &confinement)
     }
 
-    fn start(
+    /// Like [`AgentProcess::spawn`] on a machine that seems to lack something.
+    pub fn spawn_confined(
         node: &Node,
         binary: &Path,
         args: &[&str],
         env: &[(&str, &str)],
-        caps: Option<&[Capability]>,
+        confinement: &Confinement<'_>,
     ) -> anyhow::Result<AgentProcess> {
         let log_path = node.run_dir.join("agent.log");
         let log = fs::File::options()
@@ -90,21 +77,21 @@ impl AgentProcess {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        if let Some(caps) = caps {
-            let keep = caps.iter().fold(0_u64, |set, cap| set | 1 << *cap as u32);
-            // SAFETY: only system calls on values of the closure's own; nothing is allocated. It runs after
-            // the namespace has been entered, which needs CAP_SYS_ADMIN.
-            unsafe { cmd.pre_exec(move || keep_capabilities(keep)) };
-        }
+        confine::apply(&mut cmd, confinement);
         let child = cmd
             .spawn()
             .with_context(|| format!("run {} in {}", binary.display(), node.ns.name()))?;
-        Ok(AgentProcess {
+        let agent = AgentProcess {
             child,
             log_path,
             subnet_file: subnet_file(args, env).unwrap_or_else(|| node.run_dir.join("subnet.env")),
             log_from,
-        })
+        };
+        if confinement.no_vxlan {
+            // Until then it waits at its first netlink request. On a failure the drop ends it.
+            confine::watch(&agent.child)?;
+        }
+        Ok(agent)
     }
 
     /// Waits until the subnet file is there and not empty. An agent that ends first is an error; both
@@ -227,44 +214,6 @@ fn subnet_file(args: &[&str], env: &[(&str, &str)]) -> Option<PathBuf> {
     let mut env = env.iter();
     env.find(|(name, _)| *name == "FLANNELD_SUBNET_FILE")
         .map(|(_, value)| PathBuf::from(value))
-}
-
-/// Reduces the calling process to the capabilities in `keep`, across an exec as uid 0 too.
-fn keep_capabilities(keep: u64) -> io::Result<()> {
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
-    }
-    #[repr(C)]
-    #[derive(Clone, Copy)]
-    struct Word {
-        effective: u32,
-        permitted: u32,
-        inheritable: u32,
-    }
-    for cap in (0..=HIGHEST).filter(|cap| keep & (1 << cap) == 0) {
-        // SAFETY: this prctl takes no pointers.
-        let rc = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(cap), 0, 0, 0) };
-        if rc < 0 && io::Error::last_os_error().raw_os_error() != Some(libc::EINVAL) {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    let header = Header {
-        version: CAPSET_VERSION,
-        pid: 0,
-    };
-    let words = [keep & 0xffff_ffff, keep >> 32].map(|half| {
-        let half = half as u32;
-        Word {
-            effective: half,
-            permitted: half,
-            inheritable: half,
-        }
-    });
-    // SAFETY: version 3 reads one header and two words, which both live here.
-    let rc = unsafe { libc::syscall(libc::SYS_capset, &raw const header, words.as_ptr()) };
-    check(i32::try_from(rc).unwrap_or(-1)).map(drop)
 }
 
 #[cfg(test)]

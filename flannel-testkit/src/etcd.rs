@@ -125,6 +125,12 @@ impl Etcd {
         Ok(())
     }
 
+    /// Stops the server and throws its data away: the next [`Etcd::restart`] begins with an empty store at the same address.
+    pub fn wipe(&mut self) -> anyhow::Result<()> {
+        self.stop()?;
+        fs::remove_dir_all(self.dir.path().join("data")).context("remove the data of etcd")
+    }
+
     /// Kills the server with SIGKILL; its data stays.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {

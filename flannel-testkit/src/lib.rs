@@ -19,6 +19,7 @@
 
 pub mod agent;
 pub mod capture;
+mod confine;
 pub mod etcd;
 mod eventually;
 pub mod http;
@@ -38,6 +39,7 @@ pub mod traffic;
 
 pub use agent::AgentProcess;
 pub use capture::{Capture, Captured, Direction};
+pub use confine::{BpfCall, Capability, Confinement};
 pub use etcd::Etcd;
 pub use eventually::{eventually, try_eventually};
 pub use kernel_node::KernelNode;

@@ -7,7 +7,7 @@ mod udp;
 
 pub use iperf::iperf3;
 pub use ping::{FloodPing, PingStats, ping, ping_once, ping_sized};
-pub use tcp::{Amount, TcpStats, tcp_transfer};
+pub use tcp::{Amount, TcpFlow, TcpStats, tcp_transfer};
 pub use udp::udp_echo;
 
 use std::sync::OnceLock;

@@ -1,38 +1,46 @@
 //! Flags, with flannel's names, spelling and environment variables.
 
-use std::{net::Ipv4Addr, path::PathBuf, time::Duration};
+use std::{ffi::OsString, net::Ipv4Addr, path::PathBuf, time::Duration};
 
-use clap::{ArgAction, Parser, Subcommand, ValueEnum};
-use flannel_core::{acquire::Identity, iface::Wanted};
+use clap::{
+    ArgAction, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum,
+    builder::Resettable,
+    error::{ContextKind, ContextValue},
+};
+use flannel_core::{acquire::Identity, addr::Vni, iface::Wanted};
 
 use crate::leases::{DEFAULT_PREFIX, DEFAULT_TTL, DirOptions, EtcdOptions, StoreConfig};
 
-/// Carries pod traffic between nodes in VXLAN, in eBPF where the kernel can and in the kernel's own device where it cannot.
+/// Carries pod traffic between nodes in VXLAN, with eBPF where the kernel can and with the kernel's own device where it cannot.
 ///
-/// Without a subcommand it is the daemon, a replacement for flanneld. Flags may be written with one dash or two, and every
-/// flag of flannel's is also read from FLANNELD_<NAME>.
+/// Without a command it is the daemon, a replacement for flanneld. Flags may be written with one dash or two. A flag that is not
+/// given is read from the environment variable named with it, unless that is empty.
 #[derive(Clone, Debug, Parser)]
 #[command(
     name = "flannel-agent",
     version,
     subcommand_negates_reqs = true,
-    disable_help_subcommand = true
+    args_override_self = true,
+    max_term_width = 80,
+    after_help = "Exit codes: 0 stopped by SIGTERM or SIGINT; 1 anything not named here; 2 a bad flag, \
+                  configuration, file or value; 3 the lease store refuses; 4 privilege or kernel \
+                  support is missing."
 )]
 pub struct Args {
     /// What to do instead of running the daemon.
     #[command(subcommand)]
     pub command: Option<Command>,
 
-    /// Interface (name or address) whose network carries the overlay; may be given several times, the first match wins. Default:
-    /// the interface of the default route.
+    /// Interface, by name or address, that carries the overlay. May be repeated: the first that exists is taken. Default: the one
+    /// of the default route.
     #[arg(long, env = "FLANNELD_IFACE", value_name = "NAME|IP", action = ArgAction::Append)]
     pub iface: Vec<String>,
 
     /// IPv4 address at which other nodes reach this one. Default: the address of the interface.
-    #[arg(long, env = "FLANNELD_PUBLIC_IP", value_name = "IP")]
+    #[arg(long, env = "FLANNELD_PUBLIC_IP", value_name = "IP", value_parser = ipv4)]
     pub public_ip: Option<Ipv4Addr>,
 
-    /// File to write the subnet, MTU and network to, for CNI plugins and docker.
+    /// File to write subnet, network and MTU to, for the CNI plugin.
     #[arg(
         long,
         env = "FLANNELD_SUBNET_FILE",
@@ -42,7 +50,7 @@ pub struct Args {
     )]
     pub subnet_file: PathBuf,
 
-    /// Network configuration for stores that hold none.
+    /// Network configuration for a lease directory that has no file named config.
     #[arg(
         long,
         env = "FLANNELD_NET_CONFIG_PATH",
@@ -51,11 +59,11 @@ pub struct Args {
     )]
     pub net_config_path: PathBuf,
 
-    /// Keep leases as files in this directory instead of in etcd.
+    /// Directory, shared by all nodes, to keep leases in as files instead of in etcd.
     #[arg(long, env = "FLANNELD_LEASE_DIR", value_name = "DIR")]
     pub lease_dir: Option<PathBuf>,
 
-    /// etcd endpoints, separated by commas.
+    /// URLs of etcd, separated by commas.
     #[arg(
         long,
         env = "FLANNELD_ETCD_ENDPOINTS",
@@ -77,7 +85,7 @@ pub struct Args {
     #[arg(long, env = "FLANNELD_ETCD_CERTFILE", value_name = "FILE")]
     pub etcd_certfile: Option<PathBuf>,
 
-    /// Certificate authorities that may sign etcd's certificate (PEM).
+    /// Certificate authorities that may sign etcd's certificate (PEM). Default: the system's.
     #[arg(long, env = "FLANNELD_ETCD_CAFILE", value_name = "FILE")]
     pub etcd_cafile: Option<PathBuf>,
 
@@ -89,40 +97,42 @@ pub struct Args {
     #[arg(
         long,
         env = "FLANNELD_ETCD_PASSWORD",
-        hide_env_values = true,
+        allow_hyphen_values = true,
         value_name = "PASSWORD"
     )]
     pub etcd_password: Option<String>,
 
-    /// Minutes before its end at which the lease in etcd is renewed, 1 to 1439.
+    /// Minutes before the end of its 24 hours at which the lease in etcd is renewed, 1 to 1439.
     #[arg(
         long,
         env = "FLANNELD_SUBNET_LEASE_RENEW_MARGIN",
         default_value_t = 60,
-        value_parser = clap::value_parser!(u16).range(1..=1439),
+        value_parser = minutes,
         value_name = "MINUTES"
     )]
     pub subnet_lease_renew_margin: u16,
 
-    /// Which data path: eBPF where possible, eBPF or nothing, or the kernel's vxlan device alone.
-    #[arg(long, env = "FLANNELD_DATAPATH", value_enum, default_value_t = DatapathChoice::Auto)]
+    /// What carries the traffic.
+    #[arg(long, env = "FLANNELD_DATAPATH", value_enum, default_value_t = DatapathChoice::Auto, value_name = "CHOICE")]
     pub datapath: DatapathChoice,
 
-    /// What carries the name flannel.<VNI>: the kernel's vxlan device where there is one, or a veth pair and eBPF alone.
-    #[arg(long, env = "FLANNELD_BPF_DEVICE", value_enum, default_value_t = DeviceChoice::Auto)]
+    /// What kind of device flannel.<VNI> is.
+    #[arg(long, env = "FLANNELD_BPF_DEVICE", value_enum, default_value_t = DeviceChoice::Auto, value_name = "CHOICE")]
     pub bpf_device: DeviceChoice,
 
     /// How eBPF programs are attached.
-    #[arg(long, env = "FLANNELD_BPF_ATTACH", value_enum, default_value_t = AttachChoice::Auto)]
+    #[arg(long, env = "FLANNELD_BPF_ATTACH", value_enum, default_value_t = AttachChoice::Auto, value_name = "CHOICE")]
     pub bpf_attach: AttachChoice,
 
-    /// Log verbosity: 0 for changes, 1 for plans, 2 and more for everything.
+    /// How much to log: 0 changes, 1 decisions too, 2 and more everything.
     #[arg(
         short = 'v',
         long = "v",
         env = "FLANNELD_V",
         default_value_t = 0,
         value_name = "LEVEL",
+        value_parser = level,
+        allow_negative_numbers = true,
         global = true
     )]
     pub verbosity: u8,
@@ -131,27 +141,27 @@ pub struct Args {
 /// What to do instead of running the daemon.
 #[derive(Clone, Copy, Debug, Subcommand)]
 pub enum Command {
-    /// Shows what carries this node's traffic; works while the daemon is down.
+    /// Shows what carries this node's traffic, also while the daemon is down.
     Status {
         /// Form of the answer.
-        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        #[arg(short, long, value_enum, default_value_t = Output::Table, value_name = "FORM")]
         output: Output,
     },
-    /// Lists the other nodes as the data path knows them; works while the daemon is down.
+    /// Lists the other nodes as the data path knows them, also while the daemon is down.
     Peers {
         /// Form of the answer.
-        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        #[arg(short, long, value_enum, default_value_t = Output::Table, value_name = "FORM")]
         output: Output,
     },
-    /// Removes what the agent made on this node: device, programs, maps, files. Nothing else does.
+    /// Removes what the agent made on this node: device, programs, maps, files.
     Cleanup {
         /// Only say what would be removed.
         #[arg(long)]
         dry_run: bool,
-        /// Also remove the device of this VNI when no trace of an agent says which it was.
-        #[arg(long, value_name = "VNI")]
+        /// Also remove the device of this VNI, when no trace of an agent says which it was.
+        #[arg(long, value_name = "VNI", value_parser = vni)]
         vni: Option<u32>,
-        /// Even while an agent is running, which will make it all again.
+        /// Do it even while an agent is running, which will make it all again.
         #[arg(long)]
         force: bool,
     },
@@ -171,37 +181,70 @@ pub enum Output {
 /// `--datapath`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DatapathChoice {
-    /// eBPF where it is possible and permitted, else the kernel's device.
+    /// eBPF where it is possible and permitted, else the kernel's vxlan device.
     Auto,
-    /// eBPF, or fail.
+    /// eBPF, or exit with code 4.
     Bpf,
-    /// The kernel's device alone.
+    /// The kernel's vxlan device alone.
     Kernel,
 }
 
 /// `--bpf-device`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DeviceChoice {
-    /// A vxlan device, or a veth pair where the kernel has none.
+    /// A vxlan device, or a veth pair where the kernel has no vxlan.
     Auto,
-    /// A vxlan device, or fail.
+    /// A vxlan device, or exit with code 4.
     Vxlan,
-    /// A veth pair: eBPF alone.
+    /// A veth pair: eBPF carries everything.
     Veth,
 }
 
 /// `--bpf-attach`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum AttachChoice {
-    /// tcx where the kernel has it.
+    /// With tcx where the kernel has it (6.6 and later), else with clsact.
     Auto,
-    /// tcx links.
+    /// As tcx links.
     Tcx,
-    /// Filters on a clsact qdisc.
+    /// As filters of a clsact qdisc.
     Clsact,
 }
 
 impl Args {
+    /// Reads the command line, the first argument being the program's name, and the environment for what is not on it.
+    pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let command = Self::command().mut_args(|arg| {
+            let value = arg.get_env().and_then(std::env::var_os);
+            if value.is_some_and(|value| value.is_empty()) {
+                // To upstream, and to manifests that always set it, an empty variable is none.
+                arg.env(Resettable::Reset)
+            } else {
+                arg.hide_env_values(true)
+            }
+        });
+        let mut matches = command.try_get_matches_from(normalize_go_flags(arguments))?;
+        Self::from_arg_matches_mut(&mut matches)
+    }
+
+    /// The environment variable that a complaint is about, if it was not the command line.
+    pub fn variable_of(error: &clap::Error) -> Option<String> {
+        let (Some(ContextValue::String(name)), Some(ContextValue::String(value))) = (
+            error.get(ContextKind::InvalidArg),
+            error.get(ContextKind::InvalidValue),
+        ) else {
+            return None;
+        };
+        let mut command = Self::command();
+        command.build();
+        let arg = command
+            .get_arguments()
+            .find(|arg| arg.to_string() == *name)?;
+        let variable = arg.get_env()?;
+        let given = std::env::var_os(variable).is_some_and(|given| given.to_str() == Some(value));
+        given.then(|| variable.to_string_lossy().into_owned())
+    }
+
     /// Finds flags that exclude each other.
     pub fn check(&self) -> Result<(), &'static str> {
         if self.datapath == DatapathChoice::Kernel && self.bpf_device == DeviceChoice::Veth {
@@ -251,43 +294,71 @@ impl Args {
     }
 }
 
+fn ipv4(text: &str) -> Result<Ipv4Addr, &'static str> {
+    text.parse()
+        .map_err(|_| "write an IPv4 address such as 192.168.1.10")
+}
+
+fn minutes(text: &str) -> Result<u16, &'static str> {
+    text.parse()
+        .ok()
+        .filter(|minutes| (1..=1439).contains(minutes))
+        .ok_or("write a whole number from 1 to 1439")
+}
+
+/// Any number, as upstream takes it: below 0 is 0, and above 255 there is nothing more to tell.
+fn level(text: &str) -> Result<u8, &'static str> {
+    let level: i64 = text.parse().map_err(|_| "write a whole number such as 1")?;
+    Ok(u8::try_from(level.clamp(0, 255)).unwrap_or(u8::MAX))
+}
+
+fn vni(text: &str) -> Result<u32, &'static str> {
+    text.parse()
+        .ok()
+        .filter(|vni| Vni::try_from(*vni).is_ok())
+        .ok_or("write a whole number from 0 to 16777215")
+}
+
 /// Rewrites Go-style `-flag` arguments to the `--flag` form that clap reads.
-pub fn normalize_go_flags(args: impl IntoIterator<Item = String>) -> Vec<String> {
+fn normalize_go_flags(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut out = Vec::new();
     let mut done = false;
-    for (i, arg) in args.into_iter().enumerate() {
-        done |= arg == "--";
-        let name = arg.strip_prefix('-').filter(|rest| !rest.starts_with('-'));
-        // `-v=4` and `-ojson` are clap's own; only longer names are Go's.
-        let long = name
-            .and_then(|name| name.split('=').next())
-            .is_some_and(|name| name.len() > 1);
-        let short_with_value = name.is_some_and(|name| {
-            let mut chars = name.chars();
-            matches!(chars.next(), Some('v' | 'o'))
-                && chars.next().is_some_and(|c| {
-                    c.is_ascii_digit() || name.starts_with("ojson") || name.starts_with("otable")
-                })
-        });
-        out.push(if i > 0 && !done && long && !short_with_value {
-            format!("-{arg}")
+    // A password may look like a flag.
+    let mut literal = false;
+    for (i, argument) in arguments.into_iter().enumerate() {
+        let text = argument.to_str().unwrap_or_default();
+        done |= text == "--" && !literal;
+        let rewrite = i > 0 && !done && !literal && is_go_flag(text);
+        literal = matches!(text, "-etcd-password" | "--etcd-password") && !literal;
+        out.push(if rewrite {
+            format!("-{text}").into()
         } else {
-            arg
+            argument
         });
     }
     out
 }
 
+/// Whether `-text` is a long flag. `-v=4`, `-v4` and `-ojson` are clap's own.
+fn is_go_flag(text: &str) -> bool {
+    let Some(name) = text.strip_prefix('-').filter(|name| !name.starts_with('-')) else {
+        return false;
+    };
+    let long = name.split('=').next().is_some_and(|name| name.len() > 1);
+    let short_with_value = matches!(name, "ojson" | "otable")
+        || name
+            .strip_prefix('v')
+            .is_some_and(|level| level.starts_with(|c: char| c.is_ascii_digit()));
+    long && !short_with_value
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory as _;
 
     fn parse(args: &[&str]) -> Result<Args, clap::Error> {
-        let args = std::iter::once("flannel-agent")
-            .chain(args.iter().copied())
-            .map(str::to_owned);
-        Args::try_parse_from(normalize_go_flags(args))
+        let args = std::iter::once(&"flannel-agent").chain(args);
+        Args::read(args.map(OsString::from))
     }
 
     #[test]
@@ -318,12 +389,37 @@ mod tests {
     }
 
     #[test]
+    fn a_password_is_taken_as_it_is() {
+        for args in [
+            &["--etcd-password", "-iface=x"][..],
+            &["-etcd-password", "-iface=x"],
+            &["-etcd-password=-iface=x"],
+        ] {
+            let args = parse(args).expect("parse");
+            assert_eq!(args.etcd_password.as_deref(), Some("-iface=x"));
+            assert!(args.iface.is_empty());
+        }
+    }
+
+    #[test]
+    fn the_last_of_a_repeated_flag_counts() {
+        let args = parse(&["-etcd-prefix=/a", "--v=1", "-etcd-prefix=/b", "-v", "-3"]);
+        let args = args.expect("parse");
+        assert_eq!((args.etcd_prefix.as_str(), args.verbosity), ("/b", 0));
+        assert_eq!(parse(&["-v=1000"]).expect("parse").verbosity, u8::MAX);
+    }
+
+    #[test]
     fn unknown_flags_and_bad_values_are_errors() {
         for bad in [
             &["--no-such-flag"][..],
             &["--public-ip=10.0.0"],
             &["--datapath=fast"],
             &["--subnet-lease-renew-margin=0"],
+            &["--subnet-lease-renew-margin=1440"],
+            &["-v=much"],
+            &["cleanup", "--vni=16777216"],
+            &["foo"],
         ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }

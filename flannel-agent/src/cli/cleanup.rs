@@ -57,8 +57,8 @@ pub(super) async fn run(
             || instance.remove(),
         );
     }
-    if let Some(state) = &state {
-        if net
+    if let Some(state) = &state
+        && net
             .filter_program(Hook::FromWire, state.uplink_index)
             .await?
             .is_some()
@@ -67,7 +67,6 @@ pub(super) async fn run(
                 bpf::delete_filter(Hook::FromWire, state.uplink_index)
             });
         }
-    }
     for vni in &vnis {
         clean &= remove_device(&net, &act, *vni).await?;
     }
@@ -103,7 +102,7 @@ async fn remove_device(net: &Netlink, act: &Act, vni: Vni) -> anyhow::Result<boo
         return Ok(true);
     }
     let what = format!("device {name} with its routes, neighbours and forwarding entries");
-    Ok(!act.announce(&what) || act.outcome(&what, net.delete_device(device.index).await))
+    Ok(!act.announce(&what) || Act::outcome(&what, net.delete_device(device.index).await))
 }
 
 struct Act {
@@ -119,7 +118,7 @@ impl Act {
         !self.dry_run
     }
 
-    fn outcome<E: std::error::Error>(&self, what: &str, outcome: Result<(), E>) -> bool {
+    fn outcome<E: std::error::Error>(what: &str, outcome: Result<(), E>) -> bool {
         match outcome {
             Ok(()) => table::line(&format!("removed {what}")),
             Err(error) => {
@@ -134,6 +133,6 @@ impl Act {
     }
 
     fn on<E: std::error::Error>(&self, what: &str, work: impl FnOnce() -> Result<(), E>) -> bool {
-        !self.announce(what) || self.outcome(what, work())
+        !self.announce(what) || Self::outcome(what, work())
     }
 }

@@ -9,14 +9,12 @@ mod peers;
 mod status;
 mod table;
 
-use std::process::ExitCode;
+use std::{ffi::OsString, process::ExitCode};
 
-use clap::{Parser as _, error::ErrorKind};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use tokio_util::sync::CancellationToken;
 
-pub use args::{
-    Args, AttachChoice, Command, DatapathChoice, DeviceChoice, Output, normalize_go_flags,
-};
+pub use args::{Args, AttachChoice, Command, DatapathChoice, DeviceChoice, Output};
 
 use crate::{app, telemetry};
 
@@ -28,8 +26,8 @@ pub const EXIT_STORE: u8 = 3;
 pub const EXIT_KERNEL: u8 = 4;
 
 /// Runs the program with these arguments, the first being its name.
-pub fn main(arguments: impl IntoIterator<Item = String>) -> ExitCode {
-    let args = match Args::try_parse_from(normalize_go_flags(arguments)) {
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args = match Args::read(arguments) {
         Ok(args) => args,
         Err(error) => return usage(&error),
     };
@@ -77,7 +75,7 @@ async fn daemon(args: Args) -> ExitCode {
     match app::run(&args, cancel).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{}", telemetry::chain(&error));
+            tracing::error!("{}", telemetry::one_line(&telemetry::chain(&error)));
             ExitCode::from(error.exit_code())
         }
     }
@@ -125,17 +123,28 @@ fn usage(error: &clap::Error) -> ExitCode {
             ExitCode::SUCCESS
         }
         _ => {
-            // clap's first line says what is wrong; its usage block is one `--help` away.
+            // clap's first paragraph says what is wrong; its usage block is one `--help` away.
             let text = error.render().to_string();
-            let mut lines = text.lines().filter(|line| !line.trim().is_empty());
-            let first = lines.next().unwrap_or("error: bad arguments");
-            let hint = lines
-                .find_map(|line| line.trim().strip_prefix("tip: "))
-                .map(|tip| format!(" ({tip})"));
+            let paragraph = text.split("\n\n").next().unwrap_or_default();
+            let what = paragraph
+                .split("\n  [possible values")
+                .next()
+                .unwrap_or_default();
+            let what = what.strip_prefix("error: ").unwrap_or(what).trim();
+            let variable = Args::variable_of(error).map(|name| format!(" (from {name})"));
+            let fix = match (
+                error.get(ContextKind::ValidValue),
+                error.get(ContextKind::SuggestedArg),
+            ) {
+                (Some(ContextValue::Strings(values)), _) if !values.is_empty() => {
+                    format!(": use one of {}", values.join(", "))
+                }
+                (_, Some(ContextValue::String(similar))) => format!(": did you mean {similar}?"),
+                _ => String::new(),
+            };
             table::complaint(&format!(
-                "{}{}; see flannel-agent --help",
-                first.strip_prefix("error: ").unwrap_or(first),
-                hint.unwrap_or_default()
+                "{what}{}{fix}; see flannel-agent --help",
+                variable.unwrap_or_default()
             ));
             ExitCode::from(EXIT_USAGE)
         }

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use anyhow::Context as _;
-use flannel_core::{mark, plan::Node};
+use flannel_core::{
+    mark,
+    plan::{Node, ObservedKind},
+};
 use ipnet::{IpNet, Ipv4Net};
 use serde::Serialize;
 
@@ -21,11 +24,11 @@ struct PeerRow {
     subnet: String,
     vtep: Option<String>,
     mac: Option<String>,
-    /// `bpf` when the maps carry it with a next hop, else `kernel`.
+    /// `bpf` when the maps carry it with a next hop, or there is no kernel device to leave it to; else `kernel`.
     path: &'static str,
     next_hop: Option<String>,
     path_mtu: Option<u32>,
-    /// Whether route, neighbour and forwarding entry of the kernel's device are there.
+    /// Whether route, neighbour and forwarding entry of the kernel's device are there; a veth pair has no forwarding entries.
     kernel_complete: bool,
 }
 
@@ -96,6 +99,7 @@ fn join(
     }
     subnets.sort();
     subnets.dedup();
+    let alone = device.is_some_and(|device| matches!(device.kind, ObservedKind::Veth { .. }));
     subnets
         .into_iter()
         .map(|subnet| {
@@ -115,10 +119,14 @@ fn join(
                 mac: node
                     .map(|node| node.peer_mac.to_string())
                     .or_else(|| neighbour.map(ToString::to_string)),
-                path: if hop.is_some() { "bpf" } else { "kernel" },
+                path: if hop.is_some() || (alone && node.is_some()) {
+                    "bpf"
+                } else {
+                    "kernel"
+                },
                 next_hop: hop.map(|(_, mac)| mac.to_string()),
                 path_mtu: node.map(|node| node.path_mtu),
-                kernel_complete: route && neighbour.is_some() && forwarding.is_some(),
+                kernel_complete: route && neighbour.is_some() && (alone || forwarding.is_some()),
             }
         })
         .collect()

@@ -69,7 +69,7 @@ struct Counters {
     encap: Count,
     decap: Count,
     /// Packets left to the kernel's device, or dropped where there is none, by direction and reason.
-    not_carried: Vec<Reason>,
+    not_carried: Vec<NotCarried>,
 }
 
 #[derive(Debug, Serialize)]
@@ -79,7 +79,7 @@ struct Count {
 }
 
 #[derive(Debug, Serialize)]
-struct Reason {
+struct NotCarried {
     direction: &'static str,
     reason: &'static str,
     packets: u64,
@@ -243,7 +243,7 @@ fn counters(totals: &Totals) -> Counters {
         not_carried: totals
             .reasons
             .iter()
-            .map(|(direction, reason, packets)| Reason {
+            .map(|(direction, reason, packets)| NotCarried {
                 direction: direction.as_str(),
                 reason: reason.as_str(),
                 packets: *packets,

@@ -4,6 +4,8 @@ use std::io::Write as _;
 
 use comfy_table::{Table, presets::NOTHING};
 
+use crate::telemetry::one_line;
+
 /// Prints one line to standard output. A closed pipe ends the program quietly, as `head` expects.
 pub(super) fn line(text: &str) {
     if writeln!(std::io::stdout(), "{text}").is_err() {
@@ -14,7 +16,7 @@ pub(super) fn line(text: &str) {
 /// Prints one line to standard error.
 pub(super) fn complaint(text: &str) {
     // Nobody to tell if standard error is closed.
-    let _closed = writeln!(std::io::stderr(), "flannel-agent: {text}");
+    let _closed = writeln!(std::io::stderr(), "flannel-agent: {}", one_line(text));
 }
 
 /// Prints rows under a header, aligned, without a frame.

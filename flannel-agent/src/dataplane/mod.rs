@@ -39,8 +39,6 @@ pub enum DataplaneError {
 /// How much a look takes in. The rest is as it was at the last look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Scope {
-    /// Nothing anew.
-    Nothing,
     /// The map entries in use, and what is attached.
     Maps,
     /// Those, and everything the kernel notifies about.
@@ -181,10 +179,10 @@ impl Dataplane {
             Op::DelFdb { mac, vtep } => net.del_fdb(self.tunnel_for(op)?, *mac, *vtep).await?,
             Op::PutNeighbour { address, mac } => {
                 net.put_neighbour(self.tunnel_for(op)?, *address, *mac)
-                    .await?
+                    .await?;
             }
             Op::DelNeighbour { address } => {
-                net.del_neighbour(self.tunnel_for(op)?, *address).await?
+                net.del_neighbour(self.tunnel_for(op)?, *address).await?;
             }
             Op::PutRoute {
                 subnet,

@@ -91,7 +91,12 @@ impl DirLeases {
                         location: path.display().to_string(),
                     });
                 }
-                Err(source) => return Err(failed("read network configuration", path)(source)),
+                Err(source) => {
+                    return Err(failed(
+                        "read the network configuration, a JSON file, at",
+                        path,
+                    )(source));
+                }
             }
         }
         let tried: Vec<String> = paths

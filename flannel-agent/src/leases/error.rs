@@ -40,10 +40,10 @@ pub enum LeaseError {
         missing: &'static str,
     },
     /// A password without a user name.
-    #[error("--etcd-password is given without --etcd-username")]
+    #[error("--etcd-password is given without --etcd-username: give both or neither")]
     PasswordWithoutUser,
     /// A PEM file could not be read.
-    #[error("read {what} {}", path.display())]
+    #[error("read {what} {}: {source}: name a readable PEM file", path.display())]
     Pem {
         /// The flag or role of the file.
         what: &'static str,
@@ -105,7 +105,9 @@ pub enum LeaseError {
         tried: String,
     },
     /// The network configuration is not text.
-    #[error("network configuration {location} is not UTF-8")]
+    #[error(
+        "network configuration {location} is not UTF-8: write JSON such as {{\"Network\":\"10.244.0.0/16\",\"Backend\":{{\"Type\":\"vxlan\"}}}}"
+    )]
     NetConfText {
         /// The key or file.
         location: String,
@@ -152,7 +154,13 @@ impl LeaseError {
             | LeaseError::PasswordWithoutUser
             | LeaseError::Pem { .. }
             | LeaseError::NoSystemRoots { .. }
+            | LeaseError::NetConfText { .. }
             | LeaseError::Acquire(AcquireError::NoAddress { .. }) => ErrorKind::Config,
+            LeaseError::File { source, .. }
+                if source.kind() == std::io::ErrorKind::IsADirectory =>
+            {
+                ErrorKind::Config
+            }
             LeaseError::Answer { code, .. }
                 if [
                     INVALID_ARGUMENT,
@@ -169,7 +177,6 @@ impl LeaseError {
             {
                 ErrorKind::Refused
             }
-            LeaseError::NetConfText { .. } => ErrorKind::Refused,
             LeaseError::Unreachable { .. }
             | LeaseError::Timeout { .. }
             | LeaseError::Answer { .. }
@@ -183,7 +190,7 @@ impl LeaseError {
     }
 
     /// Whether the connection to etcd has already logged it, as the beginning of an outage.
-    pub(super) fn is_logged(&self) -> bool {
+    pub(crate) fn is_logged(&self) -> bool {
         matches!(
             self,
             LeaseError::Unreachable { .. }
@@ -199,13 +206,13 @@ impl LeaseError {
     }
 }
 
-/// An error and its sources, joined by colons; a source that only repeats the text before it is left out.
+/// An error and its sources, joined by colons; a source that the text before it already repeats is left out.
 pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
         let line = cause.to_string();
-        if !text.ends_with(&line) {
+        if !text.contains(&line) {
             text.push_str(": ");
             text.push_str(&line);
         }

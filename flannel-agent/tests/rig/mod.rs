@@ -1,7 +1,16 @@
 //! Agents in a lab: nodes that share a lease directory, the pods behind them, and what the kernel has of them, read
 //! with `ip`, `bridge` and `bpftool` instead of the agent's own code.
 
-#![allow(dead_code, reason = "every test binary uses a part of it")]
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "every test binary uses a part of it"
+)]
+
+pub(crate) mod dump;
+pub(crate) mod hooks;
+mod kernel;
+pub(crate) mod variant;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,11 +22,13 @@ use std::{
 
 use flannel_testkit::{
     AgentProcess, Lab, LabOptions, Netns, Node, Pod, Subnet, eventually,
-    json::{bpftool_json, bridge_json, ip_json},
+    json::bpftool_json,
     process::{self, Finished},
     traffic,
 };
 use serde_json::{Value, json};
+
+pub(crate) use kernel::{Peer, kernel_peers, list, per_cpu, text};
 
 /// How long anything may take that is expected to happen and has no bound of its own.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -36,7 +47,7 @@ pub(crate) fn agent_binary() -> &'static Path {
 /// Nodes of a lab whose agents share one lease directory. Node `i` gets subnet 10.244.(i + 1).0/24. Agents are killed, and
 /// everything is removed, when it is dropped.
 pub(crate) struct Rig {
-    agents: BTreeMap<usize, AgentProcess>,
+    pub(crate) agents: BTreeMap<usize, AgentProcess>,
     pods: BTreeMap<usize, Vec<Pod>>,
     lab: Lab,
     lease_dir: PathBuf,
@@ -144,7 +155,7 @@ impl Rig {
     }
 
     /// An agent prefers the subnet that its subnet file names.
-    fn reserve_subnet(&self, node: usize) {
+    pub(crate) fn reserve_subnet(&self, node: usize) {
         let file = self.subnet_file(node);
         if file.exists() {
             return;
@@ -373,6 +384,13 @@ impl Rig {
         bpftool_json(self.ns(node), &["map", "dump", "pinned", &pin]).expect("dump a map")
     }
 
+    /// What `bpftool` says of a map: id, sizes.
+    #[track_caller]
+    pub(crate) fn map_info(&self, node: usize, map: &str) -> Value {
+        let pin = self.map_pin(node, map).display().to_string();
+        bpftool_json(self.ns(node), &["map", "show", "pinned", &pin]).expect("show a map")
+    }
+
     /// Packets that eBPF has carried, from the maps through `bpftool`.
     #[track_caller]
     pub(crate) fn counters(&self, node: usize) -> Counters {
@@ -416,77 +434,6 @@ impl Drop for Rig {
 pub(crate) struct Counters {
     pub(crate) encap: u64,
     pub(crate) decap: u64,
-}
-
-/// A node as others know it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Peer {
-    pub(crate) public_ip: String,
-    pub(crate) mac: String,
-}
-
-/// The peers for which the namespace's tunnel device has a route, a neighbour and a forwarding entry that agree. Anything left
-/// over, such as a neighbour without a route, is an error. First comes the kind of the device.
-pub(crate) fn kernel_peers(ns: &Netns) -> anyhow::Result<(String, BTreeMap<Subnet, Peer>)> {
-    let routes = ip_json(ns, &["route", "show", "dev", DEVICE])?;
-    let neighbours = ip_json(ns, &["neigh", "show", "dev", DEVICE, "nud", "permanent"])?;
-    let fdb = bridge_json(ns, &["fdb", "show", "dev", DEVICE])?;
-    let mut macs: BTreeMap<String, String> = list(&neighbours)
-        .iter()
-        .filter_map(|entry| Some((text(entry, "dst")?, text(entry, "lladdr")?)))
-        .collect();
-    let mut vteps: BTreeMap<String, String> = list(&fdb)
-        .iter()
-        .filter_map(|entry| Some((text(entry, "mac")?, text(entry, "dst")?)))
-        .collect();
-    let link = flannel_testkit::json::link(ns, DEVICE)?;
-    let kind = text(&link["linkinfo"], "info_kind").unwrap_or_default();
-    let mut peers = BTreeMap::new();
-    for route in list(&routes) {
-        let (Some(dst), Some(gateway)) = (text(route, "dst"), text(route, "gateway")) else {
-            continue;
-        };
-        let mac = macs
-            .remove(&gateway)
-            .ok_or_else(|| anyhow::anyhow!("no neighbour {gateway} for the route to {dst}"))?;
-        let public_ip = match vteps.remove(&mac) {
-            Some(vtep) => vtep,
-            None if kind == "vxlan" => anyhow::bail!("no forwarding entry for {mac} of {dst}"),
-            None => String::new(),
-        };
-        peers.insert(dst.parse()?, Peer { public_ip, mac });
-    }
-    anyhow::ensure!(macs.is_empty(), "neighbours without a route: {macs:?}");
-    anyhow::ensure!(
-        vteps.is_empty(),
-        "forwarding entries without a neighbour: {vteps:?}"
-    );
-    Ok((kind, peers))
-}
-
-/// The entries of a list; `ip` says nothing at all for an empty one.
-pub(crate) fn list(value: &Value) -> &[Value] {
-    value.as_array().map_or(&[], Vec::as_slice)
-}
-
-/// A string field.
-pub(crate) fn text(value: &Value, field: &str) -> Option<String> {
-    Some(value[field].as_str()?.to_owned())
-}
-
-/// The first eight bytes of a per-CPU entry as a number, summed over all CPUs.
-pub(crate) fn per_cpu(entry: &Value) -> u64 {
-    list(&entry["values"])
-        .iter()
-        .map(|value| {
-            let mut bytes = [0; 8];
-            for (byte, text) in bytes.iter_mut().zip(list(&value["value"])) {
-                let digits = text.as_str().expect("a byte").trim_start_matches("0x");
-                *byte = u8::from_str_radix(digits, 16).expect("a byte in hex");
-            }
-            u64::from_ne_bytes(bytes)
-        })
-        .sum()
 }
 
 #[track_caller]

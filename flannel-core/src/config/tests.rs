@@ -368,11 +368,11 @@ fn network_errors_name_the_value_and_the_fix() {
 fn text_that_is_no_config() {
     assert_eq!(
         message(""),
-        "network config is not valid JSON: EOF while parsing a value at line 1 column 0"
+        r#"network config is not valid JSON: EOF while parsing a value at line 1 column 0: write an object such as {"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#
     );
     assert_eq!(
         message("{} x"),
-        "network config is not valid JSON: trailing characters at line 1 column 4"
+        r#"network config is not valid JSON: trailing characters at line 1 column 4: write an object such as {"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#
     );
     assert_eq!(
         message("[]"),

@@ -1,5 +1,8 @@
 //! The eBPF half: maps and attached programs.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -270,7 +273,11 @@ pub(super) fn plan(input: &Input<'_>, plan: &mut Plan, deletes: &mut Vec<Op>) {
         (Hook::FromWire, input.want.uplink),
     ] {
         let there = input.have.attached.get(&hook);
-        if !there.is_some_and(|attached| attached.current && attached.ifindex == ifindex) {
+        let there = there.filter(|attached| attached.ifindex == ifindex);
+        // A predecessor's program may run on maps of its own (another layout, another size), which know the peers while
+        // ours do not yet.
+        let waits = there.is_some() && input.peers.is_none();
+        if !waits && !there.is_some_and(|attached| attached.current) {
             plan.ops.push(Op::Attach { hook, ifindex });
         }
     }

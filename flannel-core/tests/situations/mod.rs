@@ -18,17 +18,17 @@ use ipnet::{IpNet, Ipv4Net};
 use proptest::{collection, option, prelude::*, sample::select, strategy::Union};
 
 /// Entries of the map `subnets`: `10.5.0.0/20` in subnets of 24 bits.
-pub const SUBNET_COUNT: u32 = 16;
+pub(crate) const SUBNET_COUNT: u32 = 16;
 
 /// What is wanted, and what is there.
 #[derive(Clone, Debug)]
-pub struct Situation {
+pub(crate) struct Situation {
     pub want: Desired,
     pub have: Observed,
 }
 
 /// Any situation, with that much room in the map `nodes`.
-pub fn situation(capacity: u32) -> BoxedStrategy<Situation> {
+pub(crate) fn situation(capacity: u32) -> BoxedStrategy<Situation> {
     let garbage = desired().prop_flat_map(move |want| {
         observed(&want, capacity).prop_map(move |have| Situation {
             want: want.clone(),
@@ -239,7 +239,11 @@ fn was(before: Desired, capacity: u32) -> impl Strategy<Value = Observed> {
             kernel.device = None;
         }
         for _ in 0..super::PASSES + 2 {
-            for op in &super::plan(&before, &kernel).ops {
+            let planned = super::plan(&before, &kernel);
+            if planned.ops.is_empty() {
+                break;
+            }
+            for op in &planned.ops {
                 super::apply(&mut kernel, op, &before);
             }
         }
@@ -301,8 +305,8 @@ fn device(want: &Desired) -> impl Strategy<Value = Device> + use<> {
         "172.16.0.1/24",
     ])
     .prop_map(|address| address.parse::<Ipv4Net>().unwrap());
-    let routes = (subnet(), option::weighted(0.2, select(vec![1350u32, 1500])))
-        .prop_map(|(subnet, mtu)| {
+    let routes =
+        (subnet(), option::weighted(0.2, select(vec![1350u32, 1500]))).prop_map(|(subnet, mtu)| {
             let gateway = subnet.network();
             (subnet, Route { gateway, mtu })
         });
@@ -417,13 +421,9 @@ fn bpf_state(uplink: IfIndex, capacity: u32) -> impl Strategy<Value = BpfState> 
                 path_mtu,
             },
         );
-    let tunnel = option::of((
-        index(),
-        select(vec![1400u32, 1450]),
-        mac(),
-    ));
-    let attachment = (index(), any::<bool>())
-        .prop_map(|(ifindex, current)| Attachment { ifindex, current });
+    let tunnel = option::of((index(), select(vec![1400u32, 1450]), mac()));
+    let attachment =
+        (index(), any::<bool>()).prop_map(|(ifindex, current)| Attachment { ifindex, current });
     // Never written in full, so not all of it is in use.
     let top = capacity.min(12);
     (

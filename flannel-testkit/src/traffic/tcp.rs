@@ -7,6 +7,9 @@ use crate::socket;
 use anyhow::{Context as _, ensure};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long connecting may take.
@@ -47,6 +50,74 @@ pub fn tcp_transfer(
     client_ns: &Netns,
     amount: Amount,
 ) -> anyhow::Result<TcpStats> {
+    let end = match amount {
+        Amount::For(time) => Some(Instant::now() + time),
+        Amount::Bytes(_) => None,
+    };
+    transfer(server_ns, server_ip, client_ns, |sent| match amount {
+        Amount::Bytes(all) => usize::try_from(all - sent).unwrap_or(CHUNK).min(CHUNK),
+        Amount::For(_) if end.is_some_and(|end| Instant::now() >= end) => 0,
+        Amount::For(_) => CHUNK,
+    })
+}
+
+/// A stream in a thread of its own that lasts until it is stopped, for as many events as a test likes.
+#[derive(Debug)]
+pub struct TcpFlow {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<anyhow::Result<TcpStats>>>,
+}
+
+impl TcpFlow {
+    /// Starts to send from the client to `server_ip`; whether that works is known at the end.
+    pub fn start(
+        server_ns: &Netns,
+        server_ip: Ipv4Addr,
+        client_ns: &Netns,
+    ) -> anyhow::Result<TcpFlow> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let (server, client) = (server_ns.clone(), client_ns.clone());
+        let thread = std::thread::Builder::new()
+            .name(format!("tcp {}", client_ns.name()))
+            .spawn(move || {
+                transfer(&server, server_ip, &client, |_| {
+                    if stopped.load(Ordering::Relaxed) {
+                        0
+                    } else {
+                        CHUNK
+                    }
+                })
+            })?;
+        Ok(TcpFlow {
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    /// Stops sending, waits for what is under way, and gives the account. A stream that broke before is an error.
+    pub fn stop(mut self) -> anyhow::Result<TcpStats> {
+        self.stop.store(true, Ordering::Relaxed);
+        let thread = self.thread.take().context("the flow has ended")?;
+        thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+impl Drop for TcpFlow {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Sends as long as `left`, given the bytes sent so far, says how many of at most [`CHUNK`] to send next.
+fn transfer(
+    server_ns: &Netns,
+    server_ip: Ipv4Addr,
+    client_ns: &Netns,
+    left: impl Fn(u64) -> usize,
+) -> anyhow::Result<TcpStats> {
     let listener = server_ns
         .try_run(|| TcpListener::bind((server_ip, 0)))?
         .with_context(|| format!("listen on {server_ip} in {}", server_ns.name()))?;
@@ -65,7 +136,7 @@ pub fn tcp_transfer(
     let start = Instant::now();
     let (sent, got) = std::thread::scope(|scope| {
         let receiver = scope.spawn(|| receive(server, address, start));
-        let sent = send(&client, amount);
+        let sent = send(&client, left);
         if sent.is_err() {
             // Ends the receiver too.
             drop(client.shutdown(Shutdown::Both));
@@ -104,20 +175,12 @@ struct Received {
     longest_stall: Duration,
 }
 
-fn send(mut stream: &TcpStream, amount: Amount) -> anyhow::Result<u64> {
+fn send(mut stream: &TcpStream, left: impl Fn(u64) -> usize) -> anyhow::Result<u64> {
     // Two periods and a chunk: any position in the period has a whole chunk behind it.
     let block = super::pattern(0, PERIOD + CHUNK);
-    let end = match amount {
-        Amount::For(time) => Some(Instant::now() + time),
-        Amount::Bytes(_) => None,
-    };
     let mut sent = 0_u64;
     loop {
-        let left = match amount {
-            Amount::Bytes(all) => usize::try_from(all - sent).unwrap_or(CHUNK).min(CHUNK),
-            Amount::For(_) if end.is_some_and(|end| Instant::now() >= end) => 0,
-            Amount::For(_) => CHUNK,
-        };
+        let left = left(sent);
         if left == 0 {
             break;
         }

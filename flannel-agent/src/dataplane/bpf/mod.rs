@@ -61,7 +61,10 @@ pub struct Bpf {
 
 impl std::fmt::Debug for Bpf {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Bpf").field("instance", &self.instance).field("attach", &self.attach).finish_non_exhaustive()
+        f.debug_struct("Bpf")
+            .field("instance", &self.instance)
+            .field("attach", &self.attach)
+            .finish_non_exhaustive()
     }
 }
 

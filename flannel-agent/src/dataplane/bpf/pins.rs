@@ -98,12 +98,11 @@ impl Instance {
         let mut paths = Vec::new();
         for (name, value_size, entries) in wanted {
             let path = join(&dir, name);
-            if let Ok(info) = MapInfo::from_pin(&path) {
-                if info.value_size() as usize != *value_size || info.max_entries() != *entries {
+            if let Ok(info) = MapInfo::from_pin(&path)
+                && (info.value_size() as usize != *value_size || info.max_entries() != *entries) {
                     tracing::info!(map = name, "replace a pinned map of another shape");
                     fs::remove_file(&path).map_err(|source| pin_error("remove", &path, source))?;
                 }
-            }
             paths.push((*name, path));
         }
         Ok(paths)
@@ -116,11 +115,10 @@ impl Instance {
             return;
         };
         for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
-            if path.is_dir() && path != current {
-                if let Err(error) = fs::remove_dir_all(&path) {
+            if path.is_dir() && path != current
+                && let Err(error) = fs::remove_dir_all(&path) {
                     tracing::warn!(path = %path.display(), %error, "remove maps of another layout");
                 }
-            }
         }
     }
 

@@ -176,7 +176,7 @@ impl Connection {
             return Ok(options);
         }
         let roots = match &self.tls.ca {
-            Some(path) => read_pem("--etcd-cafile", path).await?,
+            Some(path) => certificates("--etcd-cafile", path).await?,
             None => system_roots(endpoint).await?,
         };
         let mut tls = TlsOptions::new().ca_certificate(Certificate::from_pem(roots));
@@ -420,6 +420,13 @@ fn normalise(given: &str, has_certificate: bool) -> Result<String, LeaseError> {
     if authority.is_empty() || authority.contains(['/', '?', '#', ' ']) {
         return refuse("expected http://host:port or https://host:port");
     }
+    let port = authority
+        .rsplit_once(':')
+        .map(|(_, port)| port)
+        .filter(|port| !port.ends_with(']'));
+    if port.is_some_and(|port| !port.parse::<u16>().is_ok_and(|port| port > 0)) {
+        return refuse("the port must be a number from 1 to 65535");
+    }
     Ok(format!("{scheme}://{authority}"))
 }
 
@@ -431,6 +438,20 @@ async fn read_pem(what: &'static str, path: &Path) -> Result<Vec<u8>, LeaseError
             path: path.to_owned(),
             source,
         })
+}
+
+/// The client library takes a file without a single certificate, and then trusts nobody.
+async fn certificates(what: &'static str, path: &Path) -> Result<Vec<u8>, LeaseError> {
+    const BEGIN: &[u8] = b"-----BEGIN CERTIFICATE-----";
+    let pem = read_pem(what, path).await?;
+    if pem.windows(BEGIN.len()).any(|bytes| bytes == BEGIN) {
+        return Ok(pem);
+    }
+    Err(LeaseError::Pem {
+        what,
+        path: path.to_owned(),
+        source: std::io::Error::other("there is no certificate in it"),
+    })
 }
 
 async fn system_roots(endpoint: &str) -> Result<Vec<u8>, LeaseError> {

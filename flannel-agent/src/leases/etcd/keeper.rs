@@ -2,7 +2,7 @@
 
 use std::{future::pending, sync::Arc, time::Duration};
 
-use etcd_client::{EventType, WatchOptions, WatchResponse, WatchStream};
+use etcd_client::{EventType, GetOptions, WatchOptions, WatchResponse, WatchStream};
 use tokio::{
     sync::watch,
     time::{Instant, sleep_until},
@@ -165,7 +165,7 @@ impl<'a> Keeper<'a> {
     /// Lists if need be, then opens the watch where the list ends.
     async fn connect(&mut self) {
         let opened = async {
-            if !self.listed {
+            if !self.listed || !self.same_store().await? {
                 self.relist().await?;
             }
             self.open_watch().await
@@ -182,10 +182,37 @@ impl<'a> Keeper<'a> {
         }
     }
 
+    /// Whether our key is as we wrote it. In a store that was wiped it is missing, even if by now the other nodes have brought the
+    /// revisions to where they were, so that a watch from there would be granted and show none of it.
+    async fn same_store(&self) -> Result<bool, LeaseError> {
+        let key = self.store.key_of(&self.held.lease.key);
+        let options = || Some(GetOptions::new().with_keys_only());
+        let answer = self
+            .store
+            .connection
+            .call(&format!("look up {key}"), |mut client| {
+                let key = key.clone();
+                async move { client.get(key, options()).await }
+            })
+            .await?;
+        let written = answer
+            .kvs()
+            .first()
+            .map(etcd_client::KeyValue::mod_revision);
+        Ok(written == Some(self.grip.mod_revision))
+    }
+
     async fn relist(&mut self) -> Result<(), LeaseError> {
         let listing = self.store.list().await?;
+        let own = self.held.lease.key.to_string();
+        let own_is_newer = listing
+            .keys
+            .iter()
+            .any(|raw| raw.name == own && raw.mod_revision >= self.grip.mod_revision);
         let replaced = self.ever_listed
-            && (listing.revision + 1 < self.next || listing.cluster != self.cluster);
+            && (listing.revision + 1 < self.next
+                || listing.cluster != self.cluster
+                || !own_is_newer);
         self.table.replace(
             &listing.keys,
             replaced.then(Instant::now),

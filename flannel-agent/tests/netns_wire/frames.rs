@@ -1,0 +1,1 @@
+//! Frames compared byte for byte.

@@ -1,0 +1,151 @@
+//! Which programs run at the two hooks of a node, and a watch over them.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+};
+
+use aya::programs::{SchedClassifier, TcAttachType};
+use flannel_testkit::{Netns, json::bpftool_json};
+use serde_json::Value;
+
+use super::{DEVICE, list};
+
+/// A program at a hook.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Program {
+    pub(crate) id: u32,
+    pub(crate) name: String,
+    pub(crate) attach: &'static str,
+}
+
+/// The programs at our two hooks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Hooks {
+    /// Egress of the tunnel device.
+    pub(crate) to_overlay: Vec<Program>,
+    /// Ingress of the uplink.
+    pub(crate) from_wire: Vec<Program>,
+}
+
+impl Hooks {
+    /// The ids, if each hook has exactly one program, the one of its name.
+    pub(crate) fn one_each(&self) -> Result<[u32; 2], String> {
+        match (&self.to_overlay[..], &self.from_wire[..]) {
+            ([out], [inn]) if out.name == "to_overlay" && inn.name == "from_wire" => {
+                Ok([out.id, inn.id])
+            }
+            _ => Err(format!("not one program at each hook: {self:?}")),
+        }
+    }
+
+    /// Whether both are there, attached in this way.
+    pub(crate) fn are(&self, attach: &str) -> Result<[u32; 2], String> {
+        let ids = self.one_each()?;
+        let all = self.to_overlay.iter().chain(&self.from_wire);
+        if all.clone().all(|program| program.attach == attach) {
+            Ok(ids)
+        } else {
+            Err(format!("not attached by {attach}: {self:?}"))
+        }
+    }
+}
+
+/// What runs at the hooks, whether attached by tcx or by clsact. A device that is missing has no programs.
+pub(crate) fn hooks(ns: &Netns) -> Hooks {
+    let mut found = Hooks {
+        to_overlay: tcx(ns, DEVICE, TcAttachType::Egress),
+        from_wire: tcx(ns, "eth0", TcAttachType::Ingress),
+    };
+    // This bpftool knows nothing of tcx, so nothing is counted twice.
+    let net = bpftool_json(ns, &["net"]).expect("bpftool net");
+    found
+        .to_overlay
+        .extend(clsact(&net[0]["tc"], DEVICE, "clsact/egress"));
+    found
+        .from_wire
+        .extend(clsact(&net[0]["tc"], "eth0", "clsact/ingress"));
+    found
+}
+
+/// The tcx programs of an interface, in the order in which they run.
+pub(crate) fn tcx(ns: &Netns, ifname: &str, side: TcAttachType) -> Vec<Program> {
+    let Ok((_, programs)) = ns.run(|| SchedClassifier::query_tcx(ifname, side)) else {
+        return Vec::new();
+    };
+    programs
+        .iter()
+        .map(|program| Program {
+            id: program.id(),
+            name: program.name_as_str().unwrap_or_default().to_owned(),
+            attach: "tcx",
+        })
+        .collect()
+}
+
+fn clsact(filters: &Value, ifname: &str, kind: &str) -> Vec<Program> {
+    list(filters)
+        .iter()
+        .filter(|filter| filter["devname"] == ifname && filter["kind"] == kind)
+        .map(|filter| Program {
+            id: filter["id"]
+                .as_u64()
+                .and_then(|id| id.try_into().ok())
+                .expect("a program id"),
+            name: filter["name"].as_str().unwrap_or_default().to_owned(),
+            attach: "clsact",
+        })
+        .collect()
+}
+
+/// The tag of a program: a hash over its instructions.
+pub(crate) fn tag(ns: &Netns, id: u32) -> String {
+    let show = bpftool_json(ns, &["prog", "show", "id", &id.to_string()]).expect("show a program");
+    show["tag"].as_str().expect("a tag").to_owned()
+}
+
+/// Looks at the hooks again and again until it is stopped.
+pub(crate) struct Watch {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Vec<Hooks>>>,
+}
+
+impl Watch {
+    pub(crate) fn start(ns: &Netns) -> Watch {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (ns, stopped) = (ns.clone(), Arc::clone(&stop));
+        let thread = std::thread::spawn(move || {
+            let mut seen: Vec<Hooks> = Vec::new();
+            loop {
+                let last = stopped.load(Ordering::Relaxed);
+                let now = hooks(&ns);
+                if seen.last() != Some(&now) {
+                    seen.push(now);
+                }
+                if last {
+                    return seen;
+                }
+            }
+        });
+        Watch {
+            stop,
+            thread: Some(thread),
+        }
+    }
+
+    /// Everything that was different from what was seen just before.
+    pub(crate) fn stop(mut self) -> Vec<Hooks> {
+        self.stop.store(true, Ordering::Relaxed);
+        let thread = self.thread.take().expect("a watch stops once");
+        thread.join().expect("the watch")
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
