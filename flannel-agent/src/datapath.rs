@@ -191,7 +191,7 @@ async fn retire_filter(net: &Netlink, hook: Hook, index: IfIndex) {
     };
     match bpf::delete_filter(hook, index) {
         Ok(()) => {
-            tracing::info!(%hook, ifindex = index.get(), "detached the tc filter of an earlier run")
+            tracing::info!(%hook, ifindex = index.get(), "detached the tc filter of an earlier run");
         }
         Err(error) => tracing::warn!(
             error = chain(&error),

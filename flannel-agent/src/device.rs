@@ -1,6 +1,6 @@
 //! Bringing up the tunnel device: the kernel's vxlan device, or a veth pair where there is none and eBPF can do without.
 
-use std::net::Ipv4Addr;
+use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use flannel_core::{
     config::NetConf,
@@ -80,7 +80,7 @@ impl Site<'_> {
         };
         let desired = Desired {
             tunnel,
-            own: Default::default(),
+            own: BTreeSet::new(),
             peers: None,
             bpf: settings,
         };

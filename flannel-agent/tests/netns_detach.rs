@@ -102,20 +102,26 @@ fn clsact_filters_and_qdiscs_come_back() {
         return;
     }
     let rig = Rig::start(2, &["--bpf-attach=clsact"]);
+    let places = [("eth0", "ingress"), ("flannel.1", "egress")];
     let ping = flood(&rig);
     hooks::hooks(rig.ns(0)).are("clsact").unwrap();
-    for (dev, side) in [("eth0", "ingress"), ("flannel.1", "egress")] {
+    for (dev, side) in places {
         rig.ns(0)
             .exec(["tc", "filter", "del", "dev", dev, side])
             .unwrap();
         reattached(&rig, "clsact");
         status_is_whole(&rig);
+    }
+    assert_nothing_lost(ping);
+    // Not under traffic: the kernel stops a device's transmit queues whenever such a qdisc comes or goes (`qdisc_graft`).
+    for (dev, _) in places {
         rig.ns(0)
             .exec(["tc", "qdisc", "del", "dev", dev, "clsact"])
             .unwrap();
         reattached(&rig, "clsact");
+        status_is_whole(&rig);
     }
-    assert_nothing_lost(ping);
+    rig.ping(0, 1).unwrap();
 }
 
 #[test]
@@ -176,6 +182,12 @@ fn another_way_of_attaching_leaves_one_program_per_hook() {
     }
     let (tcx, clsact) = (&["--bpf-attach=tcx"][..], &["--bpf-attach=clsact"][..]);
     let mut rig = Rig::start(2, tcx);
+    // Adding such a qdisc stops a device's transmit queues for a moment (`qdisc_graft`): not our doing.
+    for dev in ["eth0", "flannel.1"] {
+        rig.ns(0)
+            .exec(["tc", "qdisc", "add", "dev", dev, "clsact"])
+            .unwrap();
+    }
     let ping = flood(&rig);
     let watch = Watch::start(rig.ns(0));
     for (flags, attach) in [(clsact, "clsact"), (tcx, "tcx"), (clsact, "clsact")] {

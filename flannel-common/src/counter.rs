@@ -117,6 +117,8 @@ drop_reasons! {
     OverTunnelMtu = "over_tunnel_mtu",
     /// Congestion marked on a packet that is not ECN-capable (RFC 6040).
     Ecn = "ecn",
+    /// Outer source that no other host can have (loopback, multicast, broadcast, our own): the kernel calls it martian.
+    OuterSource = "outer_source",
 }
 
 /// Number of entries of the per-CPU map `reasons`.

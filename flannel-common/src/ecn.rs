@@ -7,6 +7,8 @@ pub const MASK: u8 = 0b11;
 pub const NOT_ECT: u8 = 0b00;
 /// ECN-capable transport, codepoint 0.
 pub const ECT_0: u8 = 0b10;
+/// ECN-capable transport, codepoint 1.
+pub const ECT_1: u8 = 0b01;
 /// Congestion experienced.
 pub const CE: u8 = 0b11;
 
@@ -24,6 +26,8 @@ pub enum Decap {
     Keep,
     /// Set the inner ECN bits to [`CE`].
     SetCe,
+    /// Set the inner ECN bits to [`ECT_1`] (Linux since 5.7).
+    SetEct1,
     /// Congestion was marked on a packet that cannot say so: drop it.
     Drop,
 }
@@ -31,13 +35,11 @@ pub enum Decap {
 /// Decides what becomes of the inner packet, given both TOS bytes.
 #[inline(always)]
 pub const fn decap(outer_tos: u8, inner_tos: u8) -> Decap {
-    if outer_tos & MASK != CE {
-        return Decap::Keep;
-    }
-    match inner_tos & MASK {
-        NOT_ECT => Decap::Drop,
-        CE => Decap::Keep,
-        _ => Decap::SetCe,
+    match (inner_tos & MASK, outer_tos & MASK) {
+        (NOT_ECT, CE) => Decap::Drop,
+        (ECT_0 | ECT_1, CE) => Decap::SetCe,
+        (ECT_0, ECT_1) => Decap::SetEct1,
+        _ => Decap::Keep,
     }
 }
 
@@ -57,14 +59,22 @@ mod tests {
 
     #[test]
     fn decapsulation_table() {
-        for outer in [0b00, 0b01, 0b10] {
-            for inner in 0b00..=0b11 {
-                assert_eq!(decap(outer, inner), Decap::Keep);
+        use Decap::{Drop, Keep, SetCe, SetEct1};
+        let table = [
+            (NOT_ECT, [Keep, Keep, Keep, Drop]),
+            (ECT_1, [Keep, Keep, Keep, SetCe]),
+            (ECT_0, [Keep, SetEct1, Keep, SetCe]),
+            (CE, [Keep, Keep, Keep, Keep]),
+        ];
+        for (inner, row) in table {
+            for (outer, want) in (0..4).zip(row) {
+                assert_eq!(decap(outer, inner), want, "{inner:02b} in {outer:02b}");
+                assert_eq!(
+                    decap(outer | 0xb8, inner | 0xb8),
+                    want,
+                    "DSCP must not matter"
+                );
             }
         }
-        assert_eq!(decap(CE, 0b00), Decap::Drop);
-        assert_eq!(decap(CE, 0b01), Decap::SetCe);
-        assert_eq!(decap(CE, 0b10), Decap::SetCe);
-        assert_eq!(decap(CE, 0b11), Decap::Keep);
     }
 }

@@ -301,8 +301,8 @@ fn as_wanted(want: &Desired, kernel: &Observed) -> Result<(), TestCaseError> {
             (Hook::FromWire, settings.uplink),
         ] {
             // A predecessor's program stays until the peers are known.
-            let current = want.peers.is_some()
-                || bpf.attached.get(&hook).is_none_or(|there| there.current);
+            let current =
+                want.peers.is_some() || bpf.attached.get(&hook).is_none_or(|there| there.current);
             let attachment = Attachment { ifindex, current };
             prop_assert_eq!(bpf.attached.get(&hook), Some(&attachment));
         }

@@ -102,6 +102,9 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
     if !checksum::ipv4_header_is_valid(&outer) {
         return Err(DropReason::OuterHeader);
     }
+    if is_martian(ip.src_addr, config.local) {
+        return Err(DropReason::OuterSource);
+    }
     // What the device has not verified the kernel verifies. Alone there is nobody to ask, and RFC 7348 (section 5) lets a
     // receiver do without: a program cannot tell a sum not looked at from one that a local sender left to its device.
     if udp.check != [0, 0]
@@ -137,14 +140,27 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
     // SAFETY: a helper call on the context. It undoes the level that the outer checksum took, as `udp_rcv` does.
     unsafe { bpf_csum_level(skb, u64::from(BPF_CSUM_LEVEL_DEC)) };
     store(ctx, 0, &inner_eth)?;
-    if congestion == ecn::Decap::SetCe {
-        set_congestion(ctx, &inner)?;
+    match congestion {
+        ecn::Decap::SetCe => set_ecn(ctx, &inner, ecn::CE)?,
+        ecn::Decap::SetEct1 => set_ecn(ctx, &inner, ecn::ECT_1)?,
+        ecn::Decap::Keep | ecn::Decap::Drop => {}
     }
     Ok(Verdict {
         kind: Kind::Receive,
         ifindex: config.tunnel_ifindex,
         bytes: frame,
     })
+}
+
+/// Whether the kernel refuses packets from this address (`ip_route_input_slow`, `fib_validate_source`). What depends on its
+/// routes, such as a subnet's broadcast address and `rp_filter`, is not looked at.
+#[inline(always)]
+fn is_martian(source: [u8; 4], local: [u8; 4]) -> bool {
+    source[0] == 127
+        || source[0] >> 4 == 0xe
+        || source == [0; 4]
+        || source == [0xff; 4]
+        || source == local
 }
 
 /// The receiver's rules for the inner frame (`eth_type_trans` and `vxlan_set_mac`): to us, and not from us.
@@ -196,8 +212,8 @@ fn options(ctx: &TcContext, config: &Config, ip: &Ipv4Hdr) -> Result<Verdict, Dr
 }
 
 #[inline(always)]
-fn set_congestion(ctx: &TcContext, inner: &Ipv4Hdr) -> Result<(), DropReason> {
-    let tos = inner.tos | ecn::CE;
+fn set_ecn(ctx: &TcContext, inner: &Ipv4Hdr, bits: u8) -> Result<(), DropReason> {
+    let tos = (inner.tos & !ecn::MASK) | bits;
     let old = u16::from_be_bytes([inner.vihl, inner.tos]);
     let new = u16::from_be_bytes([inner.vihl, tos]);
     let check = checksum::replace(u16::from_be_bytes(inner.check), old, new);

@@ -14,6 +14,7 @@ use flannel_common::{
 use network_types::{
     eth::{EthHdr, EtherType},
     ip::Ipv4Hdr,
+    udp::UdpHdr,
 };
 
 use crate::{
@@ -27,6 +28,10 @@ use crate::{
 struct Scratch([u8; HEADER_LEN]);
 
 const ETH_LEN: u32 = EthHdr::LEN as u32;
+const PROTO_TCP: u8 = 6;
+const PROTO_UDP: u8 = 17;
+/// Offset of the byte of a TCP header whose upper half is the header's length in words.
+const TCP_OFFSET: usize = 12;
 
 #[inline(always)]
 pub(crate) fn try_to_overlay(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason> {
@@ -67,8 +72,10 @@ pub(crate) fn try_to_overlay(ctx: &TcContext, config: &Config) -> Result<Verdict
         if inner_len + OVERHEAD_V4 > node.path_mtu {
             return Err(DropReason::OverPathMtu);
         }
-    } else if narrow {
-        // The segments fit the tunnel's MTU, not necessarily the narrower path: the kernel device knows the answer.
+    } else if narrow
+        && segment_len(ctx, &inner, gso_size).is_none_or(|len| len + OVERHEAD_V4 > node.path_mtu)
+    {
+        // The segments fit the tunnel's MTU, not the narrower path.
         return Err(DropReason::OverPathMtu);
     }
     if inner_len + OVERHEAD_V4 > 0xffff {
@@ -107,6 +114,21 @@ pub(crate) fn try_to_overlay(ctx: &TcContext, config: &Config) -> Result<Verdict
         ifindex,
         bytes,
     })
+}
+
+/// Length of the IP packets that a super-packet will be cut into (`skb_gso_network_seglen`); `None` if nobody here can tell.
+#[inline(always)]
+fn segment_len(ctx: &TcContext, inner: &Ipv4Hdr, gso_size: u32) -> Option<u32> {
+    let ip_len = u32::from(inner.vihl & 0x0f) * 4;
+    let transport_len = match inner.proto {
+        PROTO_TCP => {
+            let offset: u8 = ctx.load((ETH_LEN + ip_len) as usize + TCP_OFFSET).ok()?;
+            u32::from(offset >> 4) * 4
+        }
+        PROTO_UDP => UdpHdr::LEN as u32,
+        _ => return None,
+    };
+    Some(ip_len + transport_len + gso_size)
 }
 
 #[inline(always)]

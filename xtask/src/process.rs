@@ -69,7 +69,14 @@ pub(crate) fn command(program: &str) -> Command {
 
 /// Whether a program is on [`path`].
 pub(crate) fn on_path(program: &str) -> bool {
-    env::split_paths(&path()).any(|dir| dir.join(program).is_file())
+    find(program).is_some()
+}
+
+/// The first file of this name on [`path`].
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    env::split_paths(&path())
+        .map(|dir| dir.join(program))
+        .find(|path| path.is_file())
 }
 
 fn path() -> OsString {

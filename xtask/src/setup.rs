@@ -20,6 +20,8 @@ pub(crate) enum Needs {
     Build,
     /// What the lab of demo, tests and benchmarks runs.
     Everything,
+    /// Those, and what boots other kernels.
+    Kernels,
 }
 
 /// A program of the system and the packages that bring it.
@@ -48,7 +50,7 @@ const fn tool(
     }
 }
 
-const TOOLS: [Tool; 15] = [
+const TOOLS: [Tool; 18] = [
     tool("cc", "build-essential", "gcc", "base-devel", Needs::Ebpf),
     tool(
         "pkg-config",
@@ -112,6 +114,15 @@ const TOOLS: [Tool; 15] = [
         Needs::Everything,
     ),
     tool("bpftool", "bpftool", "bpftool", "bpf", Needs::Everything),
+    tool(
+        "qemu-system-x86_64",
+        "qemu-system-x86",
+        "qemu-system-x86-core",
+        "qemu-system-x86",
+        Needs::Kernels,
+    ),
+    tool("depmod", "kmod", "kmod", "kmod", Needs::Kernels),
+    tool("xz", "xz-utils", "xz", "xz", Needs::Kernels),
 ];
 
 /// Components of the pinned toolchain beside rust-src, and the cargo subcommands they bring.
@@ -339,7 +350,8 @@ fn words(names: &[&str]) -> String {
     names.join(" ")
 }
 
-fn is_debian() -> bool {
+/// Whether packages come by apt.
+pub(crate) fn is_debian() -> bool {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     is_debian_release(&release) && process::on_path("apt-get")
 }

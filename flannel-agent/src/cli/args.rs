@@ -5,7 +5,7 @@ use std::{ffi::OsString, net::Ipv4Addr, path::PathBuf, time::Duration};
 use clap::{
     ArgAction, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum,
     builder::Resettable,
-    error::{ContextKind, ContextValue},
+    error::{ContextKind, ContextValue, ErrorKind},
 };
 use flannel_core::{acquire::Identity, addr::Vni, iface::Wanted};
 
@@ -67,6 +67,7 @@ pub struct Args {
     #[arg(
         long,
         env = "FLANNELD_ETCD_ENDPOINTS",
+        action = ArgAction::Set,
         default_value = "http://127.0.0.1:4001,http://127.0.0.1:2379",
         value_delimiter = ',',
         value_name = "URL,..."
@@ -223,7 +224,20 @@ impl Args {
                 arg.hide_env_values(true)
             }
         });
-        let mut matches = command.try_get_matches_from(normalize_go_flags(arguments))?;
+        let arguments = normalize_go_flags(arguments);
+        let odd = arguments
+            .iter()
+            .find(|argument| argument.to_str().is_none());
+        let odd = odd.cloned();
+        let mut matches = command
+            .try_get_matches_from(arguments)
+            .map_err(|error| match odd {
+                Some(odd) if error.kind() == ErrorKind::InvalidUtf8 => Self::command().error(
+                    ErrorKind::InvalidUtf8,
+                    format!("{} is not UTF-8: write it in UTF-8", odd.display()),
+                ),
+                _ => error,
+            })?;
         Self::from_arg_matches_mut(&mut matches)
     }
 
@@ -406,6 +420,15 @@ mod tests {
         let args = parse(&["-etcd-prefix=/a", "--v=1", "-etcd-prefix=/b", "-v", "-3"]);
         let args = args.expect("parse");
         assert_eq!((args.etcd_prefix.as_str(), args.verbosity), ("/b", 0));
+        let args = parse(&[
+            "-etcd-endpoints=http://a:1",
+            "-etcd-endpoints",
+            "http://b:1,http://c:1",
+        ]);
+        assert_eq!(
+            args.expect("parse").etcd_endpoints,
+            ["http://b:1", "http://c:1"]
+        );
         assert_eq!(parse(&["-v=1000"]).expect("parse").verbosity, u8::MAX);
     }
 

@@ -11,7 +11,8 @@ use std::{
 };
 
 use flannel_testkit::{
-    AgentProcess, Etcd, Lab, LabOptions, Netns, Pod, Subnet, eventually, json, traffic::FloodPing,
+    AgentProcess, Etcd, Lab, LabOptions, Netns, Pod, Subnet, eventually, json, process,
+    traffic::FloodPing,
 };
 use serde_json::Value;
 
@@ -244,6 +245,55 @@ impl EtcdRig {
     /// What the kernel of a node has of the others.
     pub(crate) fn kernel_peers(&self, node: usize) -> anyhow::Result<BTreeMap<Subnet, Peer>> {
         kernel_peers(self.ns(node)).map(|(_, peers)| peers)
+    }
+
+    /// What `status -o json` says of the lease store.
+    #[track_caller]
+    pub(crate) fn store_connected(&self, node: usize) -> bool {
+        let place = self.lab.node(node);
+        let file = place.run_dir.join("subnet.env");
+        let mut command = place.ns.command(agent_binary());
+        command.args(["status", "-o", "json", "--subnet-file"]);
+        let done = process::finish(command.arg(file), PATIENCE).expect("status");
+        let status: Value = serde_json::from_str(&done.stdout).expect("JSON");
+        status["lease"]["store_connected"]
+            .as_bool()
+            .expect("store_connected")
+    }
+
+    /// Fails if a node has no route to a peer, or one that leads elsewhere.
+    #[track_caller]
+    pub(crate) fn assert_peer(&self, node: usize, subnet: Subnet, peer: &Peer, when: &str) {
+        let ns = self.ns(node);
+        let entries = [
+            (
+                json::ip_json(ns, &["route", "show", "dev", DEVICE]),
+                [
+                    ("dst", subnet.to_string()),
+                    ("gateway", subnet.base().to_string()),
+                ],
+            ),
+            (
+                json::ip_json(ns, &["neigh", "show", "dev", DEVICE]),
+                [
+                    ("dst", subnet.base().to_string()),
+                    ("lladdr", peer.mac.clone()),
+                ],
+            ),
+            (
+                json::bridge_json(ns, &["fdb", "show", "dev", DEVICE]),
+                [("mac", peer.mac.clone()), ("dst", peer.public_ip.clone())],
+            ),
+        ];
+        for (have, want) in entries {
+            let have = have.expect("what the kernel has");
+            assert!(
+                list(&have)
+                    .iter()
+                    .any(|entry| want.iter().all(|(field, value)| entry[*field] == **value)),
+                "node {node} lost {want:?} after {when}: {have}"
+            );
+        }
     }
 
     /// Waits until every node with an agent has exactly the peers that etcd has.

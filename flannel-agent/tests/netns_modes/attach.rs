@@ -5,7 +5,7 @@ use std::time::Duration;
 use flannel_testkit::{Confinement, privileged, traffic::FloodPing};
 
 use crate::{
-    exchange, filters, restart,
+    add_clsact, exchange, filters, restart,
     rig::{Rig, hooks::hooks},
 };
 
@@ -50,6 +50,7 @@ fn a_change_of_the_way_to_attach_leaves_one_program_a_hook() {
         return;
     }
     let mut rig = Rig::start(2, &["--bpf-attach=tcx"]);
+    add_clsact(&rig, 0);
     let flood =
         FloodPing::start(&rig.pod(0).ns, rig.pod(1).ip, Duration::from_millis(1)).expect("a flood");
     for mode in ["clsact", "tcx", "clsact", "tcx"] {

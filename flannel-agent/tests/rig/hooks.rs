@@ -56,19 +56,27 @@ impl Hooks {
 
 /// What runs at the hooks, whether attached by tcx or by clsact. A device that is missing has no programs.
 pub(crate) fn hooks(ns: &Netns) -> Hooks {
-    let mut found = Hooks {
+    let by_tcx = || Hooks {
         to_overlay: tcx(ns, DEVICE, TcAttachType::Egress),
         from_wire: tcx(ns, "eth0", TcAttachType::Ingress),
     };
-    // This bpftool knows nothing of tcx, so nothing is counted twice.
-    let net = bpftool_json(ns, &["net"]).expect("bpftool net");
-    found
-        .to_overlay
-        .extend(clsact(&net[0]["tc"], DEVICE, "clsact/egress"));
-    found
-        .from_wire
-        .extend(clsact(&net[0]["tc"], "eth0", "clsact/ingress"));
-    found
+    loop {
+        let mut found = by_tcx();
+        // This bpftool knows nothing of tcx, so nothing is counted twice.
+        let net = bpftool_json(ns, &["net"]).expect("bpftool net");
+        // A program that moves from the one to the other between the two looks would be seen twice, or not at all.
+        if by_tcx() != found {
+            continue;
+        }
+        let filters = &net[0]["tc"];
+        found
+            .to_overlay
+            .extend(clsact(filters, DEVICE, "clsact/egress"));
+        found
+            .from_wire
+            .extend(clsact(filters, "eth0", "clsact/ingress"));
+        return found;
+    }
 }
 
 /// The tcx programs of an interface, in the order in which they run.

@@ -10,6 +10,7 @@
 pub(crate) mod dump;
 pub(crate) mod hooks;
 mod kernel;
+pub(crate) mod maps;
 pub(crate) mod variant;
 
 use std::{

@@ -29,14 +29,9 @@ impl End {
     }
 }
 
-/// Makes a node of the rig one of upstream flannel's, with a pod, and publishes its lease.
-pub(crate) fn kernel_end(rig: &Rig, node: usize) -> (KernelNode, End) {
+/// Makes a node of the rig one of upstream flannel's, with a pod.
+pub(crate) fn plain_kernel_end(rig: &Rig, node: usize) -> (KernelNode, End) {
     let kernel = KernelNode::set_up(rig.node(node)).expect("a kernel node");
-    rig.put_lease(
-        kernel.subnet,
-        kernel.public_ip,
-        &mac_text(kernel.vtep_mac),
-    );
     let pod = rig
         .node(node)
         .add_pod(kernel.subnet, 2, POD_MTU)
@@ -45,6 +40,13 @@ pub(crate) fn kernel_end(rig: &Rig, node: usize) -> (KernelNode, End) {
         node: kernel.ns.clone(),
         pod,
     };
+    (kernel, end)
+}
+
+/// Like [`plain_kernel_end`], with a lease that our agents see.
+pub(crate) fn kernel_end(rig: &Rig, node: usize) -> (KernelNode, End) {
+    let (kernel, end) = plain_kernel_end(rig, node);
+    rig.put_lease(kernel.subnet, kernel.public_ip, &mac_text(kernel.vtep_mac));
     (kernel, end)
 }
 

@@ -113,7 +113,41 @@ pub fn peers_of<'a>(
             Err(reason) => problems.push(PeerProblem { key: *key, reason }),
         }
     }
+    if let Some(own) = own.v4 {
+        leave_out_irregular(&mut peers, own.prefix_len(), &mut problems);
+    }
     (peers, problems)
+}
+
+/// Leaves out every subnet of another length than `regular` that overlaps a regular one: a lease such as 10.244.0.0/16, written by
+/// mistake, must not cost the nodes inside it their place.
+fn leave_out_irregular(
+    peers: &mut BTreeMap<IpNet, Peer>,
+    regular: u8,
+    problems: &mut Vec<PeerProblem>,
+) {
+    let irregular: Vec<Ipv4Net> = peers
+        .keys()
+        .filter_map(|subnet| match subnet {
+            IpNet::V4(subnet) if subnet.prefix_len() != regular => Some(*subnet),
+            _ => None,
+        })
+        .collect();
+    for subnet in irregular {
+        let of = IpNet::V4(subnet);
+        let other = peers
+            .keys()
+            .find(|other| other.prefix_len() == regular && overlap(other, &of));
+        if let Some(other) = other {
+            problems.push(PeerProblem {
+                key: SubnetKey::from_v4(subnet),
+                reason: format!(
+                    "it overlaps {other}, a node's subnet of the usual length: delete the wrong lease"
+                ),
+            });
+            peers.remove(&of);
+        }
+    }
 }
 
 fn peer_of(attrs: &LeaseAttrs) -> Result<Peer, String> {

@@ -150,6 +150,6 @@ pub struct BpfState {
 pub struct Attachment {
     /// The interface.
     pub ifindex: IfIndex,
-    /// Whether it is the program that this agent loaded, not an older one.
+    /// Whether it is the program that this agent loaded, not an older one, and everything that it needs is pinned.
     pub current: bool,
 }

@@ -58,6 +58,7 @@ impl Bpf {
         filter: Option<u32>,
     ) -> Result<(), BpfError> {
         let interface = name_of(ifindex)?;
+        self.pin_maps()?;
         match self.attach {
             AttachMode::Tcx => {
                 self.attach_tcx(hook, &interface)?;
@@ -108,7 +109,21 @@ impl Bpf {
                 None => return Ok(None),
             },
         };
+        // Without the pins of its maps nobody could adopt them: neither `status` nor the next agent.
+        let current = current && self.pins.iter().all(|(path, _)| path.exists());
         Ok(Some(Attachment { ifindex, current }))
+    }
+
+    /// Pins the maps that are not pinned.
+    fn pin_maps(&self) -> Result<(), BpfError> {
+        for (path, map) in self.pins.iter().filter(|(path, _)| !path.exists()) {
+            if let Some(dir) = path.parent() {
+                fs::create_dir_all(dir).map_err(|error| pin_error("create", dir, error))?;
+            }
+            map.pin(path)
+                .map_err(|error| pin_error("pin", path, io::Error::other(error)))?;
+        }
+        Ok(())
     }
 
     fn program_id(&mut self, hook: Hook) -> Result<u32, BpfError> {

@@ -25,10 +25,10 @@ use flannel_core::{
 pub use attach::{AttachMode, delete_filter};
 pub use error::BpfError;
 pub use pins::{Instance, Totals, ensure_bpffs, mounted};
-pub use probe::Room;
+pub use probe::{Room, room};
 
-/// The object that `cargo xtask build-ebpf` made.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FLANNEL_EBPF_OBJECT"));
+/// The object that `cargo xtask build-ebpf` made. Public for the tests that run its programs on packets of their own.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FLANNEL_EBPF_OBJECT"));
 
 /// How to load.
 #[derive(Clone, Debug)]
@@ -50,6 +50,8 @@ pub struct Bpf {
     config: Array<MapData, Config>,
     subnets: Array<MapData, NodeId>,
     nodes: Array<MapData, NodeRecord>,
+    /// Every map by its pin, to pin it again when somebody has removed that.
+    pins: Vec<(PathBuf, MapData)>,
     subnet_count: u32,
     node_capacity: u32,
     /// Entries that a full scan or our own writes found in use: what a quick look needs to read.
@@ -129,11 +131,17 @@ impl Bpf {
                 .map_err(|source| BpfError::program("load", hook.as_str(), source))?;
         }
         let room = probe::room(&mut ebpf)?;
+        let mut pins = Vec::new();
+        for (name, path) in maps {
+            let map = MapData::from_pin(&path).map_err(|source| BpfError::read(name, 0, source))?;
+            pins.push((path, map));
+        }
         Ok(Self {
             config: array(&mut ebpf, "config")?,
             subnets: array(&mut ebpf, "subnets")?,
             nodes: array(&mut ebpf, "nodes")?,
             ebpf,
+            pins,
             instance: instance.clone(),
             attach: *attach,
             room,

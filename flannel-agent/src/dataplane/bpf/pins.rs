@@ -158,7 +158,10 @@ impl Instance {
             let id = subnets
                 .get(&index, 0)
                 .map_err(|source| BpfError::read("subnets", index, source))?;
-            if id != 0 {
+            if id >= nodes.len() {
+                // Somebody has written to the map; the daemon mends it.
+                found.push((index, None));
+            } else if id != 0 {
                 let record = nodes
                     .get(&id, 0)
                     .map_err(|source| BpfError::read("nodes", id, source))?;

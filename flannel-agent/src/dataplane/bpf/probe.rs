@@ -31,7 +31,7 @@ pub struct Room {
 }
 
 /// Tries the flag sets, best first.
-pub(super) fn room(ebpf: &mut Ebpf) -> Result<Room, BpfError> {
+pub fn room(ebpf: &mut Ebpf) -> Result<Room, BpfError> {
     let probe = program(ebpf, "probe_room")?;
     probe
         .load()

@@ -20,7 +20,9 @@ use rtnetlink::{
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
         },
-        route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric},
+        route::{
+            RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
+        },
     },
 };
 
@@ -170,7 +172,7 @@ impl Netlink {
             .collect())
     }
 
-    /// Routes over the device that have the shape of ours: via the base address of their own destination.
+    /// Routes over the device that have the shape of ours: in the main table, via the base address of their own destination.
     async fn routes(&self, index: IfIndex) -> Result<BTreeMap<IpNet, Route>, NetlinkError> {
         let request = RouteMessageBuilder::<Ipv4Addr>::new()
             .output_interface(index.get())
@@ -210,9 +212,7 @@ impl Netlink {
             .await?;
         Ok(messages
             .iter()
-            .filter(|m| {
-                m.header.ifindex == index.get() && m.header.state == NeighbourState::Permanent
-            })
+            .filter(|m| m.header.ifindex == index.get() && is_permanent(m.header.state))
             .filter(|m| m.header.flags.contains(NeighbourFlags::Own))
             .filter_map(|m| Some((lladdr(m)?, destination(m)?)))
             .collect())
@@ -258,11 +258,13 @@ fn vxlan_kind(data: &[InfoVxlan]) -> ObservedKind {
 
 fn our_route(message: &RouteMessage, index: IfIndex) -> Option<(IpNet, Route)> {
     let (mut destination, mut gateway, mut oif, mut mtu) = (None, None, None, None);
+    let mut table = None;
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(RouteAddress::Inet(ip)) => destination = Some(*ip),
             RouteAttribute::Gateway(RouteAddress::Inet(ip)) => gateway = Some(*ip),
             RouteAttribute::Oif(oif_index) => oif = Some(*oif_index),
+            RouteAttribute::Table(number) => table = Some(*number),
             RouteAttribute::Metrics(metrics) => {
                 mtu = metrics.iter().find_map(|metric| match metric {
                     RouteMetric::Mtu(mtu) => Some(*mtu),
@@ -271,6 +273,10 @@ fn our_route(message: &RouteMessage, index: IfIndex) -> Option<(IpNet, Route)> {
             }
             _ => {}
         }
+    }
+    // The same route in a table of somebody's own would hide that ours is missing.
+    if table.unwrap_or(u32::from(message.header.table)) != u32::from(RouteHeader::RT_TABLE_MAIN) {
+        return None;
     }
     let (destination, gateway) = (destination?, gateway?);
     let onlink = message.header.flags.contains(RouteFlags::Onlink);
@@ -285,6 +291,11 @@ fn our_route(message: &RouteMessage, index: IfIndex) -> Option<(IpNet, Route)> {
             mtu,
         },
     ))
+}
+
+/// `bridge fdb add … permanent` sets another bit beside the one that flannel sets.
+fn is_permanent(state: NeighbourState) -> bool {
+    u16::from(state) & u16::from(NeighbourState::Permanent) != 0
 }
 
 /// "No such device" is an answer, not an error.

@@ -5,7 +5,7 @@ use rtnetlink::{
     MulticastGroup, new_multicast_connection, packet_core::NetlinkPayload,
     packet_route::RouteNetlinkMessage,
 };
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 
 use super::{NetlinkError, device::name_of};
 
@@ -43,10 +43,14 @@ pub async fn watch(out: mpsc::Sender<Change>) -> Result<(), NetlinkError> {
             _ => None,
         };
         if let Some(change) = change {
-            // A full queue already says "look again".
-            if let Err(mpsc::error::TrySendError::Closed(_)) = out.try_send(change) {
-                driver.abort();
-                return Ok(());
+            match out.try_send(change) {
+                Ok(()) => {}
+                // What is in the queue may be none of our business, and this one may not.
+                Err(TrySendError::Full(_)) if out.send(Change::Missed).await.is_ok() => {}
+                Err(_) => {
+                    driver.abort();
+                    return Ok(());
+                }
             }
         }
     }

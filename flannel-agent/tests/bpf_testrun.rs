@@ -1,0 +1,11 @@
+//! The programs run by the kernel on packets made here, with `BPF_PROG_TEST_RUN`: every verdict, every reason, and a lot of
+//! garbage. What comes out is read with etherparse, never with our own code.
+
+#[path = "bpf_testrun/decap.rs"]
+mod decap;
+#[path = "bpf_testrun/encap.rs"]
+mod encap;
+#[path = "bpf_testrun/garbage.rs"]
+mod garbage;
+#[path = "bpf_testrun/kernel.rs"]
+mod kernel;

@@ -1,0 +1,212 @@
+//! How a deviation is made, and what should become of it.
+
+use std::net::Ipv4Addr;
+
+use flannel_testkit::packet::{Csum, Inner, L4, Vxlan};
+
+use crate::{inner, outer};
+
+/// Port of the pod's socket to which the packets go.
+pub(crate) const PORT: u16 = 9;
+/// Port of the socket that hears the last packet.
+pub(crate) const SENTINEL_PORT: u16 = 10;
+/// An address of a pod of the peer.
+pub(crate) const PEER_POD: Ipv4Addr = Ipv4Addr::new(10, 244, 9, 2);
+
+/// The node under test.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Target {
+    pub(crate) node: Ipv4Addr,
+    pub(crate) node_mac: [u8; 6],
+    pub(crate) vtep_mac: [u8; 6],
+    pub(crate) pod: Ipv4Addr,
+    pub(crate) peer: Ipv4Addr,
+}
+
+/// What eBPF does with a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// Takes the outer headers off.
+    Carried,
+    /// Leaves it to the kernel's device, or drops it where there is none, for this reason.
+    Left(&'static str),
+    /// Leaves it to the host, uncounted.
+    NotOurs,
+}
+
+/// A deviation.
+#[derive(Clone, Debug)]
+pub(crate) struct Case {
+    pub(crate) name: String,
+    pub(crate) number: u16,
+    pub(crate) frames: Vec<Vec<u8>>,
+    outcome: Outcome,
+    /// How many of the frames count.
+    pub(crate) counted: u64,
+    /// Has a wrong one: alone nobody notices.
+    pub(crate) unverified: bool,
+    /// What eBPF would do if the checksum were zero.
+    pub(crate) beyond_checksum: Outcome,
+}
+
+impl Case {
+    /// What eBPF does, `alone` without the kernel's device.
+    pub(crate) fn outcome(&self, alone: bool) -> Outcome {
+        if alone {
+            self.beyond_checksum
+        } else {
+            self.outcome
+        }
+    }
+
+    /// Whether a node without the kernel's device has nobody to do what eBPF cannot.
+    pub(crate) fn differs_alone(&self) -> bool {
+        self.beyond_checksum != Outcome::Carried
+    }
+}
+
+impl Target {
+    /// A packet for the pod with the number of its case in the inner source MAC and the inner identification.
+    pub(crate) fn inner(&self, number: u16, len: usize) -> Inner {
+        let data: Vec<u8> = (0..len).map(|at| at as u8).collect();
+        let [a, b] = number.to_be_bytes();
+        let mut inner = Inner::udp(PEER_POD, self.pod, PORT, &data)
+            .with_macs([0x02, 0xfe, 0, 0, a, b], self.vtep_mac);
+        inner.ip.id = number;
+        inner
+    }
+
+    /// A frame as our own node would send it: no UDP checksum.
+    pub(crate) fn outer(&self, inner: Vec<u8>) -> Vxlan {
+        Vxlan {
+            dst_mac: self.node_mac,
+            src_mac: [0x02, 0xfe, 0xff, 0, 0, 9],
+            udp_csum: Csum::Zero,
+            ..Vxlan::new(self.peer, self.node, 1, inner)
+        }
+    }
+
+    /// The frame whose arrival says that all before it have been dealt with.
+    pub(crate) fn sentinel(&self) -> Vxlan {
+        let mut inner = self.inner(u16::MAX, 4);
+        if let L4::Udp { dst_port, .. } = &mut inner.l4 {
+            *dst_port = SENTINEL_PORT;
+        }
+        self.outer(inner.bytes())
+    }
+}
+
+/// All cases. Each has its number from its place in the list.
+pub(crate) fn all(target: &Target) -> Vec<Case> {
+    let mut list = List {
+        target: *target,
+        cases: Vec::new(),
+    };
+    outer::all(&mut list);
+    inner::all(&mut list);
+    list.cases
+}
+
+/// The cases so far.
+pub(crate) struct List {
+    pub(crate) target: Target,
+    cases: Vec<Case>,
+}
+
+impl List {
+    fn number(&self) -> u16 {
+        self.cases.len() as u16 + 1
+    }
+
+    /// A case of frames made by hand.
+    pub(crate) fn raw(
+        &mut self,
+        name: impl Into<String>,
+        outcome: Outcome,
+        make: impl FnOnce(&Target, u16) -> Vec<Vec<u8>>,
+    ) {
+        let number = self.number();
+        let frames = make(&self.target, number);
+        let counted = frames.len() as u64;
+        self.cases.push(Case {
+            name: name.into(),
+            number,
+            frames,
+            outcome,
+            counted,
+            unverified: false,
+            beyond_checksum: outcome,
+        });
+    }
+
+    /// A usual frame with one change to its outer headers.
+    pub(crate) fn outer(
+        &mut self,
+        name: impl Into<String>,
+        outcome: Outcome,
+        change: impl FnOnce(&mut Vxlan),
+    ) {
+        self.raw(name, outcome, |target, number| {
+            let mut frame = target.outer(target.inner(number, 40).bytes());
+            change(&mut frame);
+            vec![frame.bytes()]
+        });
+    }
+
+    /// Changes the case just made.
+    pub(crate) fn amend(&mut self, change: impl FnOnce(&mut Case)) {
+        change(self.cases.last_mut().expect("a case"));
+    }
+
+    /// A usual frame with one change to its inner packet, without a UDP checksum and with a right one.
+    pub(crate) fn inner(
+        &mut self,
+        name: &str,
+        outcome: Outcome,
+        change: impl Fn(&mut Inner, &Target),
+    ) {
+        self.inner_bytes(name, outcome, |target, number| {
+            let mut inner = target.inner(number, 40);
+            change(&mut inner, target);
+            inner.bytes()
+        });
+    }
+
+    /// Like [`List::inner`], of any bytes.
+    pub(crate) fn inner_bytes(
+        &mut self,
+        name: &str,
+        outcome: Outcome,
+        make: impl Fn(&Target, u16) -> Vec<u8>,
+    ) {
+        self.with_and_without_checksum(name, outcome, |target, number| {
+            target.outer(make(target, number))
+        });
+    }
+
+    /// A frame without a UDP checksum and with a right one, which eBPF leaves to the kernel's stack to verify. `too_short` comes first.
+    pub(crate) fn with_and_without_checksum(
+        &mut self,
+        name: &str,
+        outcome: Outcome,
+        make: impl Fn(&Target, u16) -> Vxlan,
+    ) {
+        self.raw(name, outcome, |target, number| {
+            vec![make(target, number).bytes()]
+        });
+        self.raw(
+            format!("{name}, with checksum"),
+            outcome,
+            |target, number| {
+                let frame = Vxlan {
+                    udp_csum: Csum::Right,
+                    ..make(target, number)
+                };
+                vec![frame.bytes()]
+            },
+        );
+        if outcome != Outcome::Left("too_short") {
+            self.amend(|case| case.outcome = Outcome::Left("outer_checksum"));
+        }
+    }
+}

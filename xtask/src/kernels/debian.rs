@@ -1,0 +1,242 @@
+//! Kernels from Debian's archive, by the machine's own apt with a directory of its own: signatures are checked, and nothing of
+//! the machine's packages is touched.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::{Arch, Kernel};
+use crate::process;
+
+const MIRROR: &str = "http://deb.debian.org/debian";
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// Names the release of a complete kernel directory; written last.
+const COMPLETE: &str = "release";
+
+/// A kernel on this machine's disk.
+pub(super) struct Files {
+    /// What `uname -r` will say.
+    pub(super) release: String,
+    pub(super) vmlinuz: PathBuf,
+    /// Holds `lib/modules/<release>` with its `modules.dep`.
+    pub(super) dir: PathBuf,
+}
+
+/// The kernel of a suite: the one fetched before, or the current one.
+pub(super) fn fetch(dir: &Path, kernel: Kernel, arch: Arch, refresh: bool) -> Result<Files> {
+    let suite = kernel.suite();
+    let home = dir.join(format!("{suite}-{}", arch.name()));
+    if !refresh && let Ok(release) = fs::read_to_string(home.join(COMPLETE)) {
+        return Ok(Files::of(home, release));
+    }
+    eprintln!("fetching the kernel of Debian {suite} (20 to 60 MB)");
+    let apt = Apt::new(dir, suite, arch)?;
+    apt.update()?;
+    let (release, packages) = apt.kernel()?;
+    if home.exists() {
+        fs::remove_dir_all(&home).with_context(|| format!("remove {}", home.display()))?;
+    }
+    fs::create_dir_all(&home).with_context(|| format!("create {}", home.display()))?;
+    for package in apt.download(&packages)? {
+        unpack(&package, &home)?;
+    }
+    arrange(&home, &release)?;
+    let complete = home.join(COMPLETE);
+    fs::write(&complete, &release).with_context(|| format!("write {}", complete.display()))?;
+    Ok(Files::of(home, release))
+}
+
+impl Files {
+    fn of(dir: PathBuf, release: String) -> Self {
+        Self {
+            vmlinuz: dir.join("vmlinuz"),
+            release,
+            dir,
+        }
+    }
+}
+
+/// apt with its state below `target/kernels/apt`. One suite each: the metapackages are named alike in all.
+struct Apt {
+    dir: PathBuf,
+    arch: &'static str,
+}
+
+impl Apt {
+    fn new(dir: &Path, suite: &str, arch: Arch) -> Result<Self> {
+        let dir = dir.join("apt").join(format!("{suite}-{}", arch.name()));
+        for below in ["state/lists/partial", "cache/archives/partial"] {
+            let path = dir.join(below);
+            fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
+        }
+        let apt = Self {
+            dir,
+            arch: arch.name(),
+        };
+        apt.write("status", "")?;
+        apt.write(
+            "sources.list",
+            &format!("deb [signed-by={KEYRING}] {MIRROR} {suite} main\n"),
+        )?;
+        let at = apt.dir.display();
+        // `Dir::Etc::parts` stays the machine's: it may name a proxy.
+        apt.write(
+            "apt.conf",
+            &format!(
+                "Dir::State \"{at}/state\";\n\
+                 Dir::State::status \"{at}/status\";\n\
+                 Dir::Cache \"{at}/cache\";\n\
+                 Dir::Etc::sourcelist \"{at}/sources.list\";\n\
+                 Dir::Etc::sourceparts \"/dev/null\";\n\
+                 Dir::Etc::preferencesparts \"/dev/null\";\n\
+                 APT::Architecture \"{}\";\n\
+                 APT::Architectures {{ \"{}\"; }};\n\
+                 APT::Sandbox::User \"\";\n\
+                 Acquire::Languages \"none\";\n",
+                apt.arch, apt.arch
+            ),
+        )?;
+        Ok(apt)
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.dir.join(name);
+        fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = process::command(program);
+        command
+            .env("APT_CONFIG", self.dir.join("apt.conf"))
+            .env("LC_ALL", "C")
+            .stdin(Stdio::null())
+            .current_dir(&self.dir);
+        command
+    }
+
+    fn update(&self) -> Result<()> {
+        process::run(self.command("apt-get").args(["update", "-qq"]))
+    }
+
+    /// The release that the metapackage leads to, and the packages that hold it: one up to 6.x, three from 7.x on, where the
+    /// image itself is empty.
+    fn kernel(&self) -> Result<(String, Vec<String>)> {
+        let flavour = format!("cloud-{}", self.arch);
+        let meta = self.depends(&format!("linux-image-{flavour}"))?;
+        let image = meta
+            .iter()
+            .find(|name| name.starts_with("linux-image-"))
+            .with_context(|| format!("linux-image-{flavour} depends on no image"))?;
+        let release = image.trim_start_matches("linux-image-").to_owned();
+        let ending = format!("-{release}");
+        let parts = self.depends(image)?;
+        let mut packages = vec![image.clone()];
+        packages.extend(parts.into_iter().filter(|name| name.ends_with(&ending)));
+        Ok((release, packages))
+    }
+
+    fn depends(&self, package: &str) -> Result<Vec<String>> {
+        let output = output(
+            self.command("apt-cache")
+                .args(["depends", "--important", package]),
+        )?;
+        Ok(dependencies(&output))
+    }
+
+    fn download(&self, packages: &[String]) -> Result<Vec<PathBuf>> {
+        for old in self.packages()? {
+            fs::remove_file(&old).with_context(|| format!("remove {}", old.display()))?;
+        }
+        process::run(
+            self.command("apt-get")
+                .args(["download", "-qq"])
+                .args(packages),
+        )?;
+        self.packages()
+    }
+
+    fn packages(&self) -> Result<Vec<PathBuf>> {
+        let entries = fs::read_dir(&self.dir)?.collect::<std::io::Result<Vec<_>>>()?;
+        let mut paths: Vec<_> = entries.into_iter().map(|entry| entry.path()).collect();
+        paths.retain(|path| path.extension().is_some_and(|end| end == "deb"));
+        paths.sort();
+        Ok(paths)
+    }
+}
+
+/// The packages in what `apt-cache depends` prints; not the virtual ones, in angle brackets.
+fn dependencies(text: &str) -> Vec<String> {
+    text.lines()
+        .filter_map(|line| line.trim_start_matches([' ', '|']).split_once("epends: "))
+        .map(|(_, name)| name.trim().to_owned())
+        .filter(|name| !name.starts_with('<'))
+        .collect()
+}
+
+fn unpack(package: &Path, home: &Path) -> Result<()> {
+    process::run(
+        process::command("dpkg-deb")
+            .arg("-x")
+            .arg(package)
+            .arg(home),
+    )?;
+    // The package is not needed again.
+    fs::remove_file(package).with_context(|| format!("remove {}", package.display()))
+}
+
+/// Gives every layout the same form: `vmlinuz` and `lib/modules/<release>`.
+fn arrange(home: &Path, release: &str) -> Result<()> {
+    let modules = home.join("lib/modules").join(release);
+    let merged = home.join("usr/lib/modules").join(release);
+    if merged.is_dir() {
+        let above = home.join("lib/modules");
+        fs::create_dir_all(&above).with_context(|| format!("create {}", above.display()))?;
+        rename(&merged, &modules)?;
+    }
+    let boot = home.join("boot").join(format!("vmlinuz-{release}"));
+    let image = [boot, modules.join("vmlinuz")]
+        .into_iter()
+        .find(|path| path.is_file())
+        .with_context(|| format!("no kernel image of {release} in {}", home.display()))?;
+    rename(&image, &home.join("vmlinuz"))?;
+    // No package has a list of dependencies: it is made where the kernel is installed.
+    process::run(process::command("depmod").arg("-b").arg(home).arg(release))
+}
+
+fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).with_context(|| format!("move {} to {}", from.display(), to.display()))
+}
+
+/// The output of a command that must succeed.
+pub(super) fn output(command: &mut Command) -> Result<String> {
+    let output = command
+        .stderr(Stdio::piped())
+        .output()
+        .with_context(|| format!("start {}", command.get_program().display()))?;
+    if !output.status.success() {
+        bail!(
+            "{} ended with {}: {}",
+            process::line(command),
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dependencies_are_read() {
+        let text = "linux-image-7.2.12+deb13-cloud-amd64\n  PreDepends: linux-base\n |Depends: <dracut>\n  \
+                    Depends: <linux-initramfs-tool>\n    dracut\n  Depends: linux-binary-7.2.12+deb13-cloud-amd64\n";
+        assert_eq!(
+            dependencies(text),
+            ["linux-base", "linux-binary-7.2.12+deb13-cloud-amd64"]
+        );
+    }
+}
