@@ -7,6 +7,7 @@ use std::{net::Ipv4Addr, path::Path, time::Duration};
 use flannel_core::{
     addr::VtepMac,
     config::{self, ConfigError, NetConf},
+    datagram::Receiver,
     iface::{self, IfaceError, Uplink},
     lease::{LeaseAttrs, SubnetKey},
     mark::{self, MarkError},
@@ -21,7 +22,7 @@ use crate::{
     cli::{Args, EXIT_KERNEL, EXIT_STORE, EXIT_USAGE},
     datapath,
     dataplane::{
-        DataplaneError,
+        DataplaneError, fragments,
         netlink::{Netlink, NetlinkError},
     },
     device::{Site, Up},
@@ -236,6 +237,16 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     });
     let keeper = tokio::spawn(store.run(held, offers, views_in, cancel.clone()));
     datapath::retire(&net, &state).await;
+    if let DeviceKind::Veth { peer } = &desired.tunnel.kind {
+        let receiver = Receiver {
+            vni: conf.backend.vxlan.vni,
+            mac,
+        };
+        let port = conf.backend.vxlan.port;
+        let keep = fragments::keep(net, receiver, local, port, peer.clone());
+        let cancel = cancel.clone();
+        tokio::spawn(async move { cancel.run_until_cancelled(keep).await });
+    }
     let ready = Readiness::new(args.subnet_file.clone());
     Loop::new(dataplane, desired, views, state, ready)
         .run(cancel)

@@ -241,3 +241,48 @@ fn datagrams_of_all_sizes_cross_a_narrow_path() {
         }
     }
 }
+
+/// A sender with a kernel device over a narrow path cuts the outer packets. The receiver has no vxlan device whose socket would
+/// take what the stack puts together again.
+#[test]
+fn ebpf_alone_receives_outer_fragments() {
+    if !privileged() {
+        return;
+    }
+    let options = LabOptions {
+        nodes: 2,
+        offloads: Offloads::Off,
+        ..LabOptions::default()
+    };
+    let mut rig = Rig::with(options, NET_CONF);
+    for (node, carrier) in [(0, Carrier::Kernel), (1, Carrier::BpfAlone)] {
+        rig.start_agent(node, carrier.flags());
+    }
+    for node in 0..2 {
+        rig.wait_ready(node);
+        rig.add_pod(node);
+    }
+    rig.wait_converged();
+    Narrowing::Route.narrow(&rig);
+    let (sender, receiver) = (rig.pod(0), rig.pod(1));
+    let capture =
+        Capture::start(rig.ns(1), "eth0", "udp or (ip[6:2] & 0x3fff != 0)").expect("capture");
+    let sizes = [1, 1351, 1400, 1422];
+    for _ in 0..3 {
+        traffic::udp_echo(&receiver.ns, receiver.ip, &sender.ns, &sizes).expect("datagrams");
+    }
+    let fragments = capture.stop().expect("captured").packets;
+    let cut = fragments
+        .iter()
+        .filter(|packet| packet.data.get(20).is_some_and(|byte| byte & 0x20 != 0))
+        .count();
+    assert!(cut >= 9, "only {cut} packets came in fragments");
+    let stats = traffic::tcp_transfer(
+        &receiver.ns,
+        receiver.ip,
+        &sender.ns,
+        Amount::Bytes(2_000_000),
+    )
+    .expect("a stream");
+    assert_eq!(stats.bytes, 2_000_000);
+}

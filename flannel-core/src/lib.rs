@@ -15,6 +15,7 @@
 pub mod acquire;
 pub mod addr;
 pub mod config;
+pub mod datagram;
 pub mod iface;
 mod json;
 pub mod lease;

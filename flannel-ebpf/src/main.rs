@@ -78,9 +78,13 @@ pub(crate) fn from_wire(ctx: TcContext) -> i32 {
         Ok(verdict) => carry(verdict),
         Err(DropReason::Store) => discard(Direction::Decap, DropReason::Store),
         // Whatever else is on this node may own these: another network's packets are never dropped on a missing device's behalf.
-        Err(reason @ (DropReason::Disabled | DropReason::OtherVni)) => {
-            slow(Direction::Decap, reason, 0)
-        }
+        // Fragments and outer options are the stack's to deal with, to which the agent listens where there is no device.
+        Err(
+            reason @ (DropReason::Disabled
+            | DropReason::OtherVni
+            | DropReason::OuterFragment
+            | DropReason::OuterOptions),
+        ) => slow(Direction::Decap, reason, 0),
         Err(reason) => slow(Direction::Decap, reason, config.flags),
     }
 }

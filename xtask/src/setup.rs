@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use xtask::ebpf;
 
 use crate::cargo;
+use crate::kernels;
 use crate::process;
 
 /// How much of the tools a command is going to use.
@@ -50,7 +51,7 @@ const fn tool(
     }
 }
 
-const TOOLS: [Tool; 18] = [
+const TOOLS: [Tool; 19] = [
     tool("cc", "build-essential", "gcc", "base-devel", Needs::Ebpf),
     tool(
         "pkg-config",
@@ -123,6 +124,13 @@ const TOOLS: [Tool; 18] = [
     ),
     tool("depmod", "kmod", "kmod", "kmod", Needs::Kernels),
     tool("xz", "xz-utils", "xz", "xz", Needs::Kernels),
+    tool(
+        kernels::KEYRING,
+        "debian-archive-keyring",
+        "debian-keyring",
+        "debian-archive-keyring",
+        Needs::Kernels,
+    ),
 ];
 
 /// Components of the pinned toolchain beside rust-src, and the cargo subcommands they bring.

@@ -1,8 +1,10 @@
 //! `flannel-agent cleanup`: the only thing that removes, and only what is marked ours (`flannel_core::mark`).
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, bail};
 use flannel_core::{
-    addr::Vni,
+    addr::{IfIndex, Vni},
     mark,
     plan::{Hook, ObservedKind},
 };
@@ -51,22 +53,16 @@ pub(super) async fn run(
     let net = Netlink::open()?;
     let act = Act { dry_run };
     let mut clean = true;
+    let uplinks = uplinks(state.as_ref(), &instances);
     for (_, instance) in &instances {
         clean &= act.on(
             &format!("eBPF programs and maps under {}", instance.dir().display()),
             || instance.remove(),
         );
     }
-    if let Some(state) = &state
-        && net
-            .filter_program(Hook::FromWire, state.uplink_index)
-            .await?
-            .is_some()
-        {
-            clean &= act.on(&format!("our tc filter on {}", state.uplink), || {
-                bpf::delete_filter(Hook::FromWire, state.uplink_index)
-            });
-        }
+    for (index, qdisc_is_ours) in uplinks {
+        clean &= remove_filter(&net, &act, index, qdisc_is_ours).await?;
+    }
     for vni in &vnis {
         clean &= remove_device(&net, &act, *vni).await?;
     }
@@ -81,6 +77,42 @@ pub(super) async fn run(
     }
     if vnis.is_empty() {
         table::line("nothing of ours found");
+    }
+    Ok(clean)
+}
+
+/// The interfaces on which a filter of ours may be, and whether we have made the qdisc that it hangs on.
+fn uplinks(state: Option<&State>, instances: &[(Vni, Instance)]) -> BTreeMap<IfIndex, bool> {
+    let mut uplinks: BTreeMap<IfIndex, bool> = state
+        .iter()
+        .map(|state| (state.uplink_index, false))
+        .collect();
+    let noted = instances
+        .iter()
+        .flat_map(|(_, instance)| instance.noted_qdiscs());
+    uplinks.extend(noted.map(|index| (index, true)));
+    uplinks
+}
+
+async fn remove_filter(
+    net: &Netlink,
+    act: &Act,
+    index: IfIndex,
+    qdisc_is_ours: bool,
+) -> anyhow::Result<bool> {
+    let Some(name) = bpf::interface_name(index) else {
+        // Gone, and everything on it.
+        return Ok(true);
+    };
+    let mut clean = true;
+    if net.filter_program(Hook::FromWire, index).await?.is_some() {
+        clean &= act.on(&format!("our tc filter on {name}"), || {
+            bpf::delete_filter(Hook::FromWire, index)
+        });
+    }
+    if qdisc_is_ours && !net.has_other_filters(index).await? {
+        let what = format!("clsact qdisc on {name}");
+        clean &= !act.announce(&what) || Act::outcome(&what, net.delete_clsact(index).await);
     }
     Ok(clean)
 }

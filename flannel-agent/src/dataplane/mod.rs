@@ -3,6 +3,7 @@
 //! One task owns this. It must never decide anything: `flannel_core::plan` does.
 
 pub mod bpf;
+pub mod fragments;
 pub mod netlink;
 
 use std::{

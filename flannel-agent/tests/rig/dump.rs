@@ -228,6 +228,20 @@ fn names(ns: &Netns) -> Vec<String> {
 /// One line for each entry of a JSON list, sorted, without what is volatile; text as it is, without comments.
 fn lines(text: &str) -> Vec<String> {
     let mut lines: Vec<String> = match serde_json::from_str::<Value>(text) {
+        // All that `bpftool net` says is one entry, of lists by kind of hook.
+        Ok(Value::Array(entries))
+            if entries
+                .iter()
+                .any(|entry| entry.get("flow_dissector").is_some()) =>
+        {
+            let kinds = entries
+                .iter()
+                .flat_map(|entry| [&entry["xdp"], &entry["tc"]]);
+            kinds
+                .flat_map(|kind| super::list(kind).to_vec())
+                .map(stable)
+                .collect()
+        }
         Ok(Value::Array(entries)) => entries.into_iter().map(stable).collect(),
         Ok(Value::Object(object)) => match object.get("nftables") {
             Some(Value::Array(entries)) => entries.iter().cloned().map(stable).collect(),

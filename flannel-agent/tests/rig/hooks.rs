@@ -98,13 +98,13 @@ fn clsact(filters: &Value, ifname: &str, kind: &str) -> Vec<Program> {
     list(filters)
         .iter()
         .filter(|filter| filter["devname"] == ifname && filter["kind"] == kind)
-        .map(|filter| Program {
-            id: filter["id"]
-                .as_u64()
-                .and_then(|id| id.try_into().ok())
-                .expect("a program id"),
-            name: filter["name"].as_str().unwrap_or_default().to_owned(),
-            attach: "clsact",
+        .filter_map(|filter| {
+            Some(Program {
+                // A filter without an id is of the old kind of BPF.
+                id: filter["id"].as_u64()?.try_into().ok()?,
+                name: filter["name"].as_str().unwrap_or_default().to_owned(),
+                attach: "clsact",
+            })
         })
         .collect()
 }

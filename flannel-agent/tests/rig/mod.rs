@@ -11,6 +11,7 @@ pub(crate) mod dump;
 pub(crate) mod hooks;
 mod kernel;
 pub(crate) mod maps;
+pub(crate) mod stranger;
 pub(crate) mod variant;
 
 use std::{
@@ -220,6 +221,11 @@ impl Rig {
         pod
     }
 
+    /// Makes a pod that was added to the node itself one of the rig's.
+    pub(crate) fn adopt_pod(&mut self, node: usize, pod: Pod) {
+        self.pods.entry(node).or_default().push(pod);
+    }
+
     /// The first pod of a node.
     #[track_caller]
     pub(crate) fn pod(&self, node: usize) -> &Pod {
@@ -255,6 +261,16 @@ impl Rig {
     #[track_caller]
     pub(crate) fn status(&self, node: usize) -> Value {
         parse(&self.cli(node, &["status", "-o", "json"]))
+    }
+
+    /// `status -o json`, of a node that works.
+    #[track_caller]
+    pub(crate) fn status_is_ok(&self, node: usize) -> Value {
+        let done = self.cli(node, &["status", "-o", "json"]);
+        assert_eq!(done.status.code(), Some(0), "{done:?}");
+        let status = parse(&done);
+        assert_eq!(status["ok"], true, "{status}");
+        status
     }
 
     /// `peers -o json`.
@@ -336,18 +352,7 @@ impl Rig {
 
     /// Whether the node has all peers that it should, and no other; else what is missing.
     pub(crate) fn converged(&self, node: usize) -> Result<(), String> {
-        let own = self.node(node).subnet;
-        let mut want = self.leases();
-        want.remove(&own)
-            .ok_or_else(|| format!("no lease of {own}"))?;
-        let (kind, have) = kernel_peers(self.ns(node)).map_err(|error| format!("{error:#}"))?;
-        if kind != "vxlan" {
-            // A veth pair has no forwarding entries, which alone hold the peers' addresses.
-            want.values_mut().for_each(|peer| peer.public_ip.clear());
-        }
-        if have != want {
-            return Err(format!("the kernel has {have:?}, wanted {want:?}"));
-        }
+        let want = self.converged_kernel(node)?;
         if self.instance(node).join("maps-v1").exists() {
             let peers = self.peers(node);
             let in_bpf: BTreeSet<String> = peers
@@ -363,6 +368,23 @@ impl Rig {
             }
         }
         Ok(())
+    }
+
+    /// Whether the kernel of the node has all peers that it should, and no other; else what is missing.
+    pub(crate) fn converged_kernel(&self, node: usize) -> Result<BTreeMap<Subnet, Peer>, String> {
+        let own = self.node(node).subnet;
+        let mut want = self.leases();
+        want.remove(&own)
+            .ok_or_else(|| format!("no lease of {own}"))?;
+        let (kind, have) = kernel_peers(self.ns(node)).map_err(|error| format!("{error:#}"))?;
+        if kind != "vxlan" {
+            // A veth pair has no forwarding entries, which alone hold the peers' addresses.
+            want.values_mut().for_each(|peer| peer.public_ip.clear());
+        }
+        if have != want {
+            return Err(format!("the kernel has {have:?}, wanted {want:?}"));
+        }
+        Ok(want)
     }
 
     /// The directory of the node's pins.

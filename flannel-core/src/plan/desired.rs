@@ -211,3 +211,38 @@ pub(super) fn usable(
 fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(&b.network()) || b.contains(&a.network())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_subnet_of_another_length_costs_nobody_its_place() {
+        let attrs = |host| {
+            let mac = VtepMac::from_random([2, 0, 0, 0, 0, host]);
+            LeaseAttrs::vxlan_v4(Ipv4Addr::new(192, 0, 2, host), 1, mac)
+        };
+        let key = |text: &str| -> SubnetKey { text.parse().unwrap() };
+        let leases = [
+            "10.5.0.0-16",
+            "10.5.2.0-23",
+            "10.5.2.0-24",
+            "10.5.3.0-24",
+            "10.5.3.128-25",
+            "10.5.8.0-23",
+        ];
+        let leases: BTreeMap<SubnetKey, LeaseAttrs> = leases
+            .iter()
+            .zip(1..)
+            .map(|(text, host)| (key(text), attrs(host)))
+            .collect();
+        let (peers, problems) = peers_of(&leases, &key("10.5.1.0-24"));
+        let kept: Vec<String> = peers.keys().map(ToString::to_string).collect();
+        assert_eq!(kept, ["10.5.2.0/24", "10.5.3.0/24", "10.5.8.0/23"]);
+        let left_out: Vec<String> = problems
+            .iter()
+            .map(|problem| problem.key.to_string())
+            .collect();
+        assert_eq!(left_out, ["10.5.0.0-16", "10.5.2.0-23", "10.5.3.128-25"]);
+    }
+}

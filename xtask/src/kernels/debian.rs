@@ -11,7 +11,8 @@ use super::{Arch, Kernel};
 use crate::process;
 
 const MIRROR: &str = "http://deb.debian.org/debian";
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// What the archive is signed with.
+pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Names the release of a complete kernel directory; written last.
 const COMPLETE: &str = "release";
 

@@ -67,7 +67,7 @@ impl Bpf {
                 }
             }
             AttachMode::Clsact => {
-                self.attach_clsact(hook, &interface)?;
+                self.attach_clsact(hook, ifindex, &interface)?;
                 remove_pin(&self.instance.link(hook))?;
             }
         }
@@ -176,16 +176,25 @@ impl Bpf {
         Ok(())
     }
 
-    fn attach_clsact(&mut self, hook: Hook, interface: &str) -> Result<(), BpfError> {
+    fn attach_clsact(
+        &mut self,
+        hook: Hook,
+        ifindex: IfIndex,
+        interface: &str,
+    ) -> Result<(), BpfError> {
         let tc_error = |what: &str, reason: String| BpfError::Tc {
             what: format!("{what} on {interface}"),
             reason,
         };
-        if let Err(error) = tc::qdisc_add_clsact(interface) {
+        match tc::qdisc_add_clsact(interface) {
+            // The tunnel device takes its qdisc along.
+            Ok(()) if hook == Hook::FromWire => self.instance.note_qdisc(ifindex)?,
+            Ok(()) => {}
             // EEXIST: somebody's clsact is as good as ours.
-            if errno(&error) != Some(libc::EEXIST) && !error.to_string().contains("File exists") {
-                return Err(tc_error("add a clsact qdisc", error.to_string()));
-            }
+            Err(error)
+                if errno(&error) == Some(libc::EEXIST)
+                    || error.to_string().contains("File exists") => {}
+            Err(error) => return Err(tc_error("add a clsact qdisc", error.to_string())),
         }
         let handle = TcHandle::from(mark::TC_HANDLE);
         let program = program(&mut self.ebpf, hook.as_str())?;
@@ -268,6 +277,11 @@ fn attached_to(interface: &str, hook: Hook, id: u32) -> bool {
 fn pinned_program(pin: &Path) -> Option<u32> {
     let link: FdLink = PinnedLink::from_pin(pin).ok()?.into();
     Some(link.info().ok()?.program_id())
+}
+
+/// The name of an interface, if there is one of that index.
+pub fn interface_name(ifindex: IfIndex) -> Option<String> {
+    name_of(ifindex).ok()
 }
 
 fn name_of(ifindex: IfIndex) -> Result<String, BpfError> {

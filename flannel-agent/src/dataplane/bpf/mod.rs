@@ -22,7 +22,7 @@ use flannel_core::{
     plan::{BpfState, Hook, Node, Settings},
 };
 
-pub use attach::{AttachMode, delete_filter};
+pub use attach::{AttachMode, delete_filter, interface_name};
 pub use error::BpfError;
 pub use pins::{Instance, Totals, ensure_bpffs, mounted};
 pub use probe::{Room, room};
@@ -57,6 +57,8 @@ pub struct Bpf {
     /// Entries that a full scan or our own writes found in use: what a quick look needs to read.
     used_subnets: BTreeSet<u32>,
     used_nodes: BTreeSet<NodeId>,
+    /// Whether a subnet was pointed elsewhere since the last grace period.
+    moved: bool,
     /// Whether there was nothing of an earlier run.
     fresh: bool,
 }
@@ -149,6 +151,7 @@ impl Bpf {
             node_capacity,
             used_subnets: BTreeSet::new(),
             used_nodes: BTreeSet::new(),
+            moved: false,
             fresh,
         })
     }
@@ -230,6 +233,9 @@ impl Bpf {
 
     /// Empties an entry of `nodes`.
     pub fn clear_node(&mut self, id: NodeId) -> Result<(), BpfError> {
+        if std::mem::take(&mut self.moved) {
+            wait_for_programs();
+        }
         self.nodes
             .set(id, NodeRecord::default(), 0)
             .map_err(|source| BpfError::write("nodes", id, source))?;
@@ -239,6 +245,7 @@ impl Bpf {
 
     /// Points a subnet at a node.
     pub fn put_subnet(&mut self, index: u32, id: NodeId) -> Result<(), BpfError> {
+        self.moved = true;
         self.used_subnets.insert(index);
         self.subnets
             .set(index, id, 0)
@@ -247,6 +254,7 @@ impl Bpf {
 
     /// Points a subnet at no node.
     pub fn clear_subnet(&mut self, index: u32) -> Result<(), BpfError> {
+        self.moved = true;
         self.subnets
             .set(index, 0, 0)
             .map_err(|source| BpfError::write("subnets", index, source))?;
@@ -265,6 +273,17 @@ impl Bpf {
 fn remove(instance: &Instance) {
     if let Err(error) = instance.remove() {
         tracing::debug!(dir = %instance.dir().display(), %error, "remove what a failed start has pinned");
+    }
+}
+
+/// Waits until no program runs any more that may have followed a subnet to its former node: a grace period of RCU, which
+/// programs run under. Where it cannot be had, a packet that is under way at the very moment goes the slow path.
+fn wait_for_programs() {
+    // SAFETY: a system call without pointers.
+    #[expect(unsafe_code, reason = "no safe wrapper knows this system call")]
+    let answer = unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if answer != 0 {
+        tracing::debug!(error = %std::io::Error::last_os_error(), "wait for running programs");
     }
 }
 

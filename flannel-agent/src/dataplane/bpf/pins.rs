@@ -24,6 +24,11 @@ use ipnet::Ipv4Net;
 use super::{BpfError, attach, join};
 
 const BPFFS: &str = "/sys/fs/bpf";
+/// Directory of the maps, before the layout version.
+const MAPS: &str = "maps-v";
+/// Empty directory that says that a clsact qdisc is of our making, before the index of its interface. Nothing in the kernel
+/// can be marked that lives as long as the qdisc does.
+const QDISC: &str = "qdisc-";
 /// `BPF_FS_MAGIC` in `include/uapi/linux/magic.h`.
 const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 /// `SO_NETNS_COOKIE` in `include/uapi/asm-generic/socket.h`; kernel 5.14.
@@ -85,7 +90,7 @@ impl Instance {
     }
 
     fn maps(&self) -> PathBuf {
-        self.dir.join(format!("maps-v{LAYOUT_VERSION}"))
+        self.dir.join(format!("{MAPS}{LAYOUT_VERSION}"))
     }
 
     /// Makes the directories and removes pinned maps whose shape is not the wanted one: name, value size in bytes, entries.
@@ -99,10 +104,11 @@ impl Instance {
         for (name, value_size, entries) in wanted {
             let path = join(&dir, name);
             if let Ok(info) = MapInfo::from_pin(&path)
-                && (info.value_size() as usize != *value_size || info.max_entries() != *entries) {
-                    tracing::info!(map = name, "replace a pinned map of another shape");
-                    fs::remove_file(&path).map_err(|source| pin_error("remove", &path, source))?;
-                }
+                && (info.value_size() as usize != *value_size || info.max_entries() != *entries)
+            {
+                tracing::info!(map = name, "replace a pinned map of another shape");
+                fs::remove_file(&path).map_err(|source| pin_error("remove", &path, source))?;
+            }
             paths.push((*name, path));
         }
         Ok(paths)
@@ -114,12 +120,34 @@ impl Instance {
         let Ok(entries) = fs::read_dir(&self.dir) else {
             return;
         };
-        for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
-            if path.is_dir() && path != current
-                && let Err(error) = fs::remove_dir_all(&path) {
-                    tracing::warn!(path = %path.display(), %error, "remove maps of another layout");
-                }
+        for entry in entries.filter_map(Result::ok) {
+            let (path, name) = (entry.path(), entry.file_name());
+            if name.to_string_lossy().starts_with(MAPS)
+                && path != current
+                && let Err(error) = fs::remove_dir_all(&path)
+            {
+                tracing::warn!(path = %path.display(), %error, "remove maps of another layout");
+            }
         }
+    }
+
+    /// Remembers that the clsact qdisc of this interface is of our making.
+    pub(super) fn note_qdisc(&self, index: IfIndex) -> Result<(), BpfError> {
+        let path = self.dir.join(format!("{QDISC}{}", index.get()));
+        fs::create_dir_all(&path).map_err(|source| pin_error("create", &path, source))
+    }
+
+    /// The interfaces with a clsact qdisc of our making.
+    pub fn noted_qdiscs(&self) -> Vec<IfIndex> {
+        let entries = fs::read_dir(&self.dir).into_iter().flatten();
+        entries
+            .filter_map(Result::ok)
+            .filter_map(|entry| {
+                let name = entry.file_name();
+                let index: u32 = name.to_str()?.strip_prefix(QDISC)?.parse().ok()?;
+                IfIndex::try_from(index).ok()
+            })
+            .collect()
     }
 
     /// Detaches our programs by unpinning their links, then removes the maps. Running it again is success.

@@ -2,7 +2,7 @@
 
 use flannel_core::{addr::IfIndex, mark, plan::Hook};
 use futures_util::TryStreamExt as _;
-use rtnetlink::packet_route::tc::{TcAttribute, TcFilterBpfOption, TcMessage, TcOption};
+use rtnetlink::packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 
 use super::{Netlink, NetlinkError};
 
@@ -13,19 +13,26 @@ impl Netlink {
         hook: Hook,
         index: IfIndex,
     ) -> Result<Option<u32>, NetlinkError> {
+        Ok(self
+            .filters(hook, index)
+            .await?
+            .iter()
+            .find_map(our_program))
+    }
+
+    async fn filters(&self, hook: Hook, index: IfIndex) -> Result<Vec<TcMessage>, NetlinkError> {
         let mut handle = self.handle.traffic_filter(index.get() as i32);
         let request = match hook {
             Hook::ToOverlay => handle.get().egress(),
             Hook::FromWire => handle.get().ingress(),
         };
-        let answer: Result<Vec<TcMessage>, _> = request.execute().try_collect().await;
-        match answer {
-            Ok(filters) => Ok(filters.iter().find_map(our_program)),
+        match request.execute().try_collect().await {
+            Ok(filters) => Ok(filters),
             // No qdisc of that kind, no filters.
             Err(rtnetlink::Error::NetlinkError(message))
                 if [-libc::EINVAL, -libc::ENOENT, -libc::ENODEV].contains(&message.raw_code()) =>
             {
-                Ok(None)
+                Ok(Vec::new())
             }
             Err(error) => Err(NetlinkError::new(
                 format!("list tc filters of interface {}", index.get()),
@@ -33,6 +40,47 @@ impl Netlink {
             )),
         }
     }
+}
+
+impl Netlink {
+    /// Whether a clsact qdisc of this interface runs filters of others.
+    pub async fn has_other_filters(&self, index: IfIndex) -> Result<bool, NetlinkError> {
+        for hook in Hook::ALL {
+            if self.filters(hook, index).await?.iter().any(is_of_others) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Deletes the clsact qdisc of an interface with all its filters.
+    pub async fn delete_clsact(&self, index: IfIndex) -> Result<(), NetlinkError> {
+        let mut request = self.handle.qdisc().del(index.get() as i32);
+        request.message_mut().header.parent = TcHandle::CLSACT;
+        request.execute().await.map_err(|error| {
+            NetlinkError::new(
+                format!("delete the clsact qdisc of interface {}", index.get()),
+                &error,
+            )
+        })
+    }
+}
+
+/// Our filter comes with a head of the same priority, which has no handle.
+fn is_of_others(filter: &TcMessage) -> bool {
+    let kind = filter
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            TcAttribute::Kind(name) => Some(name.as_str()),
+            _ => None,
+        });
+    kind != Some(mark::TC_KIND) || priority(filter) != mark::TC_PRIORITY
+}
+
+/// The upper half of `tcm_info` (`TC_H_MAJ`); the lower is the protocol.
+fn priority(filter: &TcMessage) -> u16 {
+    (filter.header.info >> 16) as u16
 }
 
 fn our_program(filter: &TcMessage) -> Option<u32> {
@@ -52,7 +100,5 @@ fn our_program(filter: &TcMessage) -> Option<u32> {
             _ => {}
         }
     }
-    // The priority is the upper half of `tcm_info` (`TC_H_MAJ`), the protocol the lower.
-    let priority = (filter.header.info >> 16) as u16;
-    mark::is_our_filter(kind?, priority, filter.header.handle.into()).then_some(program?)
+    mark::is_our_filter(kind?, priority(filter), filter.header.handle.into()).then_some(program?)
 }
