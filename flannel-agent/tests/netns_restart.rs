@@ -111,7 +111,11 @@ fn survives(flags: &[&str], attach: &str) {
     let changed = variant::changed_agent(&rig.node(0).run_dir);
     let (maps, old_tags) = (map_ids(&rig, 0), tags(&rig, 0));
     let traffic = Traffic::start(&rig);
-    let watch = Watch::start(rig.ns(0));
+    let watch = if attach == "tcx" {
+        Watch::start_tcx(rig.ns(0))
+    } else {
+        Watch::start(rig.ns(0))
+    };
     carried_by_bpf(&rig, 0, 200);
     let counters = rig.counters(0);
 

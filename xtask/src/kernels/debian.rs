@@ -10,7 +10,6 @@ use anyhow::{Context as _, Result, bail};
 use super::{Arch, Kernel};
 use crate::process;
 
-const MIRROR: &str = "http://deb.debian.org/debian";
 /// What the archive is signed with.
 pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Names the release of a complete kernel directory; written last.
@@ -77,9 +76,10 @@ impl Apt {
             arch: arch.name(),
         };
         apt.write("status", "")?;
+        let mirror = mirror()?;
         apt.write(
             "sources.list",
-            &format!("deb [signed-by={KEYRING}] {MIRROR} {suite} main\n"),
+            &format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n"),
         )?;
         let at = apt.dir.display();
         // `Dir::Etc::parts` stays the machine's: it may name a proxy.
@@ -239,5 +239,41 @@ mod tests {
             dependencies(text),
             ["linux-base", "linux-binary-7.2.12+deb13-cloud-amd64"]
         );
+    }
+}
+
+/// The archive that this machine gets its own packages from: it holds every suite.
+fn mirror() -> Result<String> {
+    let output = Command::new("apt-get")
+        .args(["indextargets", "--format", "$(SITE) $(RELEASE)"])
+        .stdin(Stdio::null())
+        .output()
+        .context("ask apt for its archive")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    choose_mirror(&text).with_context(|| {
+        format!(
+            "apt names no Debian archive, run `apt-get update`; it said: {}",
+            text.trim()
+        )
+    })
+}
+
+/// Of lines with an address and a release: the first that is neither updates nor security, which lack whole suites.
+fn choose_mirror(targets: &str) -> Option<String> {
+    targets.lines().find_map(|line| {
+        let (site, release) = line.split_once(' ')?;
+        (!release.contains('-') && !site.contains("security")).then(|| site.to_owned())
+    })
+}
+
+#[cfg(test)]
+mod mirror_tests {
+    use super::*;
+
+    #[test]
+    fn the_archive_itself_is_chosen() {
+        let targets = "http://a/debian-security bookworm-security\nhttp://a/debian bookworm-updates\nhttp://a/debian bookworm\n";
+        assert_eq!(choose_mirror(targets).as_deref(), Some("http://a/debian"));
+        assert_eq!(choose_mirror(""), None);
     }
 }
