@@ -6,12 +6,13 @@
 use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
 use flannel_core::{
+    farewell::Farewell,
     plan::{Desired, PeerProblem, peers_of, plan},
     subnet_env::SubnetEnv,
 };
 use tokio::{
     sync::{mpsc, watch},
-    time::{Instant, MissedTickBehavior, interval, sleep},
+    time::{Instant, MissedTickBehavior, interval, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -71,6 +72,9 @@ pub(crate) struct Loop {
     said: BTreeSet<String>,
     peer_problems: Vec<PeerProblem>,
     state_written: Option<State>,
+    /// Peers that have just left, by the time since `started`.
+    farewell: Farewell,
+    started: Instant,
 }
 
 impl Loop {
@@ -90,6 +94,8 @@ impl Loop {
             said: BTreeSet::new(),
             peer_problems: Vec::new(),
             state_written: None,
+            farewell: Farewell::default(),
+            started: Instant::now(),
         }
     }
 
@@ -117,6 +123,7 @@ impl Loop {
                     rest = COALESCE.max(begun.elapsed() * 4).min(MAX_REST);
                 }
             }
+            let farewell = self.next_farewell();
             due = tokio::select! {
                 () = cancel.cancelled() => break,
                 changed = self.views.changed() => {
@@ -137,6 +144,10 @@ impl Loop {
                     } else {
                         None
                     }
+                }
+                () = farewell => {
+                    self.take_view();
+                    Some(Scope::Kernel)
                 }
                 _ = tick.tick() => {
                     if last_full.elapsed() >= RESYNC {
@@ -186,7 +197,20 @@ impl Loop {
             }
         }
         self.peer_problems = problems;
-        self.desired.peers = Some(peers);
+        let before = self.desired.peers.take().unwrap_or_default();
+        let now = self.started.elapsed();
+        self.desired.peers = Some(self.farewell.extend(&before, peers, &self.desired.own, now));
+    }
+
+    /// Until a peer that has left is to be let go; for ever if none has.
+    fn next_farewell(&self) -> impl Future<Output = ()> + use<> {
+        let due = self.farewell.due().map(|due| self.started + due);
+        async move {
+            match due {
+                Some(due) => sleep_until(due).await,
+                None => std::future::pending().await,
+            }
+        }
     }
 
     /// Looks, plans and changes until the plan is empty. A failed change ends the attempt; the next tick makes another.

@@ -16,6 +16,7 @@ pub mod acquire;
 pub mod addr;
 pub mod config;
 pub mod datagram;
+pub mod farewell;
 pub mod iface;
 mod json;
 pub mod lease;

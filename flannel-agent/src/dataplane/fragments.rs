@@ -94,7 +94,7 @@ async fn carry(
                         Ok(()) => {}
                     },
                     Err(reason) => {
-                        tracing::trace!(reason = reason.as_str(), "drop a reassembled packet")
+                        tracing::trace!(reason = reason.as_str(), "drop a reassembled packet");
                     }
                 }
             }

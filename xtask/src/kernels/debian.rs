@@ -227,21 +227,6 @@ pub(super) fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dependencies_are_read() {
-        let text = "linux-image-7.2.12+deb13-cloud-amd64\n  PreDepends: linux-base\n |Depends: <dracut>\n  \
-                    Depends: <linux-initramfs-tool>\n    dracut\n  Depends: linux-binary-7.2.12+deb13-cloud-amd64\n";
-        assert_eq!(
-            dependencies(text),
-            ["linux-base", "linux-binary-7.2.12+deb13-cloud-amd64"]
-        );
-    }
-}
-
 /// The archive that this machine gets its own packages from: it holds every suite.
 fn mirror() -> Result<String> {
     let output = Command::new("apt-get")
@@ -267,8 +252,18 @@ fn choose_mirror(targets: &str) -> Option<String> {
 }
 
 #[cfg(test)]
-mod mirror_tests {
+mod tests {
     use super::*;
+
+    #[test]
+    fn dependencies_are_read() {
+        let text = "linux-image-7.2.12+deb13-cloud-amd64\n  PreDepends: linux-base\n |Depends: <dracut>\n  \
+                    Depends: <linux-initramfs-tool>\n    dracut\n  Depends: linux-binary-7.2.12+deb13-cloud-amd64\n";
+        assert_eq!(
+            dependencies(text),
+            ["linux-base", "linux-binary-7.2.12+deb13-cloud-amd64"]
+        );
+    }
 
     #[test]
     fn the_archive_itself_is_chosen() {
