@@ -2,7 +2,7 @@
 
 mod rig;
 
-use std::time::Duration;
+use std::{fmt::Write as _, time::Duration};
 
 use flannel_testkit::{eventually, json::link, privileged, try_eventually};
 use rig::{DEVICE, PATIENCE, Rig, hooks, text};
@@ -102,22 +102,22 @@ fn mends(flags: &[&str], damages: &[Damage]) {
 const DEVICE_DAMAGES: [Damage; 8] = [
     ("the device is deleted", |rig| ip(rig, "link del flannel.1")),
     ("the device is set down", |rig| {
-        ip(rig, "link set flannel.1 down")
+        ip(rig, "link set flannel.1 down");
     }),
     ("the address is removed", |rig| {
-        ip(rig, "addr del 10.244.1.0/32 dev flannel.1")
+        ip(rig, "addr del 10.244.1.0/32 dev flannel.1");
     }),
     ("all addresses are removed", |rig| {
-        ip(rig, "addr flush dev flannel.1")
+        ip(rig, "addr flush dev flannel.1");
     }),
     ("an older lease's address is there", |rig| {
-        ip(rig, "addr add 10.244.9.0/32 dev flannel.1")
+        ip(rig, "addr add 10.244.9.0/32 dev flannel.1");
     }),
     ("the MTU is lower", |rig| {
-        ip(rig, "link set flannel.1 mtu 1200")
+        ip(rig, "link set flannel.1 mtu 1200");
     }),
     ("the MAC address is another", |rig| {
-        ip(rig, "link set flannel.1 address 02:00:00:00:00:99")
+        ip(rig, "link set flannel.1 address 02:00:00:00:00:99");
     }),
     ("the device is deleted twice", |rig| {
         ip(rig, "link del flannel.1");
@@ -128,16 +128,16 @@ const DEVICE_DAMAGES: [Damage; 8] = [
 
 const PEER_DAMAGES: [Damage; 9] = [
     ("a route is deleted", |rig| {
-        ip(rig, "route del 10.244.2.0/24")
+        ip(rig, "route del 10.244.2.0/24");
     }),
     ("all routes are deleted", |rig| {
-        ip(rig, "route flush dev flannel.1")
+        ip(rig, "route flush dev flannel.1");
     }),
     ("a route has lost its gateway", |rig| {
-        ip(rig, "route replace 10.244.2.0/24 dev flannel.1")
+        ip(rig, "route replace 10.244.2.0/24 dev flannel.1");
     }),
     ("a route leads elsewhere", |rig| {
-        ip(rig, "route replace 10.244.2.0/24 via 192.168.77.1 dev eth0")
+        ip(rig, "route replace 10.244.2.0/24 via 192.168.77.1 dev eth0");
     }),
     (
         "a route is deleted while another table has the same",
@@ -150,7 +150,7 @@ const PEER_DAMAGES: [Damage; 9] = [
         },
     ),
     ("a neighbour is deleted", |rig| {
-        ip(rig, "neigh del 10.244.2.0 dev flannel.1")
+        ip(rig, "neigh del 10.244.2.0 dev flannel.1");
     }),
     ("a neighbour has another MAC address", |rig| {
         ip(
@@ -159,7 +159,7 @@ const PEER_DAMAGES: [Damage; 9] = [
         );
     }),
     ("all neighbours are flushed", |rig| {
-        ip(rig, "neigh flush dev flannel.1 nud permanent")
+        ip(rig, "neigh flush dev flannel.1 nud permanent");
     }),
     ("a peer is there that nobody has leased", |rig| {
         ip(
@@ -198,31 +198,31 @@ const FDB_DAMAGES: [Damage; 3] = [
 
 const PAIR_DAMAGES: [Damage; 3] = [
     ("the MTU is higher", |rig| {
-        ip(rig, "link set flannel.1 mtu 1500")
+        ip(rig, "link set flannel.1 mtu 1500");
     }),
     ("the other end is deleted", |rig| {
-        ip(rig, "link del flannelp.1")
+        ip(rig, "link del flannelp.1");
     }),
     ("the other end is set down", |rig| {
-        ip(rig, "link set flannelp.1 down")
+        ip(rig, "link set flannelp.1 down");
     }),
 ];
 
 const MAP_DAMAGES: [Damage; 9] = [
     ("config is zero", |rig| {
-        rig.map_write(0, "config", 0, &[0; 56])
+        rig.map_write(0, "config", 0, &[0; 56]);
     }),
     ("config is garbage", |rig| {
-        rig.map_write(0, "config", 0, &[0xa5; 56])
+        rig.map_write(0, "config", 0, &[0xa5; 56]);
     }),
     ("a subnet leads nowhere", |rig| {
-        rig.map_write(0, "subnets", 2, &[0; 4])
+        rig.map_write(0, "subnets", 2, &[0; 4]);
     }),
     ("a subnet leads to an empty entry", |rig| {
-        rig.map_write(0, "subnets", 2, &300_u32.to_ne_bytes())
+        rig.map_write(0, "subnets", 2, &300_u32.to_ne_bytes());
     }),
     ("a subnet leads beyond the map", |rig| {
-        rig.map_write(0, "subnets", 2, &[0xff; 4])
+        rig.map_write(0, "subnets", 2, &[0xff; 4]);
     }),
     ("two subnets have each other's node", |rig| {
         let peers = rig.map_peers(0);
@@ -265,14 +265,18 @@ const NOISE: [Damage; 1] = [(
         let mut batch = String::new();
         for host in 0..4000 {
             let (high, low) = (100 + host / 250, 1 + host % 250);
-            batch += &format!(
-                "neigh add 10.9.{high}.{low} lladdr 02:00:00:00:01:01 dev cni0 nud permanent\n"
-            );
+            writeln!(
+                batch,
+                "neigh add 10.9.{high}.{low} lladdr 02:00:00:00:01:01 dev cni0 nud permanent"
+            )
+            .unwrap();
             if host % 40 == 0 {
-                batch += &format!(
-                    "neigh replace 10.244.2.0 lladdr 02:00:00:00:02:{:02x} dev flannel.1 nud permanent\n",
+                writeln!(
+                    batch,
+                    "neigh replace 10.244.2.0 lladdr 02:00:00:00:02:{:02x} dev flannel.1 nud permanent",
                     host / 40
-                );
+                )
+                .unwrap();
             }
         }
         let file = rig.node(0).run_dir.join("batch");

@@ -38,8 +38,14 @@ impl Rig {
     /// The peers that the maps have.
     #[track_caller]
     pub(crate) fn map_peers(&self, node: usize) -> BTreeMap<Subnet, MapPeer> {
-        let nodes = self.map_values(node, "nodes");
-        let subnets = self.map_values(node, "subnets");
+        // A node that changes gets another entry, to which its subnet is then pointed.
+        let (subnets, nodes) = loop {
+            let before = self.map_values(node, "subnets");
+            let nodes = self.map_values(node, "nodes");
+            if self.map_values(node, "subnets") == before {
+                break (before, nodes);
+            }
+        };
         let ids = subnets
             .iter()
             .zip(0..=u8::MAX)

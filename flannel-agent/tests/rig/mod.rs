@@ -379,7 +379,9 @@ impl Rig {
         let (kind, have) = kernel_peers(self.ns(node)).map_err(|error| format!("{error:#}"))?;
         if kind != "vxlan" {
             // A veth pair has no forwarding entries, which alone hold the peers' addresses.
-            want.values_mut().for_each(|peer| peer.public_ip.clear());
+            for peer in want.values_mut() {
+                peer.public_ip.clear();
+            }
         }
         if have != want {
             return Err(format!("the kernel has {have:?}, wanted {want:?}"));
