@@ -242,10 +242,7 @@ mod tests {
     #[test]
     fn instance_directories() {
         assert_eq!(instance_dir(1, vni(1)), "1-1");
-        assert_eq!(
-            instance_path(42, vni(7)),
-            "/sys/fs/bpf/flannel/42-7"
-        );
+        assert_eq!(instance_path(42, vni(7)), "/sys/fs/bpf/flannel/42-7");
         for name in [
             "",
             "1",

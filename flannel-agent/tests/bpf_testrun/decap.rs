@@ -205,14 +205,15 @@ fn outer_headers() {
         let frame = fixed(with(|frame| {
             frame[IP + 6..IP + 8].copy_from_slice(&[first, second]);
         }));
+        // Even alone: the stack puts it together, for the agent's socket.
         let reason = (second == 0).then_some("outer_fragment");
-        untouched(kernel, &frame, 0, reason, reason.is_some());
+        untouched(kernel, &frame, 0, reason, false);
     }
     let mut options = with(|frame| {
         frame[IP] = 0x46;
         frame.splice(UDP..UDP, [1, 1, 1, 0]);
     });
-    left(kernel, &options, "outer_options");
+    untouched(kernel, &options, 0, Some("outer_options"), false);
     options[IP + 20 + 4 + 3] ^= 1;
     not_ours(kernel, &options);
     for change in [(0, 0x65), (0, 0x44), (9, 6), (9, 136), (16, 1), (19, 0)] {

@@ -45,6 +45,8 @@ pub(crate) struct Case {
     pub(crate) counted: u64,
     /// Has a wrong one: alone nobody notices.
     pub(crate) unverified: bool,
+    /// For the stack to receive, though eBPF takes it for somebody else's.
+    pub(crate) for_the_stack: bool,
     /// What eBPF would do if the checksum were zero.
     pub(crate) beyond_checksum: Outcome,
 }
@@ -59,9 +61,16 @@ impl Case {
         }
     }
 
-    /// Whether a node without the kernel's device has nobody to do what eBPF cannot.
-    pub(crate) fn differs_alone(&self) -> bool {
-        self.beyond_checksum != Outcome::Carried
+    /// Whether a node without the kernel's device delivers it like one that has it: what eBPF carries, and what the stack alone
+    /// can put in shape for the agent's own socket.
+    pub(crate) fn same_alone(&self) -> bool {
+        let to_socket = [
+            Outcome::Left("outer_fragment"),
+            Outcome::Left("outer_options"),
+        ];
+        self.beyond_checksum == Outcome::Carried
+            || to_socket.contains(&self.beyond_checksum)
+            || self.for_the_stack
     }
 }
 
@@ -86,13 +95,15 @@ impl Target {
         }
     }
 
-    /// The frame whose arrival says that all before it have been dealt with.
-    pub(crate) fn sentinel(&self) -> Vxlan {
-        let mut inner = self.inner(u16::MAX, 4);
+    /// The frames whose arrival says that all before them have been dealt with: fragments, which take the longest way.
+    pub(crate) fn sentinel(&self) -> Vec<Vec<u8>> {
+        let mut inner = self.inner(u16::MAX, 400);
         if let L4::Udp { dst_port, .. } = &mut inner.l4 {
             *dst_port = SENTINEL_PORT;
         }
-        self.outer(inner.bytes())
+        let mut frame = self.outer(inner.bytes());
+        frame.ip.id = u16::MAX;
+        frame.fragments(300).expect("fragments")
     }
 }
 
@@ -135,6 +146,7 @@ impl List {
             outcome,
             counted,
             unverified: false,
+            for_the_stack: false,
             beyond_checksum: outcome,
         });
     }

@@ -138,6 +138,7 @@ fn outer_addresses(list: &mut List) {
         list.outer(format!("to MAC {mac:02x?}"), Outcome::NotOurs, |frame| {
             frame.dst_mac = mac;
         });
+        list.amend(|case| case.for_the_stack = true);
     }
     list.raw("in a VLAN", Outcome::NotOurs, |target, number| {
         let mut frame = target.outer(target.inner(number, 40).bytes()).bytes();

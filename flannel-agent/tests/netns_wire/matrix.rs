@@ -1,12 +1,13 @@
 //! All kinds of traffic between two nodes, and what may be seen of it on the wire.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{net::Ipv4Addr, sync::mpsc, thread, time::Duration};
 
+use anyhow::Context as _;
 use flannel_testkit::{
     Captured, Netns, Offloads,
     capture::tshark,
     packet::Csum,
-    traffic::{Amount, ping_sized, tcp_transfer, udp_echo},
+    traffic::{Amount, TcpStats, ping_sized, tcp_transfer, udp_echo},
 };
 
 use crate::wire_rig::End;
@@ -15,6 +16,8 @@ use crate::wire_rig::End;
 const DATAGRAMS: [usize; 10] = [1, 2, 17, 512, 1421, 1422, 1423, 3_000, 20_001, 60_000];
 const ECHOES: [usize; 5] = [8, 56, 1422, 1423, 9_000];
 const STREAM: Amount = Amount::Bytes(2 << 20);
+/// A stream takes some ten milliseconds, a bulk one some hundred.
+const STREAM_LIMIT: Duration = Duration::from_secs(20);
 const LIMIT: Duration = Duration::from_secs(3);
 
 /// ICMP, UDP and TCP both ways, pod to pod and host to pod.
@@ -49,9 +52,26 @@ fn exchange(client: &Netns, server: &Netns, address: Ipv4Addr) {
     if let Err(error) = udp_echo(server, address, client, &DATAGRAMS) {
         panic!("{what}: {error:#}");
     }
-    if let Err(error) = tcp_transfer(server, address, client, STREAM) {
+    if let Err(error) = transfer(server, address, client, STREAM) {
         panic!("{what}: {error:#}");
     }
+}
+
+/// A TCP stream that may not crawl. Where only super-packets are lost TCP gets on by single segments, one a timeout, and never
+/// stands still for long.
+pub(crate) fn transfer(
+    server: &Netns,
+    address: Ipv4Addr,
+    client: &Netns,
+    amount: Amount,
+) -> anyhow::Result<TcpStats> {
+    let (server, client) = (server.clone(), client.clone());
+    let (done, outcome) = mpsc::channel();
+    // Left behind if it crawls: it ends with the lab.
+    thread::spawn(move || done.send(tcp_transfer(&server, address, &client, amount)));
+    outcome
+        .recv_timeout(STREAM_LIMIT)
+        .with_context(|| format!("{amount:?} not within {STREAM_LIMIT:?}"))?
 }
 
 /// Every frame of the node at `ours` is as flannel's device sends it, and `tshark` has no complaint about either side.

@@ -111,9 +111,10 @@ impl Netlink {
     /// Sets an interface up, and with a veth pair the other end too.
     pub async fn set_up(&self, index: IfIndex, kind: &DeviceKind) -> Result<(), NetlinkError> {
         if let DeviceKind::Veth { peer } = kind
-            && let Some(link) = self.link_by_name(peer).await? {
-                self.up(index_of(&link, peer)?).await?;
-            }
+            && let Some(link) = self.link_by_name(peer).await?
+        {
+            self.up(index_of(&link, peer)?).await?;
+        }
         self.up(index).await
     }
 
