@@ -11,13 +11,15 @@ use flannel_core::{
     mark,
     plan::{
         Attachment, BpfState, Desired, Device, DeviceKind, Hook, Node, Observed, ObservedKind, Op,
-        Peer, Plan, Route, Settings, plan,
+        Peer, Plan, Settings, plan,
     },
 };
 use ipnet::{IpNet, Ipv4Net};
 use proptest::prelude::*;
 
+mod model;
 mod situations;
+use model::apply;
 use situations::{SUBNET_COUNT, Situation};
 
 /// Passes from any state to one that needs none: delete, create, set up, clear or fill, fill what had no room, settings after an MTU.
@@ -520,157 +522,4 @@ fn ipv4(address: IpAddr) -> Ipv4Addr {
         IpAddr::V4(address) => address,
         IpAddr::V6(address) => panic!("{address}: no such peers here"),
     }
-}
-
-/// The kernel, as far as the planner's ops reach. What it does to other objects was looked up on Linux 6.18; what it would refuse
-/// panics.
-fn apply(kernel: &mut Observed, op: &Op, want: &Desired) {
-    match op {
-        Op::CreateDevice(tunnel) => {
-            if kernel.device.is_none() {
-                kernel.device = Some(Device {
-                    index: IfIndex::try_from(1_000).unwrap(),
-                    kind: match &tunnel.kind {
-                        DeviceKind::Vxlan {
-                            vni,
-                            port,
-                            lower,
-                            local,
-                            learning,
-                            gbp,
-                        } => ObservedKind::Vxlan {
-                            vni: vni.get(),
-                            port: *port,
-                            lower: Some(*lower),
-                            local: Some(*local),
-                            learning: *learning,
-                            gbp: *gbp,
-                        },
-                        DeviceKind::Veth { peer } => ObservedKind::Veth {
-                            peer: Some(peer.clone()),
-                        },
-                    },
-                    mtu: tunnel.mtu.get(),
-                    mac: tunnel.mac.unwrap_or(VtepMac::new([0x66, 0, 0, 0, 0, 0x66])),
-                    up: false,
-                    addresses: BTreeSet::new(),
-                    routes: BTreeMap::new(),
-                    neighbours: BTreeMap::new(),
-                    fdb: BTreeMap::new(),
-                });
-            }
-        }
-        Op::DeleteDevice { index, .. } => {
-            if kernel
-                .device
-                .as_ref()
-                .is_some_and(|device| device.index == *index)
-            {
-                kernel.device = None;
-                if let Some(bpf) = &mut kernel.bpf {
-                    bpf.attached
-                        .retain(|_, attachment| attachment.ifindex != *index);
-                }
-            }
-        }
-        Op::SetMtu { index, mtu } => device(kernel, *index).mtu = mtu.get(),
-        Op::SetMac { index, mac } => {
-            let device = device(kernel, *index);
-            // `neigh_changeaddr`: permanent ones too. Routes and forwarding entries stay.
-            if device.mac != *mac {
-                device.neighbours.clear();
-            }
-            device.mac = *mac;
-        }
-        Op::SetUp { index } => device(kernel, *index).up = true,
-        Op::PutAddress { index, address } => {
-            device(kernel, *index).addresses.insert(*address);
-        }
-        Op::DelAddress { index, address } => {
-            let device = device(kernel, *index);
-            // `fib_disable_ip`: without an address there is no IPv4 on the device.
-            if device.addresses.remove(address) && device.addresses.is_empty() {
-                device.routes.clear();
-                device.neighbours.clear();
-            }
-        }
-        Op::PutFdb { mac, vtep } => {
-            tunnel(kernel, true).fdb.insert(*mac, *vtep);
-        }
-        Op::DelFdb { mac, vtep } => {
-            let fdb = &mut tunnel(kernel, true).fdb;
-            if fdb.get(mac) == Some(vtep) {
-                fdb.remove(mac);
-            }
-        }
-        Op::PutNeighbour { address, mac } => {
-            tunnel(kernel, false).neighbours.insert(*address, *mac);
-        }
-        Op::DelNeighbour { address } => {
-            tunnel(kernel, false).neighbours.remove(address);
-        }
-        Op::PutRoute {
-            subnet,
-            gateway,
-            mtu,
-        } => {
-            // A metric of zero is no metric.
-            let route = Route {
-                gateway: *gateway,
-                mtu: mtu.filter(|mtu| *mtu != 0),
-            };
-            tunnel(kernel, false).routes.insert(*subnet, route);
-        }
-        Op::DelRoute { subnet } => {
-            tunnel(kernel, false).routes.remove(subnet);
-        }
-        Op::PutNode { id, node } => {
-            let bpf = bpf(kernel);
-            assert!((1..bpf.node_capacity).contains(id), "{op}: no such entry");
-            bpf.nodes.insert(*id, Node::decode(&node.encode()));
-        }
-        Op::ClearNode { id } => {
-            bpf(kernel).nodes.remove(id);
-        }
-        Op::PutSubnet { index, id } => {
-            assert!(*index < SUBNET_COUNT && *id != 0, "{op}: no such entry");
-            bpf(kernel).subnets.insert(*index, *id);
-        }
-        Op::ClearSubnet { index } => {
-            bpf(kernel).subnets.remove(index);
-        }
-        Op::PutSettings(settings) => {
-            let uplink = want.bpf.as_ref().expect("eBPF").uplink;
-            bpf(kernel).settings = Settings::decode(&settings.encode(), uplink);
-        }
-        Op::Attach { hook, ifindex } => {
-            let attachment = Attachment {
-                ifindex: *ifindex,
-                current: true,
-            };
-            bpf(kernel).attached.insert(*hook, attachment);
-        }
-    }
-}
-
-fn device(kernel: &mut Observed, index: IfIndex) -> &mut Device {
-    kernel
-        .device
-        .as_mut()
-        .filter(|device| device.index == index)
-        .expect("ENODEV")
-}
-
-fn tunnel(kernel: &mut Observed, fdb: bool) -> &mut Device {
-    let device = kernel.device.as_mut().expect("ENODEV");
-    assert!(device.up, "ENETDOWN");
-    assert!(
-        !fdb || matches!(device.kind, ObservedKind::Vxlan { .. }),
-        "EOPNOTSUPP"
-    );
-    device
-}
-
-fn bpf(kernel: &mut Observed) -> &mut BpfState {
-    kernel.bpf.as_mut().expect("eBPF")
 }
