@@ -9,7 +9,7 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Set for the copy of this test binary that is to be killed.
+/// Set for the copy of this test that is to be killed.
 const VICTIM: &str = "FLANNEL_TESTKIT_VICTIM";
 
 #[test]
@@ -17,8 +17,15 @@ fn the_leftovers_of_a_killed_run_are_swept() {
     if !privileged() {
         return;
     }
+    if std::env::var_os(VICTIM).is_some() {
+        be_the_victim();
+    }
     let mut victim = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "victim", "--ignored", "--nocapture"])
+        .args([
+            "--exact",
+            "the_leftovers_of_a_killed_run_are_swept",
+            "--nocapture",
+        ])
         .env(VICTIM, "1")
         .stdout(Stdio::piped())
         .spawn()
@@ -58,12 +65,8 @@ fn the_leftovers_of_a_killed_run_are_swept() {
     bystander.node(0).ns.exec(["true"]).unwrap();
 }
 
-#[test]
-#[ignore = "run by another test, which kills it"]
-fn victim() {
-    if std::env::var_os(VICTIM).is_none() {
-        return;
-    }
+/// Starts a lab, says so, and waits to be killed.
+fn be_the_victim() -> ! {
     let lab = Lab::new(LabOptions::default()).unwrap();
     let _capture = Capture::start(lab.underlay(), "br0", "").unwrap();
     let _etcd = Etcd::start(None, Ipv4Addr::LOCALHOST).unwrap();

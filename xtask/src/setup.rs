@@ -51,7 +51,7 @@ const fn tool(
     }
 }
 
-const TOOLS: [Tool; 19] = [
+const TOOLS: [Tool; 21] = [
     tool("cc", "build-essential", "gcc", "base-devel", Needs::Ebpf),
     tool(
         "pkg-config",
@@ -115,6 +115,14 @@ const TOOLS: [Tool; 19] = [
         Needs::Everything,
     ),
     tool("bpftool", "bpftool", "bpftool", "bpf", Needs::Everything),
+    tool(
+        "openssl",
+        "openssl",
+        "openssl",
+        "openssl",
+        Needs::Everything,
+    ),
+    tool("ps", "procps", "procps-ng", "procps-ng", Needs::Everything),
     tool(
         "qemu-system-x86_64",
         "qemu-system-x86",
