@@ -265,6 +265,15 @@ fn ebpf_alone_receives_outer_fragments() {
     rig.wait_converged();
     Narrowing::Route.narrow(&rig);
     let (sender, receiver) = (rig.pod(0), rig.pod(1));
+    eventually(
+        PATIENCE,
+        "somebody listens for what the stack puts together",
+        || {
+            let sockets = rig.ns(1).exec(&["ss", "-Huln", "sport", "=", "8472"]);
+            let sockets = sockets.map_err(|error| format!("{error:#}"))?;
+            (!sockets.trim().is_empty()).then_some(()).ok_or(sockets)
+        },
+    );
     let capture =
         Capture::start(rig.ns(1), "eth0", "udp or (ip[6:2] & 0x3fff != 0)").expect("capture");
     let sizes = [1, 1351, 1400, 1422];
