@@ -269,7 +269,7 @@ fn ebpf_alone_receives_outer_fragments() {
         PATIENCE,
         "somebody listens for what the stack puts together",
         || {
-            let sockets = rig.ns(1).exec(&["ss", "-Huln", "sport", "=", "8472"]);
+            let sockets = rig.ns(1).exec(["ss", "-Huln", "sport", "=", "8472"]);
             let sockets = sockets.map_err(|error| format!("{error:#}"))?;
             (!sockets.trim().is_empty()).then_some(()).ok_or(sockets)
         },
