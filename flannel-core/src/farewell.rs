@@ -10,7 +10,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::plan::Peer;
+use crate::plan::{Peer, overlap};
 
 /// How long a peer stays after its lease is gone. Short enough that one which really leaves is gone within two seconds.
 pub const GRACE: Duration = Duration::from_millis(700);
@@ -51,10 +51,6 @@ impl Farewell {
     pub fn due(&self) -> Option<Duration> {
         self.leaving.values().map(|(_, end)| *end).min()
     }
-}
-
-fn overlap(a: &IpNet, b: &IpNet) -> bool {
-    a.contains(&b.network()) || b.contains(&a.network())
 }
 
 #[cfg(test)]

@@ -208,7 +208,8 @@ pub(super) fn usable(
     kept
 }
 
-fn overlap(a: &IpNet, b: &IpNet) -> bool {
+/// Whether two subnets have an address in common.
+pub(crate) fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(&b.network()) || b.contains(&a.network())
 }
 

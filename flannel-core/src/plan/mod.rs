@@ -14,6 +14,7 @@ mod observed;
 mod op;
 
 pub use bpf::{Hook, Node, Settings};
+pub(crate) use desired::overlap;
 pub use desired::{Desired, DeviceKind, Peer, PeerProblem, Tunnel, peers_of};
 pub use observed::{Attachment, BpfState, Device, NextHop, Observed, ObservedKind, Route};
 pub use op::Op;
