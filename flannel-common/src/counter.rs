@@ -31,11 +31,25 @@ pub enum CounterId {
     BpfEncap = 0,
     /// Packets that eBPF decapsulated and handed to the stack.
     BpfDecap = 1,
+    /// Packets from a pod that bypassed the stack on their way to another node. Not among [`CounterId::BpfEncap`].
+    FastEncap = 2,
+    /// Packets from another node that bypassed the stack on their way to a pod. Not among [`CounterId::BpfDecap`].
+    FastDecap = 3,
+    /// Packets between two pods of this node that bypassed the stack.
+    FastLocal = 4,
+    /// Packets that the gate could have let pass, and sent through the stack with a tag.
+    GateTagged = 5,
+    /// Packets found untouched behind the stack.
+    GateConfirmed = 6,
+    /// Packets found behind the stack that did not enter it so: translated, or from elsewhere.
+    GateRefuted = 7,
+    /// Connections admitted by their first SYN.
+    GateAdmitted = 8,
 }
 
 impl CounterId {
     /// Number of entries of the map.
-    pub const COUNT: u32 = 2;
+    pub const COUNT: u32 = 16;
 }
 
 /// One entry of `counters`, per CPU.

@@ -11,9 +11,10 @@ extern crate std;
 pub mod checksum;
 pub mod counter;
 pub mod ecn;
+pub mod flow;
 pub mod header;
 pub mod map;
 
 pub use counter::{Counter, CounterId, Direction, DropReason, reason_index};
 pub use header::{HEADER_LEN, OVERHEAD_V4, OuterV4};
-pub use map::{Config, LAYOUT_VERSION, NodeId, NodeRecord, config_flags, node_flags};
+pub use map::{Config, LAYOUT_VERSION, NodeId, NodeRecord, PodRecord, config_flags, node_flags};

@@ -3,7 +3,7 @@
 use crate::header::HEADER_LEN;
 
 /// Version of every layout in this crate. It is part of the pin path, so an agent never reads another version's maps.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Index into the array `nodes`. Zero means "no node".
 pub type NodeId = u32;
@@ -62,9 +62,19 @@ pub struct Config {
     pub source_port_min: u16,
     /// Highest source port minus lowest.
     pub source_port_span: u16,
+    /// The flow gate's mode, see [`crate::flow::mode`].
+    pub mode: u32,
+    /// Entries of `flows` with another epoch count for nothing.
+    pub epoch: u32,
+    /// Index of this node's own subnet in `subnets` (where it is empty); `u32::MAX` while there is none.
+    pub own_index: u32,
+    /// Slots of `ring` for one CPU, as a power of two, see [`crate::flow::ring_shift`].
+    pub ring_shift: u32,
+    /// How long a flow may bypass the stack after the stack has passed one of its packets, in nanoseconds.
+    pub lease: u64,
 }
 
-const _: () = assert!(size_of::<Config>() == 56);
+const _: () = assert!(size_of::<Config>() == 80);
 
 /// The 64-bit flags of `bpf_skb_adjust_room` from the 32 bits that the maps carry: the upper eight are the length of the inner
 /// link header, which the helper wants at bit 56 (`BPF_ADJ_ROOM_ENCAP_L2_SHIFT`).
@@ -103,6 +113,24 @@ impl Default for NodeRecord {
     }
 }
 
+/// Value of the hash `pods`, by pod address in network order: a pod of this node that packets may be handed to directly.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PodRecord {
+    /// Interface index of the host's end of its veth pair.
+    pub ifindex: u32,
+    /// Changes with every change of the record, and with every new owner of the address; never repeats.
+    pub generation: u32,
+    /// Bytes of IP packet that reach it: the smaller MTU of the bridge and of the veth.
+    pub mtu: u32,
+    /// The pod's MAC address.
+    pub mac: [u8; 6],
+    /// MAC address of its gateway: the bridge.
+    pub gateway_mac: [u8; 6],
+}
+
+const _: () = assert!(size_of::<PodRecord>() == 24);
+
 /// Index of the subnet that holds `address` in the array `subnets`; `None` outside the network.
 #[inline(always)]
 pub const fn subnet_index(config: &Config, address: [u8; 4]) -> Option<u32> {
@@ -121,6 +149,16 @@ mod pod {
     unsafe impl aya::Pod for super::Config {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::NodeRecord {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::PodRecord {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for crate::flow::FlowKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for crate::flow::Flow {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for crate::flow::NatKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for crate::flow::LastSighting {}
     // SAFETY: two u64.
     unsafe impl aya::Pod for crate::counter::Counter {}
 }

@@ -89,6 +89,27 @@ pub(crate) fn from_wire(ctx: TcContext) -> i32 {
     }
 }
 
+/// Ingress of a pod's veth on the host: packets that the pod sends.
+#[classifier]
+pub(crate) fn from_pod(ctx: TcContext) -> i32 {
+    maps::touch(&ctx);
+    TC_ACT_UNSPEC
+}
+
+/// Egress of a pod's veth on the host: packets that the stack delivers to the pod.
+#[classifier]
+pub(crate) fn to_pod(ctx: TcContext) -> i32 {
+    maps::touch(&ctx);
+    TC_ACT_UNSPEC
+}
+
+/// Ingress of `flannel.<vni>`: inner packets that the kernel decapsulated, or that `from_wire` put there.
+#[classifier]
+pub(crate) fn from_overlay(ctx: TcContext) -> i32 {
+    maps::touch(&ctx);
+    TC_ACT_UNSPEC
+}
+
 /// Runs `bpf_skb_adjust_room` with flags that the agent wants to know about; see [`probe`].
 #[classifier]
 pub(crate) fn probe_room(ctx: TcContext) -> i32 {

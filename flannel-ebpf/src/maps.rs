@@ -2,10 +2,12 @@
 
 use aya_ebpf::{
     macros::map,
-    maps::{Array, PerCpuArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray},
 };
 use flannel_common::{
-    Config, Counter, CounterId, Direction, DropReason, NodeId, NodeRecord, counter::REASON_ENTRIES,
+    Config, Counter, CounterId, Direction, DropReason, NodeId, NodeRecord, PodRecord,
+    counter::REASON_ENTRIES,
+    flow::{Flow, FlowKey, LastSighting, NatKey, Sighting},
     reason_index,
 };
 
@@ -28,6 +30,26 @@ static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(CounterId:
 /// Packets not carried, by [`reason_index`].
 #[map(name = "reasons")]
 static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASON_ENTRIES, 0);
+
+/// Address to pod, for the pods of this node that packets may be handed to directly.
+#[map(name = "pods")]
+static PODS: HashMap<[u8; 4], PodRecord> = HashMap::with_max_entries(4096, 0);
+
+/// What the stack itself was seen to pass. The agent sizes it.
+#[map(name = "flows")]
+static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(1 << 18, 0);
+
+/// Pairs of pods between which the stack also translates.
+#[map(name = "nattuples")]
+static NAT_TUPLES: LruHashMap<NatKey, u32> = LruHashMap::with_max_entries(1 << 14, 0);
+
+/// Packets seen before the stack, by the number that they carry. The agent sizes it: `1 << ring_shift` for every CPU.
+#[map(name = "ring")]
+static RING: Array<Sighting> = Array::with_max_entries(256, 0);
+
+/// The latest packet seen before the stack.
+#[map(name = "last")]
+static LAST: PerCpuArray<LastSighting> = PerCpuArray::with_max_entries(1, 0);
 
 #[inline(always)]
 pub(crate) fn config() -> Option<&'static Config> {
@@ -59,4 +81,15 @@ pub(crate) fn count_reason(direction: Direction, reason: DropReason) {
         // SAFETY: as in `count`.
         unsafe { *counter += 1 };
     }
+}
+
+pub(crate) fn touch(_ctx: &aya_ebpf::programs::TcContext) {
+    let key = FlowKey::default();
+    unsafe {
+        let _ = PODS.get(&[0; 4]);
+        let _ = FLOWS.get(&key);
+        let _ = NAT_TUPLES.get(&key.pair(flannel_common::flow::Way::Out));
+    }
+    let _ = RING.get(0);
+    let _ = LAST.get_ptr(0);
 }
