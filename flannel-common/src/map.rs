@@ -20,6 +20,14 @@ pub mod config_flags {
     pub const DECAP_GSO: u32 = 1 << 3;
 }
 
+/// What the programs may call on this kernel: bits of the global `KERNEL_HELPERS`, which is set before loading.
+pub mod helper_flags {
+    /// `bpf_ktime_get_coarse_ns` (kernel 5.11).
+    pub const COARSE_CLOCK: u32 = 1 << 0;
+    /// `bpf_check_mtu` (kernel 5.12). Without it no connection is admitted by its SYN.
+    pub const CHECK_MTU: u32 = 1 << 1;
+}
+
 /// Bits of [`NodeRecord::flags`].
 pub mod node_flags {
     /// The header is complete but for the outer MAC addresses.
@@ -130,6 +138,16 @@ pub struct PodRecord {
 }
 
 const _: () = assert!(size_of::<PodRecord>() == 24);
+
+impl PodRecord {
+    /// The Ethernet header of an IPv4 packet that the host delivers to the pod.
+    #[inline(always)]
+    pub const fn frame_header(&self) -> [u8; 14] {
+        let [a, b, c, d, e, f] = self.mac;
+        let [g, h, i, j, k, l] = self.gateway_mac;
+        [a, b, c, d, e, f, g, h, i, j, k, l, 0x08, 0x00]
+    }
+}
 
 /// Index of the subnet that holds `address` in the array `subnets`; `None` outside the network.
 #[inline(always)]

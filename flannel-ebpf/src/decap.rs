@@ -9,7 +9,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use flannel_common::{
-    Config, DropReason, HEADER_LEN, OVERHEAD_V4, checksum, config_flags, ecn,
+    Config, DropReason, HEADER_LEN, OVERHEAD_V4, PodRecord, checksum, config_flags, ecn,
+    flow::mode,
     header::{INNER_ETH, IP, UDP, VXLAN, VXLAN_I},
     map::room_flags,
 };
@@ -23,6 +24,9 @@ use network_types::{
 use crate::{
     Kind, Verdict,
     access::{header as read, linear},
+    encap::{IP_PART, next_hop},
+    gate, pod,
+    tuple::{self, Inner},
 };
 
 const PACKET_HOST: u32 = 0;
@@ -70,6 +74,7 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
     if udp.dst != config.port {
         return Ok(Verdict::NOT_OURS);
     }
+    gate::clear_index(ctx);
     if config.flags & config_flags::DECAP == 0 {
         return Err(DropReason::Disabled);
     }
@@ -130,7 +135,62 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
         return Err(DropReason::Ecn);
     }
 
-    // On failure the packet is as it was.
+    let tos = match congestion {
+        ecn::Decap::SetCe => (inner.tos & !ecn::MASK) | ecn::CE,
+        ecn::Decap::SetEct1 => (inner.tos & !ecn::MASK) | ecn::ECT_1,
+        ecn::Decap::Keep | ecn::Decap::Drop => inner.tos,
+    };
+    if config.mode != mode::OFF
+        && let Some((pod, inner)) = fast_target(ctx, config)
+    {
+        let landing = Landing {
+            eth: pod.frame_header(),
+            ip: next_hop(&inner.ip, tos),
+        };
+        pop(ctx, config)?;
+        // SAFETY: plain bytes without padding.
+        let bytes: [u8; size_of::<Landing>()] = unsafe { core::mem::transmute(landing) };
+        store(ctx, 0, &bytes)?;
+        return Ok(Verdict {
+            kind: Kind::Deliver,
+            ifindex: pod.ifindex,
+            bytes: frame,
+        });
+    }
+    pop(ctx, config)?;
+    store(ctx, 0, &inner_eth)?;
+    if tos != inner.tos {
+        set_tos(ctx, &inner, tos)?;
+    }
+    Ok(Verdict {
+        kind: Kind::Receive,
+        ifindex: config.tunnel_ifindex,
+        bytes: frame,
+    })
+}
+
+/// The start of a frame as it reaches a pod.
+#[repr(C)]
+struct Landing {
+    eth: [u8; EthHdr::LEN],
+    ip: [u8; IP_PART],
+}
+
+/// The pod that the packet may be handed to directly.
+#[inline(always)]
+fn fast_target(ctx: &TcContext, config: &Config) -> Option<(&'static PodRecord, Inner)> {
+    let inner = tuple::inner(ctx, HEADER_LEN)?;
+    let (pod, case) = pod::inbound(config, &inner)?;
+    let fast = gate::is_fast(ctx, config, &case, pod.ifindex);
+    if !fast {
+        gate::set_judged(ctx);
+    }
+    (fast && pod::takes(ctx, &inner.ip, pod, HEADER_LEN as u32)).then_some((pod, inner))
+}
+
+/// Removes the outer headers. On failure the packet is as it was.
+#[inline(always)]
+fn pop(ctx: &TcContext, config: &Config) -> Result<(), DropReason> {
     ctx.adjust_room(
         -(OVERHEAD_V4 as i32),
         BPF_ADJ_ROOM_MAC,
@@ -138,18 +198,8 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
     )
     .map_err(|_| DropReason::AdjustRoom)?;
     // SAFETY: a helper call on the context. It undoes the level that the outer checksum took, as `udp_rcv` does.
-    unsafe { bpf_csum_level(skb, u64::from(BPF_CSUM_LEVEL_DEC)) };
-    store(ctx, 0, &inner_eth)?;
-    match congestion {
-        ecn::Decap::SetCe => set_ecn(ctx, &inner, ecn::CE)?,
-        ecn::Decap::SetEct1 => set_ecn(ctx, &inner, ecn::ECT_1)?,
-        ecn::Decap::Keep | ecn::Decap::Drop => {}
-    }
-    Ok(Verdict {
-        kind: Kind::Receive,
-        ifindex: config.tunnel_ifindex,
-        bytes: frame,
-    })
+    unsafe { bpf_csum_level(ctx.skb.skb, u64::from(BPF_CSUM_LEVEL_DEC)) };
+    Ok(())
 }
 
 /// Whether the kernel refuses packets from this address (`ip_route_input_slow`, `fib_validate_source`). What depends on its
@@ -212,8 +262,7 @@ fn options(ctx: &TcContext, config: &Config, ip: &Ipv4Hdr) -> Result<Verdict, Dr
 }
 
 #[inline(always)]
-fn set_ecn(ctx: &TcContext, inner: &Ipv4Hdr, bits: u8) -> Result<(), DropReason> {
-    let tos = (inner.tos & !ecn::MASK) | bits;
+fn set_tos(ctx: &TcContext, inner: &Ipv4Hdr, tos: u8) -> Result<(), DropReason> {
     let old = u16::from_be_bytes([inner.vihl, inner.tos]);
     let new = u16::from_be_bytes([inner.vihl, tos]);
     let check = checksum::replace(u16::from_be_bytes(inner.check), old, new);
@@ -222,7 +271,11 @@ fn set_ecn(ctx: &TcContext, inner: &Ipv4Hdr, bits: u8) -> Result<(), DropReason>
 }
 
 #[inline(always)]
-fn store<const N: usize>(ctx: &TcContext, offset: u32, bytes: &[u8; N]) -> Result<(), DropReason> {
+pub(crate) fn store<const N: usize>(
+    ctx: &TcContext,
+    offset: u32,
+    bytes: &[u8; N],
+) -> Result<(), DropReason> {
     // SAFETY: the source is a buffer of exactly the length given.
     let stored =
         unsafe { bpf_skb_store_bytes(ctx.skb.skb, offset, bytes.as_ptr().cast(), N as u32, 0) };

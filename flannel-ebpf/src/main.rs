@@ -12,16 +12,19 @@
 mod access;
 mod decap;
 mod encap;
+mod gate;
 mod maps;
+mod pod;
 mod probe;
+mod tuple;
 
 use aya_ebpf::{
     bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::{bpf_redirect, bpf_redirect_neigh},
+    helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
     macros::classifier,
     programs::TcContext,
 };
-use flannel_common::{CounterId, Direction, DropReason, config_flags};
+use flannel_common::{Config, CounterId, Direction, DropReason, config_flags, flow::mode};
 
 /// What a program decided about a packet that it understood.
 ///
@@ -44,6 +47,12 @@ enum Kind {
     Resolve,
     /// Decapsulated: let the stack receive it on this interface.
     Receive,
+    /// From a pod, past the stack, encapsulated, outer MAC addresses complete: send it on this interface.
+    SendFast,
+    /// From another node, past the stack: to the other end of this interface's veth pair.
+    Deliver,
+    /// From a pod of this node, past the stack: to the other end of this interface's veth pair.
+    HandOver,
 }
 
 impl Verdict {
@@ -89,25 +98,43 @@ pub(crate) fn from_wire(ctx: TcContext) -> i32 {
     }
 }
 
-/// Ingress of a pod's veth on the host: packets that the pod sends.
+/// Ingress of a pod's veth on the host: what the pod sends.
 #[classifier]
 pub(crate) fn from_pod(ctx: TcContext) -> i32 {
-    maps::touch(&ctx);
-    TC_ACT_UNSPEC
+    let Some(config) = gated() else {
+        return TC_ACT_UNSPEC;
+    };
+    match pod::try_from_pod(&ctx, config) {
+        Ok(verdict) => carry(verdict),
+        Err(reason) => discard(Direction::Encap, reason),
+    }
 }
 
-/// Egress of a pod's veth on the host: packets that the stack delivers to the pod.
+/// Egress of a pod's veth on the host: what the stack delivers to the pod.
 #[classifier]
 pub(crate) fn to_pod(ctx: TcContext) -> i32 {
-    maps::touch(&ctx);
+    if let Some(config) = gated() {
+        pod::try_to_pod(&ctx, config);
+    }
     TC_ACT_UNSPEC
 }
 
-/// Ingress of `flannel.<vni>`: inner packets that the kernel decapsulated, or that `from_wire` put there.
+/// Ingress of `flannel.<vni>`: what the kernel has decapsulated, and what `from_wire` has put there.
 #[classifier]
 pub(crate) fn from_overlay(ctx: TcContext) -> i32 {
-    maps::touch(&ctx);
-    TC_ACT_UNSPEC
+    let Some(config) = gated() else {
+        return TC_ACT_UNSPEC;
+    };
+    match pod::try_from_overlay(&ctx, config) {
+        Ok(verdict) => carry(verdict),
+        Err(reason) => discard(Direction::Decap, reason),
+    }
+}
+
+/// The configuration, if the flow gate is on.
+#[inline(always)]
+fn gated() -> Option<&'static Config> {
+    maps::config().filter(|config| config.mode != mode::OFF)
 }
 
 /// Runs `bpf_skb_adjust_room` with flags that the agent wants to know about; see [`probe`].
@@ -139,6 +166,21 @@ fn carry(verdict: Verdict) -> i32 {
             maps::count(CounterId::BpfDecap, bytes);
             // SAFETY: a helper call with plain values.
             (unsafe { bpf_redirect(ifindex, u64::from(BPF_F_INGRESS)) }) as i32
+        }
+        Kind::SendFast => {
+            maps::count(CounterId::FastEncap, bytes);
+            // SAFETY: a helper call with plain values.
+            (unsafe { bpf_redirect(ifindex, 0) }) as i32
+        }
+        Kind::Deliver => {
+            maps::count(CounterId::FastDecap, bytes);
+            // SAFETY: a helper call with plain values.
+            (unsafe { bpf_redirect_peer(ifindex, 0) }) as i32
+        }
+        Kind::HandOver => {
+            maps::count(CounterId::FastLocal, bytes);
+            // SAFETY: a helper call with plain values.
+            (unsafe { bpf_redirect_peer(ifindex, 0) }) as i32
         }
     }
 }

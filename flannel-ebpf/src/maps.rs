@@ -83,13 +83,85 @@ pub(crate) fn count_reason(direction: Direction, reason: DropReason) {
     }
 }
 
-pub(crate) fn touch(_ctx: &aya_ebpf::programs::TcContext) {
-    let key = FlowKey::default();
-    unsafe {
-        let _ = PODS.get(&[0; 4]);
-        let _ = FLOWS.get(&key);
-        let _ = NAT_TUPLES.get(&key.pair(flannel_common::flow::Way::Out));
+#[inline(always)]
+pub(crate) fn pod(address: [u8; 4]) -> Option<&'static PodRecord> {
+    // SAFETY: the record is only read. One that is replaced meanwhile stays whole until the program has ended (RCU).
+    unsafe { PODS.get(&address) }
+}
+
+#[inline(always)]
+pub(crate) fn flow(key: &FlowKey) -> Option<&'static mut Flow> {
+    // SAFETY: fields are single words that programs on other CPUs may store to as well; any order of stores is a valid history.
+    FLOWS.get_ptr_mut(key).map(|flow| unsafe { &mut *flow })
+}
+
+#[inline(always)]
+pub(crate) fn put_flow(key: &FlowKey, flow: &Flow) -> bool {
+    FLOWS.insert(key, flow, 0).is_ok()
+}
+
+#[inline(always)]
+pub(crate) fn remove_flow(key: &FlowKey) {
+    // Not there is as good.
+    let _absent = FLOWS.remove(key);
+}
+
+#[inline(always)]
+pub(crate) fn is_translated(pair: &NatKey) -> bool {
+    NAT_TUPLES.get_ptr(pair).is_some()
+}
+
+#[inline(always)]
+pub(crate) fn put_translated(pair: &NatKey) {
+    // A full table forgets the oldest; a failure means that the flow is judged without it.
+    let _full = NAT_TUPLES.insert(pair, &1, 0);
+}
+
+#[inline(always)]
+fn last() -> Option<&'static mut LastSighting> {
+    // SAFETY: as in `count`.
+    LAST.get_ptr_mut(0).map(|last| unsafe { &mut *last })
+}
+
+/// Keeps the latest sighting of this CPU and gives its number.
+#[inline(always)]
+pub(crate) fn remember(sighting: &Sighting) -> Option<u32> {
+    let last = last()?;
+    last.sighting = *sighting;
+    last.count = last.count.wrapping_add(1);
+    Some(last.count)
+}
+
+/// The latest packet of this CPU was none to be known again.
+#[inline(always)]
+pub(crate) fn forget() {
+    if let Some(last) = last() {
+        last.sighting.way = 0;
     }
-    let _ = RING.get(0);
-    let _ = LAST.get_ptr(0);
+}
+
+/// Whether that is the latest sighting of this CPU; it counts once.
+#[inline(always)]
+pub(crate) fn last_is(wanted: &Sighting) -> bool {
+    let Some(last) = last() else { return false };
+    let same = last.sighting == *wanted;
+    last.sighting.way = 0;
+    same
+}
+
+#[inline(always)]
+pub(crate) fn put_sighting(slot: u32, sighting: &Sighting) -> bool {
+    match RING.get_ptr_mut(slot) {
+        Some(place) => {
+            // SAFETY: the slots of a CPU are written by programs on that CPU alone.
+            unsafe { *place = *sighting };
+            true
+        }
+        None => false,
+    }
+}
+
+#[inline(always)]
+pub(crate) fn sighting_is(slot: u32, wanted: &Sighting) -> bool {
+    RING.get(slot).is_some_and(|there| there == wanted)
 }
