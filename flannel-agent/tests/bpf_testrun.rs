@@ -5,7 +5,11 @@
 mod decap;
 #[path = "bpf_testrun/encap.rs"]
 mod encap;
+#[path = "bpf_testrun/flows.rs"]
+mod flows;
 #[path = "bpf_testrun/garbage.rs"]
 mod garbage;
+#[path = "bpf_testrun/gate.rs"]
+mod gate;
 #[path = "bpf_testrun/kernel.rs"]
 mod kernel;

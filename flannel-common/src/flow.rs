@@ -248,7 +248,8 @@ pub fn judge(
     if flow.closing != 0 || seen == 0 || (packet.tcp && (out == 0 || back == 0)) {
         return Judgement::Slow;
     }
-    if clock().wrapping_sub(seen) <= now.lease {
+    // Another CPU may have stored a moment that this one's clock has not reached.
+    if clock().saturating_sub(seen) <= now.lease {
         Judgement::Fast
     } else {
         Judgement::Slow

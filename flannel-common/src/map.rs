@@ -142,10 +142,12 @@ const _: () = assert!(size_of::<PodRecord>() == 24);
 impl PodRecord {
     /// The Ethernet header of an IPv4 packet that the host delivers to the pod.
     #[inline(always)]
-    pub const fn frame_header(&self) -> [u8; 14] {
-        let [a, b, c, d, e, f] = self.mac;
-        let [g, h, i, j, k, l] = self.gateway_mac;
-        [a, b, c, d, e, f, g, h, i, j, k, l, 0x08, 0x00]
+    pub fn frame_header(&self) -> [u8; 14] {
+        let mut header = [0; 14];
+        header[..6].copy_from_slice(&self.mac);
+        header[6..12].copy_from_slice(&self.gateway_mac);
+        header[12] = 0x08;
+        header
     }
 }
 

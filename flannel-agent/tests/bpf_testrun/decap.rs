@@ -33,7 +33,7 @@ fn inner(len: usize) -> Vec<u8> {
 }
 
 /// What the peer sends for an inner frame, without a UDP checksum.
-fn wrapped(inner: &[u8]) -> Vec<u8> {
+pub(crate) fn wrapped(inner: &[u8]) -> Vec<u8> {
     let mut payload = vec![8, 0, 0, 0];
     payload.extend((VNI << 8).to_be_bytes());
     payload.extend(inner);

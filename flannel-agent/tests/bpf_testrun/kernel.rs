@@ -10,7 +10,7 @@ use aya::{
 use flannel_agent::dataplane::bpf::{OBJECT, room};
 use flannel_common::{
     Config, Counter, CounterId, Direction, DropReason, LAYOUT_VERSION, NodeRecord, OuterV4,
-    config_flags, node_flags, reason_index,
+    config_flags, map::helper_flags, node_flags, reason_index,
 };
 
 /// Our node and its peer.
@@ -42,7 +42,7 @@ const GSO_SIZE: usize = 176;
 
 /// The programs, loaded, and the maps that they use.
 pub(crate) struct Kernel {
-    ebpf: Ebpf,
+    pub(crate) ebpf: Ebpf,
     room: flannel_agent::dataplane::bpf::Room,
 }
 
@@ -69,9 +69,20 @@ impl Kernel {
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("nodes", NODES)
             .map_max_entries("subnets", SUBNETS)
+            .override_global(
+                "KERNEL_HELPERS",
+                &(helper_flags::COARSE_CLOCK | helper_flags::CHECK_MTU),
+                true,
+            )
             .load(OBJECT)
             .expect("load the object");
-        for name in ["to_overlay", "from_wire"] {
+        for name in [
+            "to_overlay",
+            "from_wire",
+            "from_pod",
+            "to_pod",
+            "from_overlay",
+        ] {
             program(&mut ebpf, name)
                 .load()
                 .expect("the verifier agrees");
@@ -103,6 +114,7 @@ impl Kernel {
             own_mac: OWN_MAC,
             source_port_min: PORTS.start,
             source_port_span: PORTS.end - PORTS.start,
+            ..Config::default()
         }
     }
 
@@ -247,4 +259,11 @@ pub(crate) fn peer() -> NodeRecord {
 fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut SchedClassifier {
     let program = ebpf.program_mut(name).expect("a program of the object");
     program.try_into().expect("a tc program")
+}
+
+/// Keeps this thread on one CPU: what the programs remember there, a later run finds.
+pub(crate) fn pin_to_cpu() {
+    let mut cpus = nix::sched::CpuSet::new();
+    cpus.set(0).expect("a CPU");
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus).expect("stay on a CPU");
 }
