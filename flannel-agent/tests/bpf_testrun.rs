@@ -13,3 +13,5 @@ mod garbage;
 mod gate;
 #[path = "bpf_testrun/kernel.rs"]
 mod kernel;
+#[path = "bpf_testrun/xdp.rs"]
+mod xdp;

@@ -45,6 +45,8 @@ pub enum CounterId {
     GateRefuted = 7,
     /// Connections admitted by their first SYN.
     GateAdmitted = 8,
+    /// Packets from the wire that native XDP stripped of their outer headers. They count again where they go on.
+    XdpDecap = 9,
 }
 
 impl CounterId {

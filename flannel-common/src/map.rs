@@ -18,6 +18,8 @@ pub mod config_flags {
     pub const ALONE: u32 = 1 << 2;
     /// GRO super-packets may be decapsulated: the kernel clears their tunnel state, or there is no other way.
     pub const DECAP_GSO: u32 = 1 << 3;
+    /// `xdp_decap` may strip the outer headers: `from_wire` is in place to take what it leaves.
+    pub const XDP: u32 = 1 << 4;
 }
 
 /// What the programs may call on this kernel: bits of the global `KERNEL_HELPERS`, which is set before loading.
@@ -27,6 +29,17 @@ pub mod helper_flags {
     /// `bpf_check_mtu` (kernel 5.12). Without it no connection is admitted by its SYN.
     pub const CHECK_MTU: u32 = 1 << 1;
 }
+
+/// What `xdp_decap` puts in front of a frame, as XDP metadata: the frame was inside a packet of the overlay.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BareMark {
+    /// [`BARE_MAGIC`].
+    pub magic: u32,
+}
+
+/// Value of [`BareMark::magic`].
+pub const BARE_MAGIC: u32 = 0xf1a0_dec0;
 
 /// Bits of [`NodeRecord::flags`].
 pub mod node_flags {

@@ -12,7 +12,7 @@ use flannel_common::{
     Config, DropReason, HEADER_LEN, OVERHEAD_V4, PodRecord, checksum, config_flags, ecn,
     flow::mode,
     header::{INNER_ETH, IP, UDP, VXLAN, VXLAN_I},
-    map::room_flags,
+    map::{BARE_MAGIC, BareMark, room_flags},
 };
 use network_types::{
     eth::{EthHdr, EtherType},
@@ -24,7 +24,7 @@ use network_types::{
 use crate::{
     Kind, Verdict,
     access::{header as read, linear},
-    encap::{IP_PART, next_hop},
+    encap::{IP_PART, next_hop, with_tos},
     gate, pod,
     tuple::{self, Inner},
 };
@@ -42,6 +42,9 @@ const NEEDED: u32 = HEADER_LEN as u32 + Ipv4Hdr::LEN as u32;
 
 #[inline(always)]
 pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason> {
+    if config.flags & config_flags::XDP != 0 && is_bare(ctx) {
+        return try_bare(ctx, config);
+    }
     let skb = ctx.skb.skb;
     // SAFETY: reads of context fields, which the verifier turns into checked loads.
     let (packet_type, vlan, gso_size) =
@@ -141,26 +144,16 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
         ecn::Decap::Keep | ecn::Decap::Drop => inner.tos,
     };
     if config.mode != mode::OFF
-        && let Some((pod, inner)) = fast_target(ctx, config)
+        && let Some((pod, inner)) = fast_target(ctx, config, HEADER_LEN)
     {
-        let landing = Landing {
-            eth: pod.frame_header(),
-            ip: next_hop(&inner.ip, tos),
-        };
         pop(ctx, config)?;
-        // SAFETY: plain bytes without padding.
-        let bytes: [u8; size_of::<Landing>()] = unsafe { core::mem::transmute(landing) };
-        store(ctx, 0, &bytes)?;
-        return Ok(Verdict {
-            kind: Kind::Deliver,
-            ifindex: pod.ifindex,
-            bytes: frame,
-        });
+        return land(ctx, pod, &inner.ip, tos);
     }
     pop(ctx, config)?;
     store(ctx, 0, &inner_eth)?;
     if tos != inner.tos {
-        set_tos(ctx, &inner, tos)?;
+        let part: [u8; IP_PART] = with_tos(&inner, tos);
+        store(ctx, EthHdr::LEN as u32, &part)?;
     }
     Ok(Verdict {
         kind: Kind::Receive,
@@ -176,16 +169,69 @@ struct Landing {
     ip: [u8; IP_PART],
 }
 
-/// The pod that the packet may be handed to directly.
+/// Gives a frame without outer headers the addresses and the hop limit that it has when the host delivers it.
 #[inline(always)]
-fn fast_target(ctx: &TcContext, config: &Config) -> Option<(&'static PodRecord, Inner)> {
-    let inner = tuple::inner(ctx, HEADER_LEN)?;
+pub(crate) fn land(
+    ctx: &TcContext,
+    pod: &PodRecord,
+    ip: &Ipv4Hdr,
+    tos: u8,
+) -> Result<Verdict, DropReason> {
+    let bytes = ctx.len();
+    let landing = Landing {
+        eth: pod.frame_header(),
+        ip: next_hop(ip, tos),
+    };
+    // SAFETY: plain bytes without padding.
+    let header: [u8; size_of::<Landing>()] = unsafe { core::mem::transmute(landing) };
+    store(ctx, 0, &header)?;
+    Ok(Verdict {
+        kind: Kind::Deliver,
+        ifindex: pod.ifindex,
+        bytes,
+    })
+}
+
+/// The pod that the packet, whose inner IPv4 header is at `at`, may be handed to directly.
+#[inline(always)]
+fn fast_target(ctx: &TcContext, config: &Config, at: usize) -> Option<(&'static PodRecord, Inner)> {
+    let inner = tuple::inner(ctx, at)?;
     let (pod, case) = pod::inbound(config, &inner)?;
     let fast = gate::is_fast(ctx, config, &case, pod.ifindex);
     if !fast {
         gate::set_judged(ctx);
     }
-    (fast && pod::takes(ctx, &inner.ip, pod, HEADER_LEN as u32)).then_some((pod, inner))
+    (fast && pod::takes(ctx, &inner.ip, pod, at as u32)).then_some((pod, inner))
+}
+
+/// Whether `xdp_decap` has taken the outer headers off this packet.
+#[inline(always)]
+fn is_bare(ctx: &TcContext) -> bool {
+    // SAFETY: reads of context fields, which the verifier turns into checked loads.
+    let meta = unsafe { (*ctx.skb.skb).data_meta as usize };
+    if meta + size_of::<BareMark>() > ctx.data() {
+        return false;
+    }
+    // SAFETY: the bounds were just checked, and the read asks for no alignment.
+    unsafe { (meta as *const BareMark).read_unaligned() }.magic == BARE_MAGIC
+}
+
+/// A packet without its outer headers, which were checked before: to its pod, or to the stack as if the tunnel device had received it.
+#[inline(always)]
+fn try_bare(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason> {
+    gate::clear_index(ctx);
+    if config.mode != mode::OFF
+        && let Some((pod, inner)) = fast_target(ctx, config, EthHdr::LEN)
+    {
+        return land(ctx, pod, &inner.ip, inner.ip.tos);
+    }
+    let bytes = ctx.len();
+    store(ctx, 0, &config.own_mac)?;
+    Ok(Verdict {
+        kind: Kind::Receive,
+        ifindex: config.tunnel_ifindex,
+        bytes,
+    })
 }
 
 /// Removes the outer headers. On failure the packet is as it was.
@@ -205,7 +251,7 @@ fn pop(ctx: &TcContext, config: &Config) -> Result<(), DropReason> {
 /// Whether the kernel refuses packets from this address (`ip_route_input_slow`, `fib_validate_source`). What depends on its
 /// routes, such as a subnet's broadcast address and `rp_filter`, is not looked at.
 #[inline(always)]
-fn is_martian(source: [u8; 4], local: [u8; 4]) -> bool {
+pub(crate) fn is_martian(source: [u8; 4], local: [u8; 4]) -> bool {
     source[0] == 127
         || source[0] >> 4 == 0xe
         || source == [0; 4]
@@ -215,7 +261,7 @@ fn is_martian(source: [u8; 4], local: [u8; 4]) -> bool {
 
 /// The receiver's rules for the inner frame (`eth_type_trans` and `vxlan_set_mac`): to us, and not from us.
 #[inline(always)]
-fn check_inner(config: &Config, eth: &[u8; EthHdr::LEN]) -> Result<(), DropReason> {
+pub(crate) fn check_inner(config: &Config, eth: &[u8; EthHdr::LEN]) -> Result<(), DropReason> {
     let mut to_us = 0;
     let mut broadcast = 0xff;
     let mut from_us = 0;
@@ -259,15 +305,6 @@ fn options(ctx: &TcContext, config: &Config, ip: &Ipv4Hdr) -> Result<Verdict, Dr
         Ok(udp) if udp.dst == config.port => Err(DropReason::OuterOptions),
         _ => Ok(Verdict::NOT_OURS),
     }
-}
-
-#[inline(always)]
-fn set_tos(ctx: &TcContext, inner: &Ipv4Hdr, tos: u8) -> Result<(), DropReason> {
-    let old = u16::from_be_bytes([inner.vihl, inner.tos]);
-    let new = u16::from_be_bytes([inner.vihl, tos]);
-    let check = checksum::replace(u16::from_be_bytes(inner.check), old, new);
-    store(ctx, EthHdr::LEN as u32 + 1, &[tos])?;
-    store(ctx, EthHdr::LEN as u32 + 10, &check.to_be_bytes())
 }
 
 #[inline(always)]

@@ -186,16 +186,30 @@ pub(crate) fn next_hop(ip: &Ipv4Hdr, tos: u8) -> [u8; IP_PART] {
         u16::from_be_bytes([ip.ttl, ip.proto]),
         u16::from_be_bytes([ttl, ip.proto]),
     );
+    let mut part = with_tos(
+        &Ipv4Hdr {
+            check: check.to_be_bytes(),
+            ..*ip
+        },
+        tos,
+    );
+    part[8] = ttl;
+    part
+}
+
+/// The first [`IP_PART`] bytes of an IPv4 header with this type of service.
+#[inline(always)]
+pub(crate) fn with_tos(ip: &Ipv4Hdr, tos: u8) -> [u8; IP_PART] {
     let check = if tos == ip.tos {
-        check
+        ip.check
     } else {
         checksum::replace(
-            check,
+            u16::from_be_bytes(ip.check),
             u16::from_be_bytes([ip.vihl, ip.tos]),
             u16::from_be_bytes([ip.vihl, tos]),
         )
-    }
-    .to_be_bytes();
+        .to_be_bytes()
+    };
     [
         ip.vihl,
         tos,
@@ -205,7 +219,7 @@ pub(crate) fn next_hop(ip: &Ipv4Hdr, tos: u8) -> [u8; IP_PART] {
         ip.id[1],
         ip.frags[0],
         ip.frags[1],
-        ttl,
+        ip.ttl,
         ip.proto,
         check[0],
         check[1],

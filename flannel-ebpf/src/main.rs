@@ -17,12 +17,13 @@ mod maps;
 mod pod;
 mod probe;
 mod tuple;
+mod xdp;
 
 use aya_ebpf::{
-    bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
     helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
-    macros::classifier,
-    programs::TcContext,
+    macros::{classifier, xdp},
+    programs::{TcContext, XdpContext},
 };
 use flannel_common::{Config, CounterId, Direction, DropReason, config_flags, flow::mode};
 
@@ -128,6 +129,18 @@ pub(crate) fn from_overlay(ctx: TcContext) -> i32 {
     match pod::try_from_overlay(&ctx, config) {
         Ok(verdict) => carry(verdict),
         Err(reason) => discard(Direction::Decap, reason),
+    }
+}
+
+/// Native XDP on the uplink: takes the outer headers off before the driver makes a socket buffer.
+#[xdp(frags)]
+pub(crate) fn xdp_decap(ctx: XdpContext) -> u32 {
+    match xdp::try_xdp_decap(&ctx) {
+        None | Some(Ok(())) => xdp_action::XDP_PASS,
+        Some(Err(reason)) => {
+            maps::count_reason(Direction::Decap, reason);
+            xdp_action::XDP_DROP
+        }
     }
 }
 

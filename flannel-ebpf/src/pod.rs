@@ -15,8 +15,8 @@ use network_types::{
 use crate::{
     Kind, Verdict,
     access::header as read,
-    decap::store,
-    encap::{self, IP_PART, next_hop},
+    decap::land,
+    encap,
     gate::{self, Case},
     maps,
     tuple::{self, IcmpError, Inner},
@@ -254,7 +254,7 @@ pub(crate) fn try_from_overlay(ctx: &TcContext, config: &Config) -> Result<Verdi
         && gate::is_fast(ctx, config, &case, pod.ifindex)
         && takes(ctx, &inner.ip, pod, ETH_LEN as u32)
     {
-        return land(ctx, pod, &inner.ip);
+        return land(ctx, pod, &inner.ip, inner.ip.tos);
     }
     gate::tag(ctx, config, &case);
     Ok(Verdict::NOT_OURS)
@@ -272,7 +272,7 @@ fn error_to_pod(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason>
     let known = error.quoted.ip.src_addr == error.ip.dst_addr
         && gate::is_by_syn(config, &error.quoted.key(Way::Out), pod.generation);
     if known && error.ip.ttl > 1 && takes(ctx, &error.ip, pod, ETH_LEN as u32) {
-        return land(ctx, pod, &error.ip);
+        return land(ctx, pod, &error.ip, error.ip.tos);
     }
     Ok(Verdict::NOT_OURS)
 }
@@ -308,21 +308,6 @@ pub(crate) fn takes(ctx: &TcContext, ip: &Ipv4Hdr, pod: &PodRecord, at: u32) -> 
         return ctx.len() - at <= pod.mtu;
     }
     encap::segment_len(ctx, ip, gso_size, at).is_some_and(|len| len <= pod.mtu)
-}
-
-/// Gives the frame the addresses and the hop limit that it has when the host delivers it.
-#[inline(always)]
-fn land(ctx: &TcContext, pod: &PodRecord, ip: &Ipv4Hdr) -> Result<Verdict, DropReason> {
-    let bytes = ctx.len();
-    let header: [u8; ETH_LEN] = pod.frame_header();
-    let part: [u8; IP_PART] = next_hop(ip, ip.tos);
-    store(ctx, 0, &header)?;
-    store(ctx, ETH_LEN as u32, &part)?;
-    Ok(Verdict {
-        kind: Kind::Deliver,
-        ifindex: pod.ifindex,
-        bytes,
-    })
 }
 
 /// The pod at this interface, if the address is its own.
