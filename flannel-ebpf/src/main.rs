@@ -133,9 +133,20 @@ pub(crate) fn from_overlay(ctx: TcContext) -> i32 {
 }
 
 /// Native XDP on the uplink: takes the outer headers off before the driver makes a socket buffer.
-#[xdp(frags)]
+#[xdp]
 pub(crate) fn xdp_decap(ctx: XdpContext) -> u32 {
-    match xdp::try_xdp_decap(&ctx) {
+    strip(&ctx)
+}
+
+/// The same for drivers that receive into several buffers (jumbo frames); kernels before 5.18 refuse to load it.
+#[xdp(frags)]
+pub(crate) fn xdp_decap_frags(ctx: XdpContext) -> u32 {
+    strip(&ctx)
+}
+
+#[inline(always)]
+fn strip(ctx: &XdpContext) -> u32 {
+    match xdp::try_xdp_decap(ctx) {
         None | Some(Ok(())) => xdp_action::XDP_PASS,
         Some(Err(reason)) => {
             maps::count_reason(Direction::Decap, reason);
