@@ -20,7 +20,7 @@ pub enum Way {
 }
 
 /// Key of the map `flows`: one entry for both directions.
-#[repr(C)]
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FlowKey {
     /// Address of the local pod, in network order.
@@ -82,7 +82,7 @@ pub struct LastSighting {
 const _: () = assert!(size_of::<LastSighting>() == 24);
 
 /// Key of the map `nattuples`: two pods between which the stack also translates, at the service's port.
-#[repr(C)]
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct NatKey {
     /// Address of the local pod.

@@ -152,18 +152,6 @@ pub struct PodRecord {
 
 const _: () = assert!(size_of::<PodRecord>() == 24);
 
-impl PodRecord {
-    /// The Ethernet header of an IPv4 packet that the host delivers to the pod.
-    #[inline(always)]
-    pub fn frame_header(&self) -> [u8; 14] {
-        let mut header = [0; 14];
-        header[..6].copy_from_slice(&self.mac);
-        header[6..12].copy_from_slice(&self.gateway_mac);
-        header[12] = 0x08;
-        header
-    }
-}
-
 /// Index of the subnet that holds `address` in the array `subnets`; `None` outside the network.
 #[inline(always)]
 pub const fn subnet_index(config: &Config, address: [u8; 4]) -> Option<u32> {

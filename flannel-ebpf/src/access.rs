@@ -1,5 +1,7 @@
 //! The one way to look into a packet.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::programs::TcContext;
 
 /// A header of type `T` at byte `offset`, if the linear part of the packet holds all of it.
@@ -11,8 +13,46 @@ pub(crate) fn header<T: Copy>(ctx: &TcContext, offset: usize) -> Option<T> {
     if start + offset + size_of::<T>() > ctx.data_end() {
         return None;
     }
-    // SAFETY: the bounds were just checked, the read asks for no alignment, and the type has no invalid values.
-    Some(unsafe { ((start + offset) as *const T).read_unaligned() })
+    // SAFETY: the bounds were just checked, and the type has no invalid values.
+    Some(unsafe { load((start + offset) as *const u8) })
+}
+
+/// Reads a `T` in the widest words that its size allows. The compiler would read one byte after the other, for it knows nothing of
+/// the packet's alignment; on the architectures that we load programs on (amd64, arm64) the kernel takes unaligned loads.
+///
+/// # Safety
+///
+/// `size_of::<T>()` bytes at `from` are readable, and every bit pattern is a valid `T`.
+#[inline(always)]
+pub(crate) unsafe fn load<T: Copy>(from: *const u8) -> T {
+    let mut value = MaybeUninit::<T>::uninit();
+    let to: *mut u8 = value.as_mut_ptr().cast();
+    let mut at = 0;
+    // SAFETY: every access is below `size_of::<T>()`, on both sides.
+    unsafe {
+        while at + 8 <= size_of::<T>() {
+            to.add(at)
+                .cast::<u64>()
+                .write_unaligned(*from.add(at).cast::<u64>());
+            at += 8;
+        }
+        if at + 4 <= size_of::<T>() {
+            to.add(at)
+                .cast::<u32>()
+                .write_unaligned(*from.add(at).cast::<u32>());
+            at += 4;
+        }
+        if at + 2 <= size_of::<T>() {
+            to.add(at)
+                .cast::<u16>()
+                .write_unaligned(*from.add(at).cast::<u16>());
+            at += 2;
+        }
+        if at < size_of::<T>() {
+            *to.add(at) = *from.add(at);
+        }
+        value.assume_init()
+    }
 }
 
 /// Makes the first `len` bytes linear, where they are not already. Earlier reads stay valid: they are copies.
@@ -20,3 +60,22 @@ pub(crate) fn header<T: Copy>(ctx: &TcContext, offset: usize) -> Option<T> {
 pub(crate) fn linear(ctx: &TcContext, len: u32) -> bool {
     ctx.data() + len as usize <= ctx.data_end() || (ctx.len() >= len && ctx.pull_data(len).is_ok())
 }
+
+/// A copy of a field, read in words; for the compiler a field of bytes has no alignment.
+#[inline(always)]
+pub(crate) fn copy<T: Copy>(field: &T) -> T {
+    // SAFETY: a reference is readable, and what it refers to is a valid value.
+    unsafe { load(core::ptr::from_ref(field).cast()) }
+}
+
+/// A MAC address as a number, for comparing.
+#[inline(always)]
+pub(crate) fn mac_bits(mac: &[u8; 6]) -> u64 {
+    let from: *const u8 = mac.as_ptr();
+    // SAFETY: six bytes from here are readable, and every bit pattern is a number.
+    let (low, high) = unsafe { (load::<u32>(from), load::<u16>(from.add(4))) };
+    u64::from(low) | u64::from(high) << 32
+}
+
+/// The broadcast address as [`mac_bits`] gives it.
+pub(crate) const BROADCAST: u64 = 0xffff_ffff_ffff;

@@ -23,7 +23,7 @@ use network_types::{
 
 use crate::{
     Kind, Verdict,
-    access::{header as read, linear},
+    access::{BROADCAST, copy, header as read, linear, load, mac_bits},
     encap::{IP_PART, next_hop, with_tos},
     gate, pod,
     tuple::{self, Inner},
@@ -60,7 +60,7 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
     };
     if eth.ether_type != u16::from(EtherType::Ipv4)
         || ip.proto != PROTO_UDP
-        || ip.dst_addr != config.local
+        || ip.dst_addr != copy(&config.local)
     {
         return Ok(Verdict::NOT_OURS);
     }
@@ -74,7 +74,7 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
     let Some(udp) = read::<UdpHdr>(ctx, UDP) else {
         return Ok(Verdict::NOT_OURS);
     };
-    if udp.dst != config.port {
+    if udp.dst != copy(&config.port) {
         return Ok(Verdict::NOT_OURS);
     }
     gate::clear_index(ctx);
@@ -94,14 +94,8 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
         return Err(DropReason::TooShort);
     }
     let vxlan: [u8; 8] = read(ctx, VXLAN).ok_or(DropReason::TooShort)?;
-    if vxlan[0] & VXLAN_I == 0 {
-        return Err(DropReason::NoVni);
-    }
-    if [vxlan[4], vxlan[5], vxlan[6]] != [config.vni[0], config.vni[1], config.vni[2]] {
-        return Err(DropReason::OtherVni);
-    }
-    if vxlan[0] != VXLAN_I || vxlan[1] | vxlan[2] | vxlan[3] | vxlan[7] != 0 {
-        return Err(DropReason::Reserved);
+    if vxlan != vxlan_of(config) {
+        return Err(unusual_vxlan(&vxlan, config));
     }
     if !linear(ctx, NEEDED) {
         return Err(DropReason::TooShort);
@@ -110,7 +104,7 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
     if !checksum::ipv4_header_is_valid(&outer) {
         return Err(DropReason::OuterHeader);
     }
-    if is_martian(ip.src_addr, config.local) {
+    if is_martian(ip.src_addr, copy(&config.local)) {
         return Err(DropReason::OuterSource);
     }
     // What the device has not verified the kernel verifies. Alone there is nobody to ask, and RFC 7348 (section 5) lets a
@@ -169,6 +163,14 @@ struct Landing {
     ip: [u8; IP_PART],
 }
 
+/// The Ethernet header of an IPv4 packet that the host delivers to the pod.
+#[inline(always)]
+fn frame_header(pod: &PodRecord) -> [u8; EthHdr::LEN] {
+    let [a, b, c, d, e, f] = copy(&pod.mac);
+    let [g, h, i, j, k, l] = copy(&pod.gateway_mac);
+    [a, b, c, d, e, f, g, h, i, j, k, l, 0x08, 0x00]
+}
+
 /// Gives a frame without outer headers the addresses and the hop limit that it has when the host delivers it.
 #[inline(always)]
 pub(crate) fn land(
@@ -179,7 +181,7 @@ pub(crate) fn land(
 ) -> Result<Verdict, DropReason> {
     let bytes = ctx.len();
     let landing = Landing {
-        eth: pod.frame_header(),
+        eth: frame_header(pod),
         ip: next_hop(ip, tos),
     };
     // SAFETY: plain bytes without padding.
@@ -212,8 +214,8 @@ fn is_bare(ctx: &TcContext) -> bool {
     if meta + size_of::<BareMark>() > ctx.data() {
         return false;
     }
-    // SAFETY: the bounds were just checked, and the read asks for no alignment.
-    unsafe { (meta as *const BareMark).read_unaligned() }.magic == BARE_MAGIC
+    // SAFETY: the bounds were just checked, and every number is a mark.
+    unsafe { load::<BareMark>(meta as *const u8) }.magic == BARE_MAGIC
 }
 
 /// A packet without its outer headers, which were checked before: to its pod, or to the stack as if the tunnel device had received it.
@@ -226,7 +228,7 @@ fn try_bare(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason> {
         return land(ctx, pod, &inner.ip, inner.ip.tos);
     }
     let bytes = ctx.len();
-    store(ctx, 0, &config.own_mac)?;
+    store(ctx, 0, &copy(&config.own_mac))?;
     Ok(Verdict {
         kind: Kind::Receive,
         ifindex: config.tunnel_ifindex,
@@ -259,26 +261,39 @@ pub(crate) fn is_martian(source: [u8; 4], local: [u8; 4]) -> bool {
         || source == local
 }
 
+/// The VXLAN header that peers send.
+#[inline(always)]
+pub(crate) fn vxlan_of(config: &Config) -> [u8; 8] {
+    let [a, b, c, _] = copy(&config.vni);
+    [VXLAN_I, 0, 0, 0, a, b, c, 0]
+}
+
+/// What is wrong with a VXLAN header that is another than [`vxlan_of`].
+#[inline(always)]
+fn unusual_vxlan(vxlan: &[u8; 8], config: &Config) -> DropReason {
+    if vxlan[0] & VXLAN_I == 0 {
+        return DropReason::NoVni;
+    }
+    if [vxlan[4], vxlan[5], vxlan[6]] != [config.vni[0], config.vni[1], config.vni[2]] {
+        return DropReason::OtherVni;
+    }
+    DropReason::Reserved
+}
+
 /// The receiver's rules for the inner frame (`eth_type_trans` and `vxlan_set_mac`): to us, and not from us.
 #[inline(always)]
 pub(crate) fn check_inner(config: &Config, eth: &[u8; EthHdr::LEN]) -> Result<(), DropReason> {
-    let mut to_us = 0;
-    let mut broadcast = 0xff;
-    let mut from_us = 0;
-    let mut at = 0;
-    while at < 6 {
-        to_us |= eth[at] ^ config.own_mac[at];
-        broadcast &= eth[at];
-        from_us |= eth[at + 6] ^ config.own_mac[at];
-        at += 1;
-    }
-    if [eth[12], eth[13]] != [0x08, 0x00] {
+    let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5, kind @ ..] = *eth;
+    let own = mac_bits(&config.own_mac);
+    let to = mac_bits(&[d0, d1, d2, d3, d4, d5]);
+    let from = mac_bits(&[s0, s1, s2, s3, s4, s5]);
+    if kind != [0x08, 0x00] {
         return Err(DropReason::NotIpv4);
     }
-    if from_us == 0 {
+    if from == own {
         return Err(DropReason::OwnSource);
     }
-    if to_us != 0 && broadcast != 0xff {
+    if to != own && to != BROADCAST {
         return Err(DropReason::OtherHost);
     }
     Ok(())
@@ -289,7 +304,7 @@ pub(crate) fn check_inner(config: &Config, eth: &[u8; EthHdr::LEN]) -> Result<()
 fn fragment(ctx: &TcContext, config: &Config, ip: &Ipv4Hdr) -> Result<Verdict, DropReason> {
     let first = u16::from_be_bytes(ip.frags) & OFFSET == 0 && ip.vihl == 0x45;
     match read::<UdpHdr>(ctx, UDP) {
-        Some(udp) if first && udp.dst == config.port => Err(DropReason::OuterFragment),
+        Some(udp) if first && udp.dst == copy(&config.port) => Err(DropReason::OuterFragment),
         _ => Ok(Verdict::NOT_OURS),
     }
 }
@@ -302,7 +317,7 @@ fn options(ctx: &TcContext, config: &Config, ip: &Ipv4Hdr) -> Result<Verdict, Dr
         return Ok(Verdict::NOT_OURS);
     }
     match ctx.load::<UdpHdr>(EthHdr::LEN + len as usize) {
-        Ok(udp) if udp.dst == config.port => Err(DropReason::OuterOptions),
+        Ok(udp) if udp.dst == copy(&config.port) => Err(DropReason::OuterOptions),
         _ => Ok(Verdict::NOT_OURS),
     }
 }

@@ -20,7 +20,7 @@ use network_types::{
 
 use crate::{
     Kind, Verdict,
-    access::{header as read, linear},
+    access::{copy, header as read, linear, load, mac_bits},
     gate::{self, Case},
     maps, tuple,
 };
@@ -29,7 +29,7 @@ use crate::{
 pub(crate) const IP_PART: usize = 12;
 
 /// The stack copy of a header, aligned so that it moves in words.
-#[repr(C, align(4))]
+#[repr(C, align(8))]
 struct Scratch {
     header: [u8; HEADER_LEN],
     inner: [u8; IP_PART],
@@ -142,7 +142,7 @@ pub(crate) fn push(
     let skb = ctx.skb.skb;
     let inner_len = ctx.len() - ETH_LEN;
     let mut out = Scratch {
-        header: node.header,
+        header: copy(&node.header),
         inner: [0; IP_PART],
     };
     // SAFETY: helper calls on the context. The hash is taken before the headers move, as the vxlan device does.
@@ -158,7 +158,7 @@ pub(crate) fn push(
     );
     let len = if hop {
         out.inner = next_hop(inner, inner.tos);
-        size_of::<Scratch>()
+        HEADER_LEN + IP_PART
     } else {
         HEADER_LEN
     };
@@ -244,12 +244,10 @@ pub(crate) fn segment_len(ctx: &TcContext, inner: &Ipv4Hdr, gso_size: u32, at: u
 
 #[inline(always)]
 fn macs_equal(eth: &EthHdr, out: &[u8; HEADER_LEN]) -> bool {
-    let mut differ = 0;
-    let mut at = 0;
-    while at < 6 {
-        differ |= eth.dst_addr[at] ^ out[INNER_ETH + at];
-        differ |= eth.src_addr[at] ^ out[INNER_ETH + 6 + at];
-        at += 1;
-    }
-    differ == 0
+    // SAFETY: both reads are inside the header.
+    let (to, from) = unsafe {
+        let inner = out.as_ptr().add(INNER_ETH);
+        (load::<[u8; 6]>(inner), load::<[u8; 6]>(inner.add(6)))
+    };
+    mac_bits(&eth.dst_addr) == mac_bits(&to) && mac_bits(&eth.src_addr) == mac_bits(&from)
 }

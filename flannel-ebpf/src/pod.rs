@@ -14,7 +14,7 @@ use network_types::{
 
 use crate::{
     Kind, Verdict,
-    access::header as read,
+    access::{header as read, mac_bits},
     decap::land,
     encap,
     gate::{self, Case},
@@ -57,7 +57,7 @@ fn to_peer(
         packet: inner.packet(Way::Out),
         generation: pod.generation,
     };
-    if inner.ip.ttl <= 1 || eth.dst_addr != pod.gateway_mac {
+    if inner.ip.ttl <= 1 || mac_bits(&eth.dst_addr) != mac_bits(&pod.gateway_mac) {
         return Ok(slow(ctx));
     }
     match wrap(ctx, config, index, &inner.ip, pod, Some(&case)) {
@@ -140,7 +140,8 @@ fn neighbours(ctx: &TcContext, eth: &EthHdr, inner: &Inner) -> Option<(&'static 
     let target = maps::pod(inner.ip.dst_addr)?;
     let way = inner.local_way();
     // Bridged, not routed: then neither hop limit nor addresses change.
-    let bridged = eth.dst_addr == target.mac && eth.src_addr == pod.mac;
+    let bridged = mac_bits(&eth.dst_addr) == mac_bits(&target.mac)
+        && mac_bits(&eth.src_addr) == mac_bits(&pod.mac);
     (bridged && target.ifindex != pod.ifindex).then_some((
         target,
         Case {
@@ -188,13 +189,15 @@ fn error_to_peer(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason
         };
         let key = error.quoted.key(error.quoted.local_way());
         let generation = pod.generation.wrapping_add(target.generation);
-        if eth.dst_addr == target.mac && gate::is_by_syn(config, &key, generation) {
+        if mac_bits(&eth.dst_addr) == mac_bits(&target.mac)
+            && gate::is_by_syn(config, &key, generation)
+        {
             return Ok(hand_over(ctx, target));
         }
         return Ok(slow(ctx));
     }
     let known = gate::is_by_syn(config, &error.quoted.key(Way::In), pod.generation);
-    if !known || error.ip.ttl <= 1 || eth.dst_addr != pod.gateway_mac {
+    if !known || error.ip.ttl <= 1 || mac_bits(&eth.dst_addr) != mac_bits(&pod.gateway_mac) {
         return Ok(slow(ctx));
     }
     wrap(ctx, config, index, &error.ip, pod, None).unwrap_or(Ok(slow(ctx)))

@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use flannel_common::{
     Config, CounterId, DropReason, HEADER_LEN, OVERHEAD_V4, checksum, config_flags, ecn,
-    header::{INNER_ETH, IP, UDP, VXLAN, VXLAN_I},
+    header::{INNER_ETH, IP, UDP, VXLAN},
     map::{BARE_MAGIC, BareMark},
 };
 use network_types::{
@@ -19,7 +19,8 @@ use network_types::{
 };
 
 use crate::{
-    decap::{check_inner, is_martian},
+    access::{copy, load},
+    decap::{check_inner, is_martian, vxlan_of},
     encap::{IP_PART, with_tos},
     maps,
 };
@@ -35,8 +36,8 @@ fn read<T: Copy>(ctx: &XdpContext, offset: usize) -> Option<T> {
     if start + offset + size_of::<T>() > ctx.data_end() {
         return None;
     }
-    // SAFETY: the bounds were just checked, the read asks for no alignment, and the type has no invalid values.
-    Some(unsafe { ((start + offset) as *const T).read_unaligned() })
+    // SAFETY: the bounds were just checked, and the type has no invalid values.
+    Some(unsafe { load((start + offset) as *const u8) })
 }
 
 #[inline(always)]
@@ -94,22 +95,13 @@ fn plain(ctx: &XdpContext, config: &Config, eth: &EthHdr) -> Option<[u8; EthHdr:
         && eth.dst_addr[0] & 1 == 0
         && ip.vihl == 0x45
         && ip.proto == PROTO_UDP
-        && ip.dst_addr == config.local
+        && ip.dst_addr == copy(&config.local)
         && u16::from_be_bytes(ip.frags) & FRAGMENT == 0
-        && udp.dst == config.port
+        && udp.dst == copy(&config.port)
         // Nobody has verified anything yet.
         && udp.check == [0, 0]
         && udp_len + Ipv4Hdr::LEN as u32 == total
-        && vxlan == [
-            VXLAN_I,
-            0,
-            0,
-            0,
-            config.vni[0],
-            config.vni[1],
-            config.vni[2],
-            0,
-        ];
+        && vxlan == vxlan_of(config);
     let header: [u8; Ipv4Hdr::LEN] = read(ctx, IP)?;
     let inner_eth: [u8; EthHdr::LEN] = read(ctx, INNER_ETH)?;
     // The frame may be longer by padding that the inner lengths tell from data; shorter it cannot be. Multi-buffer frames go on in
@@ -119,7 +111,7 @@ fn plain(ctx: &XdpContext, config: &Config, eth: &EthHdr) -> Option<[u8; EthHdr:
     (ours
         && enough
         && checksum::ipv4_header_is_valid(&header)
-        && !is_martian(ip.src_addr, config.local)
+        && !is_martian(ip.src_addr, copy(&config.local))
         && check_inner(config, &inner_eth).is_ok())
     .then_some(inner_eth)
 }
