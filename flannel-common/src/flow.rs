@@ -47,8 +47,9 @@ pub struct Flow {
     pub epoch: u32,
     /// Generation of the pods when it was made, see [`crate::PodRecord::generation`].
     pub generation: u32,
-    /// Not zero once a FIN or RST was seen: nothing is fast until a SYN passes the stack.
-    pub closing: u32,
+    /// By [`Way`]: what became of a FIN or RST, see [`closing`]. Once there was one, nothing but a FIN's repetition is fast until a
+    /// SYN passes the stack.
+    pub closing: [u16; 2],
     /// Not zero if it was admitted by its first SYN: fast without witness and without lease.
     pub by_syn: u32,
     /// By [`Way`]: when the stack last passed a packet untouched, in nanoseconds of the kernel's clock; zero for never.
@@ -56,6 +57,16 @@ pub struct Flow {
 }
 
 const _: () = assert!(size_of::<Flow>() == 32);
+
+/// Values of [`Flow::closing`].
+pub mod closing {
+    /// There was none.
+    pub const NONE: u16 = 0;
+    /// One went to the stack.
+    pub const SENT: u16 = 1;
+    /// One came out of the stack.
+    pub const PASSED: u16 = 2;
+}
 
 /// What the hook before the stack saw: an entry of the map `ring`, whose number plus one travels in `skb->tc_index`, and of `last`.
 #[repr(C)]
@@ -197,7 +208,7 @@ pub enum Judgement {
     Fast,
     /// Through the stack.
     Slow,
-    /// Through the stack, and nothing of this flow is fast any more: set [`Flow::closing`].
+    /// Through the stack, and nothing of this flow is fast any more: [`close`].
     Close,
     /// Past the stack if the pair is not in `nattuples`, the target device is there and a new entry can be made
     /// ([`admitted`]); else through the stack.
@@ -230,22 +241,27 @@ pub fn judge(
     if flow.by_syn != 0 && now.mode == mode::SYN {
         return Judgement::Fast;
     }
-    if packet.tcp && packet.flags & (SYN | FIN | RST) != 0 {
-        // Before the stack, so that a close which the stack drops leaves no live entry behind.
-        return if packet.closes() && flow.closing == 0 {
-            Judgement::Close
-        } else {
-            Judgement::Slow
-        };
-    }
     let [out, back] = flow.seen;
-    let seen = match packet.way {
-        Way::Out => out,
-        Way::In => back,
+    let (seen, close) = match packet.way {
+        Way::Out => (out, flow.closing[0]),
+        Way::In => (back, flow.closing[1]),
     };
+    if packet.tcp && packet.flags & (SYN | FIN | RST) != 0 {
+        if packet.closes() && close == closing::NONE {
+            // Before the stack, so that a close which the stack drops leaves no live entry behind.
+            return Judgement::Close;
+        }
+        // A FIN that the stack did not let out and that comes again: connection tracking has lost the connection (a flush), and to
+        // it a FIN of a connection it does not know is invalid. Without it the peer would never see the end.
+        if packet.flags & (SYN | FIN | RST) != FIN || close != closing::SENT {
+            return Judgement::Slow;
+        }
+    } else if flow.closing != [closing::NONE; 2] {
+        return Judgement::Slow;
+    }
     // A direction of UDP that passes untranslated has none in the other direction either; of TCP the stack must have seen both, so
     // that its connection tracking has seen the handshake.
-    if flow.closing != 0 || seen == 0 || (packet.tcp && (out == 0 || back == 0)) {
+    if seen == 0 || (packet.tcp && (out == 0 || back == 0)) {
         return Judgement::Slow;
     }
     // Another CPU may have stored a moment that this one's clock has not reached.
@@ -256,13 +272,26 @@ pub fn judge(
     }
 }
 
+/// Notes a FIN or RST that goes to the stack. What holds then holds for a lease more, in case it must come again.
+#[inline(always)]
+pub fn close(now: &Now, flow: &mut Flow, way: Way, clock: u64) {
+    let (seen, close) = match way {
+        Way::Out => (&mut flow.seen[0], &mut flow.closing[0]),
+        Way::In => (&mut flow.seen[1], &mut flow.closing[1]),
+    };
+    if *seen != 0 && clock.saturating_sub(*seen) <= now.lease {
+        *seen = clock;
+    }
+    *close = closing::SENT;
+}
+
 /// The entry of a connection that was admitted by its SYN.
 #[inline(always)]
 pub const fn admitted(now: &Now) -> Flow {
     Flow {
         epoch: now.epoch,
         generation: now.generation,
-        closing: 0,
+        closing: [closing::NONE; 2],
         by_syn: 1,
         seen: [0; 2],
     }
@@ -277,6 +306,8 @@ pub enum Testimony {
     Confirm,
     /// The same, and there is no entry of the present yet: make one ([`witnessed`]).
     Begin,
+    /// A FIN or RST came out of the stack: set [`Flow::closing`] of this way to [`closing::PASSED`] in the entry.
+    Closed,
     /// A new connection begins: whatever was known is over.
     Forget,
     /// The stack translates this flow, or it came from elsewhere: remove the entry.
@@ -300,10 +331,13 @@ pub fn testify(now: &Now, packet: Packet, tagged: bool, flow: Option<&Flow>) -> 
         return Testimony::Forget;
     }
     if packet.closes() {
-        return Testimony::Nothing;
+        return match flow {
+            Some(flow) if now.knows(flow) => Testimony::Closed,
+            _ => Testimony::Nothing,
+        };
     }
     match flow {
-        Some(flow) if now.knows(flow) && flow.closing != 0 => Testimony::Nothing,
+        Some(flow) if now.knows(flow) && flow.closing != [closing::NONE; 2] => Testimony::Nothing,
         Some(flow) if now.knows(flow) => Testimony::Confirm,
         _ => Testimony::Begin,
     }
@@ -315,7 +349,7 @@ pub const fn witnessed(now: &Now, way: Way, clock: u64) -> Flow {
     Flow {
         epoch: now.epoch,
         generation: now.generation,
-        closing: 0,
+        closing: [closing::NONE; 2],
         by_syn: 0,
         seen: match way {
             Way::Out => [clock, 0],

@@ -22,7 +22,7 @@ use network_types::{
 /// Where packets to an address go: interface, then destination and source MAC address.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct Hop {
+struct Hop {
     ifindex: u32,
     macs: [u8; 12],
 }
@@ -37,7 +37,7 @@ static LOCAL: HashMap<[u8; 4], Hop> = HashMap::with_max_entries(1024, 0);
 
 /// Ingress of a pod's veth on the host: out of the uplink.
 #[classifier]
-pub fn bench_from_pod(ctx: TcContext) -> i32 {
+pub(crate) fn bench_from_pod(ctx: TcContext) -> i32 {
     match hop(&ctx, &REMOTE) {
         // SAFETY: a helper call with plain values.
         Some(ifindex) => (unsafe { bpf_redirect(ifindex, 0) }) as i32,
@@ -47,7 +47,7 @@ pub fn bench_from_pod(ctx: TcContext) -> i32 {
 
 /// Ingress of the uplink: into the pod.
 #[classifier]
-pub fn bench_from_wire(ctx: TcContext) -> i32 {
+pub(crate) fn bench_from_wire(ctx: TcContext) -> i32 {
     match hop(&ctx, &LOCAL) {
         // SAFETY: a helper call with plain values.
         Some(ifindex) => (unsafe { bpf_redirect_peer(ifindex, 0) }) as i32,

@@ -7,8 +7,8 @@ use aya_ebpf::{
 use flannel_common::{
     Config, CounterId,
     flow::{
-        self, FlowKey, JUDGED, Judgement, Now, Packet, Sighting, Testimony, Way, admitted, judge,
-        testify, witnessed,
+        self, FlowKey, JUDGED, Judgement, Now, Packet, Sighting, Testimony, Way, admitted, closing,
+        judge, testify, witnessed,
     },
 };
 
@@ -68,7 +68,7 @@ pub(crate) fn is_fast(ctx: &TcContext, config: &Config, case: &Case, target: u32
         Judgement::Slow => false,
         Judgement::Close => {
             if let Some(flow) = flow {
-                flow.closing = 1;
+                close(&now, flow, case.packet.way, clock());
             }
             false
         }
@@ -165,6 +165,14 @@ pub(crate) fn witness(ctx: &TcContext, config: &Config, case: &Case) {
                 match way {
                     Way::Out => flow.seen[0] = clock(),
                     Way::In => flow.seen[1] = clock(),
+                }
+            }
+        }
+        Testimony::Closed => {
+            if let Some(flow) = flow {
+                match way {
+                    Way::Out => flow.closing[0] = closing::PASSED,
+                    Way::In => flow.closing[1] = closing::PASSED,
                 }
             }
         }

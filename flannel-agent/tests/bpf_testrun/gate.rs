@@ -3,7 +3,7 @@
 
 use flannel_common::{
     Config, CounterId, NodeRecord, PodRecord,
-    flow::{ACK, FIN, Flow, FlowKey, NatKey, PROTO_TCP, PROTO_UDP, RST, SYN, Way, mode},
+    flow::{ACK, FIN, Flow, FlowKey, NatKey, PROTO_TCP, PROTO_UDP, RST, SYN, Way, closing, mode},
 };
 use flannel_testkit::privileged;
 
@@ -193,11 +193,11 @@ fn a_close_ends_it_before_the_stack() {
         let mut kernel = kernel(mode::ESTABLISHED);
         put_flow(&mut kernel, &key(PROTO_TCP), [now(), now()]);
         slow(&mut kernel, "from_pod", &out(SENT, flags));
-        assert_ne!(
+        assert_eq!(
             flow(&mut kernel, &key(PROTO_TCP))
                 .expect("a tombstone")
                 .closing,
-            0
+            [closing::SENT, closing::NONE]
         );
         slow(&mut kernel, "from_pod", &out(SENT, ACK));
         slow(&mut kernel, "from_overlay", &as_host(&back(INSIDE, ACK)));
@@ -208,6 +208,23 @@ fn a_close_ends_it_before_the_stack() {
         connect(&mut kernel);
         assert_eq!(kernel.run("from_pod", &out(SENT, ACK)).verdict, REDIRECT);
     }
+}
+
+#[test]
+fn a_fin_that_did_not_come_out_of_the_stack_passes_when_it_comes_again() {
+    if !privileged() {
+        return;
+    }
+    let mut kernel = kernel(mode::ESTABLISHED);
+    put_flow(&mut kernel, &key(PROTO_TCP), [now(), now()]);
+    let fin = out(SENT, FIN | ACK);
+    slow(&mut kernel, "from_pod", &fin);
+    is_on_the_wire(&kernel.run("from_pod", &fin), &fin);
+    // One that came out of it does not.
+    put_flow(&mut kernel, &key(PROTO_TCP), [now(), now()]);
+    slow(&mut kernel, "from_pod", &fin);
+    kernel.run("to_overlay", &out(ROUTED, FIN | ACK));
+    slow(&mut kernel, "from_pod", &fin);
 }
 
 #[test]

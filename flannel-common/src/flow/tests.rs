@@ -67,7 +67,7 @@ impl Node {
                 Judgement::Fast => return true,
                 Judgement::Close => {
                     if let Some(flow) = &mut self.flow {
-                        flow.closing = 1;
+                        close(&self.now, flow, packet.way, clock);
                     }
                 }
                 Judgement::Admit if !self.translated_pair => {
@@ -86,6 +86,11 @@ impl Node {
             Testimony::Confirm => {
                 if let Some(flow) = &mut self.flow {
                     flow.seen[packet.way as usize] = self.clock;
+                }
+            }
+            Testimony::Closed => {
+                if let Some(flow) = &mut self.flow {
+                    flow.closing[packet.way as usize] = closing::PASSED;
                 }
             }
             Testimony::Begin => self.flow = Some(witnessed(&self.now, packet.way, self.clock)),
@@ -150,6 +155,45 @@ fn closing_ends_it_before_the_stack_even_if_the_stack_drops_the_fin() {
         // The same ports again: a new connection.
         node.connect();
         assert!(node.send(tcp(Way::Out, ACK), Stack::Passes));
+    }
+}
+
+#[test]
+fn a_fin_that_the_stack_drops_passes_when_it_comes_again() {
+    let mut node = Node::new(mode::ESTABLISHED);
+    node.connect();
+    assert!(!node.send(tcp(Way::Out, FIN | ACK), Stack::Drops));
+    // Not the data, and not a reset: a policy may be at work, and a reset is not sent again.
+    assert!(!node.send(tcp(Way::Out, ACK), Stack::Drops));
+    assert!(!node.send(tcp(Way::Out, RST), Stack::Drops));
+    assert!(!node.send(tcp(Way::Out, SYN | FIN), Stack::Drops));
+    assert!(node.send(tcp(Way::Out, FIN | ACK), Stack::Drops));
+    // The other side's, too, in its turn.
+    assert!(!node.send(tcp(Way::In, FIN | ACK), Stack::Drops));
+    assert!(node.send(tcp(Way::In, FIN | ACK), Stack::Drops));
+    // Within a lease, as everything else.
+    node.clock += LEASE;
+    assert!(!node.send(tcp(Way::Out, FIN | ACK), Stack::Drops));
+    // The lease begins anew with the first FIN, but not if it was over.
+    let mut node = Node::new(mode::ESTABLISHED);
+    node.connect();
+    node.clock += LEASE - 3;
+    assert!(!node.send(tcp(Way::Out, FIN | ACK), Stack::Drops));
+    node.clock += LEASE - 3;
+    assert!(node.send(tcp(Way::Out, FIN | ACK), Stack::Drops));
+    let mut node = Node::new(mode::ESTABLISHED);
+    node.connect();
+    node.clock += LEASE;
+    assert!(!node.send(tcp(Way::Out, FIN | ACK), Stack::Drops));
+    assert!(!node.send(tcp(Way::Out, FIN | ACK), Stack::Drops));
+}
+
+#[test]
+fn a_fin_that_the_stack_has_passed_goes_through_it_again() {
+    let mut node = Node::new(mode::ESTABLISHED);
+    node.connect();
+    for _repetition in 0..3 {
+        assert!(!node.send(tcp(Way::Out, FIN | ACK), Stack::Passes));
     }
 }
 
@@ -283,27 +327,40 @@ proptest! {
         let mut node = Node::new(mode::ESTABLISHED);
         let mut proof: [Option<u64>; 2] = [None; 2];
         let mut closed = false;
+        let (mut tried, mut undelivered) = ([false; 2], [false; 2]);
         for (packet, stack, wait) in history {
             node.clock += wait;
             let fast = node.send(packet, stack);
             let clock = node.clock;
             if fast {
-                prop_assert!(!closed && packet.flags & (SYN | FIN | RST) == 0);
+                if packet.flags & FIN == 0 {
+                    prop_assert!(!closed && packet.flags & (SYN | RST) == 0);
+                } else {
+                    prop_assert!(undelivered[packet.way as usize] && packet.flags & (SYN | RST) == 0);
+                }
                 prop_assert!(proof[0].is_some() && proof[1].is_some());
                 prop_assert!(proof[packet.way as usize].is_some_and(|at| clock - at <= LEASE));
                 continue;
             }
             if stack == Stack::Translates {
                 (proof, closed) = ([None; 2], false);
+                    (tried, undelivered) = ([false; 2], [false; 2]);
                 continue;
             }
             // A close that has an entry makes a tombstone, whatever the stack then does with it.
             if packet.closes() && (proof[0].is_some() || proof[1].is_some()) {
                 closed = true;
+                let way = packet.way as usize;
+                if !tried[way] && proof[way].is_some_and(|at| clock - at <= LEASE) {
+                    proof[way] = Some(clock);
+                }
+                tried[way] = true;
+                undelivered[way] = stack == Stack::Drops;
             }
             if stack == Stack::Passes {
                 if packet.opens() {
                     (proof, closed) = ([None; 2], false);
+                    (tried, undelivered) = ([false; 2], [false; 2]);
                 } else if !packet.closes() && !closed {
                     proof[packet.way as usize] = Some(clock);
                 }
