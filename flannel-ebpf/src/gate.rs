@@ -7,8 +7,8 @@ use aya_ebpf::{
 use flannel_common::{
     Config, CounterId,
     flow::{
-        self, FlowKey, JUDGED, Judgement, Now, Packet, Sighting, Testimony, Way, admitted, closing,
-        judge, testify, witnessed,
+        self, FlowKey, JUDGED, Judgement, Now, Packet, Sighting, Testimony, Way, admitted, close,
+        closing, judge, testify, witnessed,
     },
 };
 
