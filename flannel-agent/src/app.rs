@@ -22,15 +22,18 @@ use crate::{
     cli::{Args, EXIT_KERNEL, EXIT_STORE, EXIT_USAGE},
     datapath,
     dataplane::{
-        DataplaneError, fragments,
+        DataplaneError,
+        bpf::Instance,
+        fragments,
         netlink::{Netlink, NetlinkError},
     },
     device::{Site, Up},
+    fastpath,
     files::{self, FileError},
     leases::{ErrorKind, LeaseError, Offer, Store, View},
     preflight::Capabilities,
-    reconcile::{Loop, Readiness},
-    state::State,
+    reconcile::{Gatekeeper, Loop, Readiness},
+    state::{Mode, State},
     telemetry::chain,
 };
 
@@ -229,6 +232,7 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
         store_connected: true,
         problems: Vec::new(),
         subnet_file: args.subnet_file.clone(),
+        fast_path: None,
     };
     let (_offers, offers) = watch::channel(offer);
     let (views_in, views) = watch::channel(View {
@@ -248,7 +252,19 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
         tokio::spawn(async move { cancel.run_until_cancelled(keep).await });
     }
     let ready = Readiness::new(args.subnet_file.clone());
-    Loop::new(dataplane, desired, views, state, ready)
+    let kernel_only = (state.datapath.mode == Mode::Kernel)
+        .then(|| format!("eBPF is not in use: {}", state.datapath.reason));
+    let fast_path = fastpath::Watch {
+        choice: args.fast_path(conf.backend.fast_path),
+        unsupported: kernel_only.or_else(|| dataplane.gate_obstacle()),
+        network: family.network,
+        tunnel: state.device.clone(),
+        uplink: state.uplink.clone(),
+        instance: Instance::of(conf.backend.vxlan.vni).ok(),
+    };
+    let fast_path = fast_path.start(cancel.clone()).await;
+    let gate = Gatekeeper::new(fast_path, dataplane.epoch()?);
+    Loop::new(dataplane, desired, views, state, ready, gate)
         .run(cancel)
         .await;
     if let Err(error) = keeper.await {

@@ -4,7 +4,7 @@ use flannel_core::{
     addr::IfIndex,
     config::NetConf,
     iface::Uplink,
-    plan::{Hook, Settings},
+    plan::{Gate, Hook, Settings},
 };
 
 use crate::{
@@ -77,6 +77,9 @@ pub(crate) fn settings(
         alone,
         // Alone there is nobody to leave super-packets to: stale tunnel state costs speed where they are forwarded again, nothing else.
         decap_gso: room.clears_gso || alone,
+        gate: Gate::default(),
+        ring_shift: bpf.ring_shift(),
+        own_index: None,
         tunnel: None,
     })
 }
@@ -134,6 +137,7 @@ fn load(args: &Args, conf: &NetConf) -> Result<Bpf, BpfError> {
         instance: Instance::of(conf.backend.vxlan.vni)?,
         subnet_count,
         attach,
+        flow_entries: args.bpf_flow_entries,
     })
 }
 
@@ -164,15 +168,21 @@ pub(crate) async fn retire(net: &Netlink, state: &State) {
         return;
     }
     match Instance::of(state.vni) {
-        Ok(instance) if instance.dir().exists() => match instance.remove() {
-            Ok(()) => {
-                tracing::info!(dir = %instance.dir().display(), "detached the eBPF programs of an earlier run");
+        Ok(instance) if instance.dir().exists() => {
+            let pod_hooks = instance.pod_hooks();
+            match instance.remove() {
+                Ok(()) => {
+                    tracing::info!(dir = %instance.dir().display(), "detached the eBPF programs of an earlier run");
+                }
+                Err(error) => tracing::warn!(
+                    error = chain(&error),
+                    "detach the eBPF programs of an earlier run"
+                ),
             }
-            Err(error) => tracing::warn!(
-                error = chain(&error),
-                "detach the eBPF programs of an earlier run"
-            ),
-        },
+            for (hook, index) in pod_hooks {
+                retire_filter(net, hook, index).await;
+            }
+        }
         Ok(_) => {}
         Err(error) => {
             tracing::debug!(error = chain(&error), "look for programs of an earlier run");
@@ -181,6 +191,7 @@ pub(crate) async fn retire(net: &Netlink, state: &State) {
     retire_filter(net, Hook::FromWire, state.uplink_index).await;
     if let Ok(Some(index)) = net.index(&state.device).await {
         retire_filter(net, Hook::ToOverlay, index).await;
+        retire_filter(net, Hook::FromOverlay, index).await;
     }
 }
 

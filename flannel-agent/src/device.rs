@@ -83,9 +83,10 @@ impl Site<'_> {
             own: BTreeSet::new(),
             peers: None,
             bpf: settings,
+            pods: None,
         };
         Ok(Up {
-            dataplane: Dataplane::new(self.net.clone(), bpf, self.local),
+            dataplane: Dataplane::new(self.net.clone(), bpf, self.local, &self.args.cni_cache_dir),
             desired,
             path,
         })

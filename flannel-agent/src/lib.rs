@@ -18,6 +18,7 @@ pub mod cli;
 mod datapath;
 pub mod dataplane;
 mod device;
+mod fastpath;
 pub mod files;
 pub mod leases;
 mod preflight;

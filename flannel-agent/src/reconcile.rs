@@ -3,11 +3,15 @@
 //! Level-triggered. Events only say "look again": a new view of the leases, a notification of the kernel about something ours,
 //! a tick. The loop never ends by itself, and it leaves everything in place when it is told to end.
 
+mod agenda;
+mod gate;
+
 use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
 use flannel_core::{
+    addr::IfIndex,
     farewell::Farewell,
-    plan::{Desired, PeerProblem, peers_of, plan},
+    plan::{Desired, Op, PeerProblem, Plan, peers_of, plan},
     subnet_env::SubnetEnv,
 };
 use tokio::{
@@ -19,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     app::set_own,
     dataplane::{
-        Dataplane, Scope,
+        Dataplane, PodNews, Scope, bpf,
         netlink::{self, Change},
     },
     files,
@@ -28,16 +32,17 @@ use crate::{
     telemetry::chain,
 };
 
-/// Events that come together are answered together.
-const COALESCE: Duration = Duration::from_millis(50);
+use agenda::Agenda;
+pub(crate) use gate::Gatekeeper;
+
 /// How often the eBPF half is looked at: nothing notifies of a detached program or a flushed map.
 const TICK: Duration = Duration::from_secs(1);
 /// How often everything is read, whatever the notifications said.
 const RESYNC: Duration = Duration::from_secs(10);
-/// The longest rest: what is broken is repaired within two seconds all the same.
-const MAX_REST: Duration = Duration::from_secs(1);
 /// A plan that is not empty after so many passes is tried again at the next tick.
 const MAX_PASSES: usize = 8;
+/// Notifications that may wait while the loop is busy.
+const BACKLOG: usize = 1024;
 /// How long a lost notification socket stays closed.
 const REOPEN: Duration = Duration::from_secs(1);
 
@@ -75,6 +80,12 @@ pub(crate) struct Loop {
     /// Peers that have just left, by the time since `started`.
     farewell: Farewell,
     started: Instant,
+    gate: Gatekeeper,
+    agenda: Agenda,
+    /// Whether the leases have changed since they were looked at.
+    view_changed: bool,
+    changes: mpsc::Receiver<Change>,
+    notify: Option<mpsc::Sender<Change>>,
 }
 
 impl Loop {
@@ -84,7 +95,9 @@ impl Loop {
         views: watch::Receiver<View>,
         state: State,
         ready: Readiness,
+        gate: Gatekeeper,
     ) -> Self {
+        let (notify, changes) = mpsc::channel(BACKLOG);
         Self {
             dataplane,
             desired,
@@ -96,32 +109,34 @@ impl Loop {
             state_written: None,
             farewell: Farewell::default(),
             started: Instant::now(),
+            gate,
+            agenda: Agenda::default(),
+            view_changed: true,
+            changes,
+            notify: Some(notify),
         }
     }
 
     /// Runs until cancelled.
     pub(crate) async fn run(mut self, cancel: CancellationToken) {
         // Watch first, look second: what changes in between is not lost.
-        let (changes_in, mut changes) = mpsc::channel(64);
-        let watcher = tokio::spawn(watch_kernel(changes_in));
+        let watcher = self
+            .notify
+            .take()
+            .map(|out| tokio::spawn(watch_kernel(out)));
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut last_full = Instant::now();
         let mut due = Some(Scope::Everything);
-        // What a look at everything took: the loop rests four times as long, so that a node with thousands of peers and a restless
-        // underlay is not busy looking.
-        let mut rest = COALESCE;
-        self.take_view();
         loop {
             if let Some(scope) = due {
                 let begun = Instant::now();
                 if scope == Scope::Everything {
                     last_full = begun;
                 }
+                self.agenda.begin(scope);
                 self.converge(scope).await;
-                if scope >= Scope::Kernel {
-                    rest = COALESCE.max(begun.elapsed() * 4).min(MAX_REST);
-                }
+                self.agenda.end(scope, begun.elapsed());
             }
             let farewell = self.next_farewell();
             due = tokio::select! {
@@ -132,21 +147,19 @@ impl Loop {
                         cancel.cancelled().await;
                         break;
                     }
-                    sleep(COALESCE).await;
-                    self.take_view();
-                    Some(Scope::Kernel)
+                    self.view_changed = true;
+                    self.agenda.hurry();
+                    None
                 }
-                Some(change) = changes.recv() => {
-                    if self.concerns_us(&change) {
-                        sleep(rest).await;
-                        while changes.try_recv().is_ok() {}
-                        Some(Scope::Kernel)
-                    } else {
-                        None
-                    }
+                () = self.gate.changed() => Some(Scope::Kernel),
+                Some(change) = self.changes.recv() => {
+                    self.take_change(&change);
+                    None
                 }
+                () = at(self.agenda.due(Scope::Kernel)) => Some(Scope::Kernel),
+                () = at(self.agenda.due(Scope::Pods)) => Some(Scope::Pods),
                 () = farewell => {
-                    self.take_view();
+                    self.view_changed = true;
                     Some(Scope::Kernel)
                 }
                 _ = tick.tick() => {
@@ -159,10 +172,41 @@ impl Loop {
                 }
             };
         }
-        watcher.abort();
+        if let Some(watcher) = watcher {
+            watcher.abort();
+        }
     }
 
-    /// Whether a notification can be about something that the plan depends on.
+    /// Takes a notification in. A pod whose interface is gone is taken out of the map at once, because its address may be given to
+    /// another pod at any moment; returns that interface. Everything else can wait for the next look.
+    fn take_change(&mut self, change: &Change) -> Option<IfIndex> {
+        if self.concerns_us(change) {
+            self.agenda.ask(Scope::Kernel);
+        }
+        match self.dataplane.pod_news(change) {
+            PodNews::Nothing => None,
+            PodNews::Changed => {
+                self.agenda.ask(Scope::Pods);
+                None
+            }
+            PodNews::Gone(ifindex) => {
+                // What was attached there is tidied up by the next look.
+                self.agenda.ask(Scope::Pods);
+                let addresses = self.gate.forget(&mut self.desired, ifindex);
+                match self.dataplane.drop_pods(&addresses) {
+                    Ok(()) => {
+                        for address in addresses {
+                            tracing::info!(ifindex = ifindex.get(), "delete pod {address}");
+                        }
+                    }
+                    Err(error) => tracing::warn!(error = chain(&error), "delete a pod"),
+                }
+                Some(ifindex)
+            }
+        }
+    }
+
+    /// Whether a notification can be about something that the plan depends on, pods left aside.
     fn concerns_us(&self, change: &Change) -> bool {
         let interesting = |index: &u32| {
             self.dataplane
@@ -171,10 +215,11 @@ impl Loop {
                 .any(|ours| ours.get() == *index)
         };
         match change {
-            Change::Link(name, index) => {
-                name.as_deref() == Some(&self.desired.tunnel.name) || interesting(index)
+            Change::Link(link) => {
+                link.name.as_deref() == Some(&self.desired.tunnel.name) || interesting(&link.index)
             }
-            Change::Address(index) | Change::Neighbour(index) => interesting(index),
+            Change::Address(index) => interesting(index),
+            Change::Neighbour(neighbour) => interesting(&neighbour.index),
             Change::Route | Change::Missed => true,
         }
     }
@@ -217,37 +262,31 @@ impl Loop {
     async fn converge(&mut self, mut scope: Scope) {
         let mut troubles = BTreeSet::new();
         let mut done = false;
+        if std::mem::take(&mut self.view_changed) {
+            self.take_view();
+        }
         for _pass in 0..MAX_PASSES {
-            let observed = match self.dataplane.observe(&self.desired, scope).await {
-                Ok(observed) => observed,
-                Err(error) => {
-                    troubles.insert(format!("look at the kernel: {}", chain(&error)));
-                    break;
-                }
-            };
-            let plan = plan(&self.desired, observed);
-            troubles.extend(plan.problems);
+            self.gate.set(&mut self.desired, self.dataplane.seen());
+            if let Err(error) = self.dataplane.observe(&self.desired, scope).await {
+                troubles.insert(format!("look at the kernel: {}", chain(&error)));
+                break;
+            }
+            let (seen, sources) = (self.dataplane.seen(), self.dataplane.pod_sources());
+            self.gate.learn(&mut self.desired, seen, sources);
+            let mut plan = plan(&self.desired, seen);
+            troubles.extend(std::mem::take(&mut plan.problems));
             if plan.ops.is_empty() {
                 done = true;
                 break;
             }
             tracing::debug!(ops = plan.ops.len(), "plan");
-            let mut failed = false;
-            for op in &plan.ops {
-                match self.dataplane.apply(op, &self.desired.tunnel.kind).await {
-                    Ok(()) => tracing::info!("{op}"),
-                    Err(error) => {
-                        troubles.insert(format!("{op}: {}", chain(&error)));
-                        failed = true;
-                        break;
-                    }
-                }
-            }
-            if failed {
+            if !self.carry_out(&plan, &mut troubles).await {
                 break;
             }
-            // What was changed has consequences: routes go with their device, and so on.
-            scope = scope.max(Scope::Kernel);
+            // What was changed has consequences: routes go with their device, and so on. Pods have none.
+            if !plan.ops.iter().all(Op::is_about_pods) {
+                scope = scope.max(Scope::Kernel);
+            }
         }
         if !done && troubles.is_empty() {
             troubles.insert(format!(
@@ -255,10 +294,47 @@ impl Loop {
             ));
         }
         self.speak(troubles);
+        // Whoever waits for us to be ready asks for the state next.
+        self.save_state();
         if done && self.desired.peers.is_some() {
             self.become_ready();
         }
-        self.save_state();
+    }
+
+    /// Makes the changes of a plan. False if one failed: what comes after it is left for the next attempt, but for other pods.
+    async fn carry_out(&mut self, plan: &Plan, troubles: &mut BTreeSet<String>) -> bool {
+        // Pod veths on which nothing more is to be done.
+        let mut given_up: BTreeSet<IfIndex> = BTreeSet::new();
+        let mut done = true;
+        for op in &plan.ops {
+            while let Ok(change) = self.changes.try_recv() {
+                given_up.extend(self.take_change(&change));
+            }
+            let veth = new_on_veth(op);
+            if veth.is_some_and(|veth| given_up.contains(&veth)) {
+                continue;
+            }
+            match (
+                self.dataplane.apply(op, &self.desired.tunnel.kind).await,
+                veth,
+            ) {
+                (Ok(()), _) => tracing::info!("{op}"),
+                // It went before we heard of it.
+                (Err(_), Some(veth)) if bpf::interface_name(veth).is_none() => {
+                    given_up.insert(veth);
+                }
+                (Err(error), Some(veth)) => {
+                    troubles.insert(format!("{op}: {}", chain(&error)));
+                    given_up.insert(veth);
+                    done = false;
+                }
+                (Err(error), None) => {
+                    troubles.insert(format!("{op}: {}", chain(&error)));
+                    return false;
+                }
+            }
+        }
+        done
     }
 
     /// Says each new trouble once, and when the last one is over.
@@ -308,6 +384,7 @@ impl Loop {
     }
 
     fn save_state(&mut self) {
+        self.state.fast_path = Some(self.gate.report());
         if self.state_written.as_ref() == Some(&self.state) {
             return;
         }
@@ -321,6 +398,23 @@ impl Loop {
             Err(error) => tracing::debug!(%error, "write the state file"),
         }
         self.state_written = Some(self.state.clone());
+    }
+}
+
+/// The pod veth that an op puts something on.
+const fn new_on_veth(op: &Op) -> Option<IfIndex> {
+    match op {
+        Op::Attach { hook, ifindex } if hook.is_per_pod() => Some(*ifindex),
+        Op::PutPod { pod, .. } => Some(pod.ifindex),
+        _ => None,
+    }
+}
+
+/// Until then; for ever if there is no such time.
+async fn at(due: Option<Instant>) {
+    match due {
+        Some(due) => sleep_until(due).await,
+        None => std::future::pending().await,
     }
 }
 

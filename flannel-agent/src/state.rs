@@ -2,12 +2,17 @@
 //! describes choices (which uplink, which rung and why); what the kernel really has is read from the kernel.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     net::Ipv4Addr,
     path::{Path, PathBuf},
 };
 
-use flannel_core::addr::{IfIndex, Vni, VtepMac};
+use flannel_core::{
+    addr::{IfIndex, Vni, VtepMac},
+    fastpath::Choice,
+    plan::GateMode,
+};
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
@@ -49,6 +54,36 @@ pub struct State {
     pub problems: Vec<String>,
     /// The file written for CNI plugins.
     pub subnet_file: PathBuf,
+    /// How the flow gate stands; `None` in the file of an agent that knew none.
+    #[serde(default)]
+    pub fast_path: Option<FastPath>,
+}
+
+/// How the flow gate stands, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FastPath {
+    /// What is asked for.
+    pub wanted: Choice,
+    /// What is in force.
+    pub mode: GateMode,
+    /// Why it is this one.
+    pub reason: String,
+    /// Pods that stay with the host's stack.
+    pub excluded: Vec<Excluded>,
+    /// The kernel settings that matter, by name.
+    pub sysctls: BTreeMap<String, Option<u32>>,
+    /// What keeps the gate from working as it should.
+    #[serde(default)]
+    pub problems: Vec<String>,
+}
+
+/// A pod that stays with the host's stack.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Excluded {
+    /// The host's end of its veth pair.
+    pub interface: String,
+    /// Why.
+    pub reason: String,
 }
 
 /// Which way packets go, and why.

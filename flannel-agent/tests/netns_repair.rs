@@ -210,10 +210,10 @@ const PAIR_DAMAGES: [Damage; 3] = [
 
 const MAP_DAMAGES: [Damage; 9] = [
     ("config is zero", |rig| {
-        rig.map_write(0, "config", 0, &[0; 56]);
+        rig.map_write(0, "config", 0, &[0; 80]);
     }),
     ("config is garbage", |rig| {
-        rig.map_write(0, "config", 0, &[0xa5; 56]);
+        rig.map_write(0, "config", 0, &[0xa5; 80]);
     }),
     ("a subnet leads nowhere", |rig| {
         rig.map_write(0, "subnets", 2, &[0; 4]);
@@ -245,7 +245,7 @@ const MAP_DAMAGES: [Damage; 9] = [
         for subnet in 0..4 {
             rig.map_write(0, "subnets", subnet, &[0; 4]);
         }
-        rig.map_write(0, "config", 0, &[0; 56]);
+        rig.map_write(0, "config", 0, &[0; 80]);
     }),
 ];
 

@@ -222,7 +222,7 @@ fn layout_changes(flags: &[&str]) {
     let old = map_ids(&rig, 0);
     let traffic = Traffic::start(&rig);
     rig.stop_agent(0);
-    let maps = rig.instance(0).join("maps-v1");
+    let maps = rig.maps_dir(0);
     let others = rig.instance(0).join("maps-v0");
     std::fs::rename(&maps, &others).unwrap();
     restart(&mut rig, 0, agent_binary(), flags);

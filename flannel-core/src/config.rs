@@ -11,6 +11,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use thiserror::Error;
 
 use crate::addr::Vni;
+use crate::fastpath::Choice;
 use crate::json::{Json, Object};
 use crate::lease::VXLAN;
 use crate::mark;
@@ -141,6 +142,8 @@ pub struct Backend {
     pub type_as_written: String,
     /// The settings of the vxlan backend.
     pub vxlan: VxlanConf,
+    /// What is wanted of the fast path, where the configuration says: a key that upstream does not know and passes over.
+    pub fast_path: Option<Choice>,
 }
 
 /// The settings of the vxlan backend.
@@ -232,7 +235,22 @@ fn backend(object: &Object, warnings: &mut Vec<String>) -> Result<Backend, Confi
         kind,
         type_as_written,
         vxlan,
+        fast_path: fast_path(settings)?,
     })
+}
+
+fn fast_path(settings: &Object) -> Result<Option<Choice>, ConfigError> {
+    const KEY: &str = "Backend.BpfFastPath";
+    let wanted = "one of the strings \"auto\", \"off\", \"established\" and \"syn\"";
+    string(settings, "BpfFastPath", KEY, wanted)?
+        .map(|text| {
+            text.parse().map_err(|_unknown| ConfigError::Invalid {
+                key: KEY,
+                value: format!("{text:?}"),
+                fix: format!("use {wanted}"),
+            })
+        })
+        .transpose()
 }
 
 fn vxlan(settings: &Object) -> Result<VxlanConf, ConfigError> {

@@ -7,7 +7,7 @@
 
 use thiserror::Error;
 
-use crate::addr::Vni;
+use crate::addr::{IfIndex, Vni};
 
 /// Directory in the BPF file system that holds our pins: one directory per instance, see [`instance_dir`].
 pub const BPFFS_ROOT: &str = "/sys/fs/bpf/flannel";
@@ -17,6 +17,15 @@ pub const PIN_TO_OVERLAY: &str = "to_overlay";
 
 /// Name of the pinned link of the program on the ingress of the uplink.
 pub const PIN_FROM_WIRE: &str = "from_wire";
+
+/// Name of the pinned link of the program on the ingress of the tunnel device.
+pub const PIN_FROM_OVERLAY: &str = "from_overlay";
+
+/// Name of the pinned links of the program on the ingress of pod veths, before the interface's index, see [`pod_pin`].
+pub const PIN_FROM_POD: &str = "from_pod";
+
+/// Name of the pinned links of the program on the egress of pod veths, before the interface's index, see [`pod_pin`].
+pub const PIN_TO_POD: &str = "to_pod";
 
 /// Priority of our filters where tcx is missing and programs hang on a clsact qdisc.
 pub const TC_PRIORITY: u16 = 0xF1A0;
@@ -127,7 +136,21 @@ pub fn is_our_route(protocol: u8) -> bool {
 
 /// Tells whether an entry of an instance directory is a link pin of ours.
 pub fn is_our_link_pin(name: &str) -> bool {
-    name == PIN_TO_OVERLAY || name == PIN_FROM_WIRE
+    [PIN_TO_OVERLAY, PIN_FROM_WIRE, PIN_FROM_OVERLAY].contains(&name)
+        || parse_pod_pin(name).is_some()
+}
+
+/// Name of the pin of a pod hook's link on one interface. The BPF file system takes no name with a dot.
+pub fn pod_pin(hook: &str, index: IfIndex) -> String {
+    format!("{hook}-{}", index.get())
+}
+
+/// Reads a name made by [`pod_pin`] back: the hook's name and the interface. `None` for anything else.
+pub fn parse_pod_pin(name: &str) -> Option<(&str, IfIndex)> {
+    let (hook, index) = name.split_once('-')?;
+    let index = IfIndex::try_from(index.parse::<u32>().ok()?).ok()?;
+    let ours = [PIN_FROM_POD, PIN_TO_POD].contains(&hook) && pod_pin(hook, index) == name;
+    ours.then_some((hook, index))
 }
 
 /// Name of an instance's directory below [`BPFFS_ROOT`].
@@ -237,6 +260,23 @@ mod tests {
         assert!(!is_our_route(3));
         assert!(is_our_link_pin("to_overlay") && is_our_link_pin("from_wire"));
         assert!(!is_our_link_pin("cil_from_netdev"));
+        let veth = IfIndex::try_from(23).unwrap();
+        assert_eq!(pod_pin("to_pod", veth), "to_pod-23");
+        assert_eq!(parse_pod_pin("from_pod-23"), Some(("from_pod", veth)));
+        assert!(is_our_link_pin("from_overlay") && is_our_link_pin("from_pod-23"));
+        for name in [
+            "from_pod",
+            "from_pod-",
+            "from_pod-0",
+            "to_pod-07",
+            "to_pod-+7",
+            "from_wire-2",
+        ] {
+            assert!(
+                parse_pod_pin(name).is_none() && !is_our_link_pin(name),
+                "{name}"
+            );
+        }
     }
 
     #[test]

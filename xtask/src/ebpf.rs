@@ -19,6 +19,9 @@ pub const LINKER_VERSION: &str = "0.10.3";
 /// Name of the object below the target directory, and of the binary target that produces it.
 pub const OBJECT_NAME: &str = "flannel-datapath";
 
+/// Name of the object with the programs that the benchmark compares with.
+pub const BENCH_OBJECT_NAME: &str = "flannel-bench";
+
 const PACKAGE: &str = "flannel-ebpf";
 const TARGET: &str = "bpfel-unknown-none";
 /// Chosen once for every host: the programs use nothing of `pt_regs`, the only thing that depends on it,
@@ -86,8 +89,13 @@ impl Error for EbpfError {
 /// `root` is the workspace root. cargo's progress goes to stderr; nothing is written to stdout, which
 /// belongs to cargo when a build script calls this.
 pub fn build(root: &Path, features: &[String]) -> Result<PathBuf, EbpfError> {
-    run(cargo(root, "build", features)?.args(["--bin", OBJECT_NAME]))?;
-    let object = object_path(root);
+    build_bin(root, OBJECT_NAME, features)
+}
+
+/// Like [`build`], for another binary target of `flannel-ebpf`.
+pub fn build_bin(root: &Path, bin: &str, features: &[String]) -> Result<PathBuf, EbpfError> {
+    run(cargo(root, "build", features)?.args(["--bin", bin]))?;
+    let object = object_path(root).with_file_name(bin);
     check_object(&object)?;
     Ok(object)
 }

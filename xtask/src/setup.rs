@@ -51,7 +51,7 @@ const fn tool(
     }
 }
 
-const TOOLS: [Tool; 21] = [
+const TOOLS: [Tool; 24] = [
     tool("cc", "build-essential", "gcc", "base-devel", Needs::Ebpf),
     tool(
         "pkg-config",
@@ -77,10 +77,31 @@ const TOOLS: [Tool; 21] = [
     tool("ip", "iproute2", "iproute", "iproute2", Needs::Everything),
     tool("nft", "nftables", "nftables", "nftables", Needs::Everything),
     tool(
-        "iptables",
+        "iptables-nft",
         "iptables",
         "iptables-nft",
         "iptables",
+        Needs::Everything,
+    ),
+    tool(
+        "iptables-legacy",
+        "iptables",
+        "iptables-legacy",
+        "iptables",
+        Needs::Everything,
+    ),
+    tool(
+        "conntrack",
+        "conntrack",
+        "conntrack-tools",
+        "conntrack-tools",
+        Needs::Everything,
+    ),
+    tool(
+        "tc",
+        "iproute2",
+        "iproute-tc",
+        "iproute2",
         Needs::Everything,
     ),
     tool("etcd", "etcd-server", "etcd", "etcd", Needs::Everything),

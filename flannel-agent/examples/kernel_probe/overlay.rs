@@ -205,7 +205,7 @@ impl Overlay {
         let status: Value = serde_json::from_slice(&output.stdout)
             .with_context(|| format!("status: {}", String::from_utf8_lossy(&output.stderr)))?;
         let path = &status["datapath"];
-        let attached: Vec<&str> = Hook::ALL.iter().map(|hook| hook.as_str()).collect();
+        let attached: Vec<&str> = Hook::BASE.iter().map(|hook| hook.as_str()).collect();
         ensure!(
             path["attach"] == self.way.attach.as_str()
                 && path["attached"] == serde_json::json!(attached)
@@ -228,7 +228,7 @@ impl Overlay {
         let replaced = try_eventually(PATIENCE, "the new agent replaces the programs", || {
             let now = self.programs()?;
             ensure!(
-                now.len() == Hook::ALL.len() && now.is_disjoint(&before),
+                now.len() == Hook::BASE.len() && now.is_disjoint(&before),
                 "programs {now:?}, before {before:?}"
             );
             Ok(())

@@ -7,7 +7,7 @@ use clap::{
     builder::Resettable,
     error::{ContextKind, ContextValue, ErrorKind},
 };
-use flannel_core::{acquire::Identity, addr::Vni, iface::Wanted};
+use flannel_core::{acquire::Identity, addr::Vni, fastpath::Choice, iface::Wanted};
 
 use crate::leases::{DEFAULT_PREFIX, DEFAULT_TTL, DirOptions, EtcdOptions, StoreConfig};
 
@@ -125,6 +125,34 @@ pub struct Args {
     #[arg(long, env = "FLANNELD_BPF_ATTACH", value_enum, default_value_t = AttachChoice::Auto, value_name = "CHOICE")]
     pub bpf_attach: AttachChoice,
 
+    /// Which packets between pods may bypass the host's stack. Default: what the network configuration says, else auto.
+    #[arg(
+        long,
+        env = "FLANNELD_BPF_FAST_PATH",
+        value_enum,
+        value_name = "CHOICE"
+    )]
+    pub bpf_fast_path: Option<FastPathChoice>,
+
+    /// Flows that eBPF remembers for the fast path, 1024 to 16777216.
+    #[arg(
+        long,
+        env = "FLANNELD_BPF_FLOW_ENTRIES",
+        default_value_t = 262_144,
+        value_parser = flow_entries,
+        value_name = "N"
+    )]
+    pub bpf_flow_entries: u32,
+
+    /// Cache directory of CNI, where the container runtime keeps what plugins said of pods.
+    #[arg(
+        long,
+        env = "FLANNELD_CNI_CACHE_DIR",
+        default_value = "/var/lib/cni",
+        value_name = "DIR"
+    )]
+    pub cni_cache_dir: PathBuf,
+
     /// How much to log: 0 changes, 1 decisions too, 2 and more everything.
     #[arg(
         short = 'v',
@@ -212,6 +240,30 @@ pub enum AttachChoice {
     Clsact,
 }
 
+/// `--bpf-fast-path`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FastPathChoice {
+    /// Established where it can be kept correct, else off.
+    Auto,
+    /// None: every packet passes the stack.
+    Off,
+    /// Those of flows that the stack has passed untouched, again and again.
+    Established,
+    /// Those too, and TCP connections from their first packet, where nothing on the node filters pod traffic.
+    Syn,
+}
+
+impl From<FastPathChoice> for Choice {
+    fn from(choice: FastPathChoice) -> Self {
+        match choice {
+            FastPathChoice::Auto => Self::Auto,
+            FastPathChoice::Off => Self::Off,
+            FastPathChoice::Established => Self::Established,
+            FastPathChoice::Syn => Self::Syn,
+        }
+    }
+}
+
 impl Args {
     /// Reads the command line, the first argument being the program's name, and the environment for what is not on it.
     pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
@@ -269,6 +321,14 @@ impl Args {
         Ok(())
     }
 
+    /// What is wanted of the fast path: the flag beats the network configuration.
+    pub fn fast_path(&self, configured: Option<Choice>) -> Choice {
+        self.bpf_fast_path
+            .map(Choice::from)
+            .or(configured)
+            .unwrap_or_default()
+    }
+
     /// Which lease store the flags ask for.
     pub fn store(&self) -> StoreConfig {
         match &self.lease_dir {
@@ -320,6 +380,13 @@ fn minutes(text: &str) -> Result<u16, &'static str> {
         .ok_or("write a whole number from 1 to 1439")
 }
 
+fn flow_entries(text: &str) -> Result<u32, &'static str> {
+    text.parse()
+        .ok()
+        .filter(|entries| (1024..=16_777_216).contains(entries))
+        .ok_or("write a whole number from 1024 to 16777216")
+}
+
 /// Any number, as upstream takes it: below 0 is 0, and above 255 there is nothing more to tell.
 fn level(text: &str) -> Result<u8, &'static str> {
     let level: i64 = text.parse().map_err(|_| "write a whole number such as 1")?;
@@ -367,96 +434,4 @@ fn is_go_flag(text: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(args: &[&str]) -> Result<Args, clap::Error> {
-        let args = std::iter::once(&"flannel-agent").chain(args);
-        Args::read(args.map(OsString::from))
-    }
-
-    #[test]
-    fn definition_is_sound() {
-        Args::command().debug_assert();
-    }
-
-    #[test]
-    fn go_spelling_is_read() {
-        let args =
-            parse(&["-iface=eth1", "-iface", "eth2", "-etcd-prefix=/net", "-v=2"]).expect("parse");
-        assert_eq!(args.iface, ["eth1", "eth2"]);
-        assert_eq!(args.etcd_prefix, "/net");
-        assert_eq!(args.verbosity, 2);
-    }
-
-    #[test]
-    fn short_flags_survive() {
-        assert_eq!(parse(&["-v", "1"]).expect("parse").verbosity, 1);
-        assert_eq!(parse(&["-v1"]).expect("parse").verbosity, 1);
-        let args = parse(&["status", "-o", "json"]).expect("parse");
-        assert!(matches!(
-            args.command,
-            Some(Command::Status {
-                output: Output::Json
-            })
-        ));
-    }
-
-    #[test]
-    fn a_password_is_taken_as_it_is() {
-        for args in [
-            &["--etcd-password", "-iface=x"][..],
-            &["-etcd-password", "-iface=x"],
-            &["-etcd-password=-iface=x"],
-        ] {
-            let args = parse(args).expect("parse");
-            assert_eq!(args.etcd_password.as_deref(), Some("-iface=x"));
-            assert!(args.iface.is_empty());
-        }
-    }
-
-    #[test]
-    fn the_last_of_a_repeated_flag_counts() {
-        let args = parse(&["-etcd-prefix=/a", "--v=1", "-etcd-prefix=/b", "-v", "-3"]);
-        let args = args.expect("parse");
-        assert_eq!((args.etcd_prefix.as_str(), args.verbosity), ("/b", 0));
-        let args = parse(&[
-            "-etcd-endpoints=http://a:1",
-            "-etcd-endpoints",
-            "http://b:1,http://c:1",
-        ]);
-        assert_eq!(
-            args.expect("parse").etcd_endpoints,
-            ["http://b:1", "http://c:1"]
-        );
-        assert_eq!(parse(&["-v=1000"]).expect("parse").verbosity, u8::MAX);
-    }
-
-    #[test]
-    fn unknown_flags_and_bad_values_are_errors() {
-        for bad in [
-            &["--no-such-flag"][..],
-            &["--public-ip=10.0.0"],
-            &["--datapath=fast"],
-            &["--subnet-lease-renew-margin=0"],
-            &["--subnet-lease-renew-margin=1440"],
-            &["-v=much"],
-            &["cleanup", "--vni=16777216"],
-            &["foo"],
-        ] {
-            assert!(parse(bad).is_err(), "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn directory_beats_etcd() {
-        assert!(matches!(
-            parse(&["--lease-dir=/x"]).expect("parse").store(),
-            StoreConfig::Dir(_)
-        ));
-        assert!(matches!(
-            parse(&[]).expect("parse").store(),
-            StoreConfig::Etcd(_)
-        ));
-    }
-}
+mod tests;

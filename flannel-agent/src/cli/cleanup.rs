@@ -53,14 +53,14 @@ pub(super) async fn run(
     let net = Netlink::open()?;
     let act = Act { dry_run };
     let mut clean = true;
-    let uplinks = uplinks(state.as_ref(), &instances);
+    let places = places(state.as_ref(), &instances);
     for (_, instance) in &instances {
         clean &= act.on(
             &format!("eBPF programs and maps under {}", instance.dir().display()),
             || instance.remove(),
         );
     }
-    for (index, qdisc_is_ours) in uplinks {
+    for (index, qdisc_is_ours) in places {
         clean &= remove_filter(&net, &act, index, qdisc_is_ours).await?;
     }
     for vni in &vnis {
@@ -81,17 +81,21 @@ pub(super) async fn run(
     Ok(clean)
 }
 
-/// The interfaces on which a filter of ours may be, and whether we have made the qdisc that it hangs on.
-fn uplinks(state: Option<&State>, instances: &[(Vni, Instance)]) -> BTreeMap<IfIndex, bool> {
-    let mut uplinks: BTreeMap<IfIndex, bool> = state
+/// The interfaces on which filters of ours may be, but for the tunnel device, and whether we have made the qdisc that they hang on.
+fn places(state: Option<&State>, instances: &[(Vni, Instance)]) -> BTreeMap<IfIndex, bool> {
+    let mut places: BTreeMap<IfIndex, bool> = state
         .iter()
         .map(|state| (state.uplink_index, false))
         .collect();
+    for (_, instance) in instances {
+        let veths = instance.pod_hooks().into_iter();
+        places.extend(veths.map(|(_, index)| (index, false)));
+    }
     let noted = instances
         .iter()
         .flat_map(|(_, instance)| instance.noted_qdiscs());
-    uplinks.extend(noted.map(|index| (index, true)));
-    uplinks
+    places.extend(noted.map(|index| (index, true)));
+    places
 }
 
 async fn remove_filter(
@@ -105,10 +109,13 @@ async fn remove_filter(
         return Ok(true);
     };
     let mut clean = true;
-    if net.filter_program(Hook::FromWire, index).await?.is_some() {
-        clean &= act.on(&format!("our tc filter on {name}"), || {
-            bpf::delete_filter(Hook::FromWire, index)
-        });
+    // What is ours bears the same mark whatever it runs.
+    for (side, hook) in [("ingress", Hook::FromWire), ("egress", Hook::ToPod)] {
+        if net.filter_program(hook, index).await?.is_some() {
+            clean &= act.on(&format!("our tc filter at the {side} of {name}"), || {
+                bpf::delete_filter(hook, index)
+            });
+        }
     }
     if qdisc_is_ours && !net.has_other_filters(index).await? {
         let what = format!("clsact qdisc on {name}");

@@ -14,7 +14,7 @@ use std::{ffi::OsString, process::ExitCode};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use tokio_util::sync::CancellationToken;
 
-pub use args::{Args, AttachChoice, Command, DatapathChoice, DeviceChoice, Output};
+pub use args::{Args, AttachChoice, Command, DatapathChoice, DeviceChoice, FastPathChoice, Output};
 
 use crate::{app, telemetry};
 

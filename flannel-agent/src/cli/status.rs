@@ -1,8 +1,13 @@
 //! `flannel-agent status`: what carries this node's traffic, read from the kernel and the pinned maps.
 
+use std::collections::BTreeMap;
+
 use anyhow::Context as _;
 use flannel_common::Counter;
-use flannel_core::plan::{Device, Hook, ObservedKind};
+use flannel_core::{
+    fastpath::Choice,
+    plan::{Device, GateMode, Hook, ObservedKind},
+};
 use serde::Serialize;
 
 use super::{Args, Output, table};
@@ -11,7 +16,7 @@ use crate::{
         bpf::{self, AttachMode, Instance, Totals},
         netlink::Netlink,
     },
-    state::{Mode, State},
+    state::{Excluded, FastPath, Mode, State},
 };
 
 #[derive(Debug, Serialize)]
@@ -24,6 +29,7 @@ struct Status {
     lease: Option<LeaseInfo>,
     device: Option<DeviceInfo>,
     counters: Option<Counters>,
+    fast_path: Option<FastPathInfo>,
     problems: Vec<String>,
 }
 
@@ -85,6 +91,31 @@ struct NotCarried {
     packets: u64,
 }
 
+/// How the flow gate stands.
+#[derive(Debug, Serialize)]
+struct FastPathInfo {
+    wanted: Choice,
+    mode: GateMode,
+    reason: String,
+    /// Pods that packets are handed to directly.
+    pods: usize,
+    excluded: Vec<Excluded>,
+    counters: FastCounters,
+    sysctls: BTreeMap<String, Option<u32>>,
+}
+
+/// Packets, those of the gate without bytes.
+#[derive(Debug, Serialize)]
+struct FastCounters {
+    encap: Count,
+    decap: Count,
+    local: Count,
+    tagged: u64,
+    confirmed: u64,
+    refuted: u64,
+    admitted: u64,
+}
+
 impl From<Counter> for Count {
     fn from(counter: Counter) -> Self {
         Self {
@@ -125,15 +156,25 @@ async fn collect(args: &Args) -> anyhow::Result<Status> {
         Some(name) => net.device(name).await?.map(|device| (name.clone(), device)),
         None => None,
     };
-    let counters = match instance {
-        Some((_, instance)) => Some(counters(&instance.totals().context("read the counters")?)),
+    let totals = match instance {
+        Some((_, instance)) => Some(instance.totals().context("read the counters")?),
         None => None,
     };
+    let counters = totals.as_ref().map(counters);
+    let pods = instance
+        .and_then(|(_, instance)| instance.pods().ok())
+        .map_or(0, |pods| pods.len());
+    let fast_path = state
+        .as_ref()
+        .and_then(|state| state.fast_path.as_ref())
+        .map(|fast| fast_path(fast, pods, totals.as_ref()));
     let running = state.as_ref().is_some_and(State::is_running);
     let mut problems = state
         .as_ref()
         .map(|state| state.problems.clone())
         .unwrap_or_default();
+    let fast_problems = state.iter().filter_map(|state| state.fast_path.as_ref());
+    problems.extend(fast_problems.flat_map(|fast| fast.problems.iter().cloned()));
     if state.is_none() {
         problems.push(format!(
             "no agent has run here: {} does not exist; start flannel-agent, or give --subnet-file",
@@ -153,7 +194,7 @@ async fn collect(args: &Args) -> anyhow::Result<Status> {
                 }
                 None => Vec::new(),
             };
-            if state.datapath.mode == Mode::Bpf && attached.len() < Hook::ALL.len() {
+            if state.datapath.mode == Mode::Bpf && attached.len() < Hook::BASE.len() {
                 problems.push(
                     "an eBPF program is not attached: the kernel's device carries that direction"
                         .into(),
@@ -192,6 +233,7 @@ async fn collect(args: &Args) -> anyhow::Result<Status> {
         }),
         device: device.map(|(name, device)| describe(name, &device)),
         counters,
+        fast_path,
         problems,
     })
 }
@@ -236,10 +278,39 @@ fn describe(name: String, device: &Device) -> DeviceInfo {
     }
 }
 
+fn fast_path(fast: &FastPath, pods: usize, totals: Option<&Totals>) -> FastPathInfo {
+    let none = Totals::default();
+    let totals = totals.unwrap_or(&none);
+    FastPathInfo {
+        wanted: fast.wanted,
+        mode: fast.mode,
+        reason: fast.reason.clone(),
+        pods,
+        excluded: fast.excluded.clone(),
+        counters: FastCounters {
+            encap: totals.fast_encap.into(),
+            decap: totals.fast_decap.into(),
+            local: totals.fast_local.into(),
+            tagged: totals.gate_tagged,
+            confirmed: totals.gate_confirmed,
+            refuted: totals.gate_refuted,
+            admitted: totals.gate_admitted,
+        },
+        sysctls: fast.sysctls.clone(),
+    }
+}
+
+fn sum(one: Counter, other: Counter) -> Counter {
+    Counter {
+        packets: one.packets.wrapping_add(other.packets),
+        bytes: one.bytes.wrapping_add(other.bytes),
+    }
+}
+
 fn counters(totals: &Totals) -> Counters {
     Counters {
-        encap: totals.encap.into(),
-        decap: totals.decap.into(),
+        encap: sum(totals.encap, totals.fast_encap).into(),
+        decap: sum(totals.decap, totals.fast_decap).into(),
         not_carried: totals
             .reasons
             .iter()
@@ -268,6 +339,38 @@ fn print(status: &Status) {
             "Datapath",
             format!("{}{how} ({})", path.mode.as_str(), path.reason),
         );
+    }
+    if let Some(fast) = &status.fast_path {
+        row(
+            "Fast path",
+            format!("{}, wanted {} ({})", fast.mode, fast.wanted, fast.reason),
+        );
+        for pod in &fast.excluded {
+            row(
+                "Through the stack",
+                format!("{}: {}", pod.interface, pod.reason),
+            );
+        }
+        if fast.mode != GateMode::Off {
+            let counters = &fast.counters;
+            row(
+                "Around the stack",
+                format!(
+                    "{} pods; {} packets sent, {} received, {} on this node",
+                    fast.pods,
+                    counters.encap.packets,
+                    counters.decap.packets,
+                    counters.local.packets
+                ),
+            );
+            row(
+                "Gate",
+                format!(
+                    "{} packets tagged, {} confirmed, {} refuted, {} connections admitted",
+                    counters.tagged, counters.confirmed, counters.refuted, counters.admitted
+                ),
+            );
+        }
     }
     if let Some(lease) = &status.lease {
         let subnet = lease.subnet.clone().unwrap_or_else(|| "none".into());

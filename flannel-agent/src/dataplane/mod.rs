@@ -3,22 +3,29 @@
 //! One task owns this. It must never decide anything: `flannel_core::plan` does.
 
 pub mod bpf;
+mod cni;
 pub mod fragments;
 pub mod netlink;
+mod pods;
 
 use std::{
     collections::BTreeSet,
     net::{IpAddr, Ipv4Addr},
+    path::Path,
 };
 
 use flannel_core::{
     addr::IfIndex,
     plan::{Desired, DeviceKind, Hook, Observed, Op},
+    pods::PodSources,
 };
+use ipnet::{IpNet, Ipv4Net};
 use thiserror::Error;
 
 use bpf::{AttachMode, Bpf, BpfError};
-use netlink::{Netlink, NetlinkError};
+use netlink::{Change, Netlink, NetlinkError};
+pub use pods::PodNews;
+use pods::PodWatch;
 
 /// A change or a look that failed.
 #[derive(Debug, Error)]
@@ -40,6 +47,8 @@ pub enum DataplaneError {
 /// How much a look takes in. The rest is as it was at the last look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Scope {
+    /// The pods of this node, their map entries and programs.
+    Pods,
     /// The map entries in use, and what is attached.
     Maps,
     /// Those, and everything the kernel notifies about.
@@ -62,11 +71,12 @@ pub struct Dataplane {
     interests: BTreeSet<IfIndex>,
     /// Next hops that the kernel was asked to confirm and has not yet.
     asked: BTreeSet<(IfIndex, IpAddr)>,
+    pods: PodWatch,
 }
 
 impl Dataplane {
-    /// Takes over the handles. `local` is our address on the underlay.
-    pub fn new(net: Netlink, bpf: Option<Bpf>, local: Ipv4Addr) -> Self {
+    /// Takes over the handles. `local` is our address on the underlay, `cni_dir` the cache directory of CNI.
+    pub fn new(net: Netlink, bpf: Option<Bpf>, local: Ipv4Addr, cni_dir: &Path) -> Self {
         Self {
             net,
             bpf,
@@ -75,10 +85,11 @@ impl Dataplane {
             looked: false,
             interests: BTreeSet::new(),
             asked: BTreeSet::new(),
+            pods: PodWatch::new(cni_dir),
         }
     }
 
-    /// Reads what is ours, and what it depends on.
+    /// Reads what is ours, and what it depends on. Pods are read only while the gate is not off.
     pub async fn observe(
         &mut self,
         desired: &Desired,
@@ -96,8 +107,86 @@ impl Dataplane {
             self.observe_bpf(desired, scope == Scope::Everything)
                 .await?;
         }
+        self.observe_pods(desired, scope).await?;
         self.looked = true;
         Ok(&self.seen)
+    }
+
+    async fn observe_pods(
+        &mut self,
+        desired: &Desired,
+        scope: Scope,
+    ) -> Result<(), DataplaneError> {
+        let Some(bpf) = &mut self.bpf else {
+            return Ok(());
+        };
+        let settings = desired.bpf.as_ref();
+        let gate_is_off = settings.is_none_or(|settings| settings.gate.is_off());
+        match own_subnet(desired) {
+            Some(own) if !gate_is_off => {
+                if scope >= Scope::Kernel || self.pods.is_stale() {
+                    self.pods.read(&self.net, own).await?;
+                }
+            }
+            _ => self.pods.rest(),
+        }
+        let mut hooks = Vec::new();
+        for (hook, ifindex) in bpf.pod_hooks() {
+            let filter = match bpf.attach_mode() {
+                AttachMode::Clsact => self.net.filter_program(hook, ifindex).await?,
+                AttachMode::Tcx => None,
+            };
+            hooks.push((hook, ifindex, filter));
+        }
+        let (pods, pod_hooks) = bpf.observe_pods(&hooks)?;
+        if let Some(state) = &mut self.seen.bpf {
+            state.pods = pods;
+            state.pod_hooks = pod_hooks;
+        }
+        Ok(())
+    }
+
+    /// What was last read.
+    pub const fn seen(&self) -> &Observed {
+        &self.seen
+    }
+
+    /// What the node knows of its pods; `None` while it was not read.
+    pub const fn pod_sources(&self) -> Option<&PodSources> {
+        self.pods.sources()
+    }
+
+    /// What a notification means for the pods.
+    pub fn pod_news(&mut self, change: &Change) -> PodNews {
+        self.pods.news(change)
+    }
+
+    /// Why the kernel does not take the programs of the flow gate, if it does not.
+    pub fn gate_obstacle(&self) -> Option<String> {
+        let obstacle = self.bpf.as_ref()?.gate_obstacle()?;
+        Some(format!("its programs cannot be loaded: {obstacle}"))
+    }
+
+    /// The flow gate's epoch that is in place, see [`Bpf::epoch`].
+    pub fn epoch(&self) -> Result<u32, DataplaneError> {
+        Ok(match &self.bpf {
+            Some(bpf) => bpf.epoch()?,
+            None => 0,
+        })
+    }
+
+    /// Takes pods away whose interface is gone, without a look.
+    pub fn drop_pods(&mut self, addresses: &[Ipv4Addr]) -> Result<(), DataplaneError> {
+        let Some(bpf) = &mut self.bpf else {
+            return Ok(());
+        };
+        for address in addresses {
+            bpf.del_pod(*address)?;
+            if let Some(state) = &mut self.seen.bpf {
+                state.pods.remove(address);
+            }
+        }
+        Ok(())
     }
 
     async fn observe_kernel(&mut self, desired: &Desired) -> Result<(), DataplaneError> {
@@ -135,6 +224,7 @@ impl Dataplane {
         for (hook, ifindex) in [
             (Hook::ToOverlay, tunnel),
             (Hook::FromWire, Some(settings.uplink)),
+            (Hook::FromOverlay, tunnel),
         ] {
             let Some(ifindex) = ifindex else { continue };
             let filter = match bpf.attach_mode() {
@@ -169,6 +259,12 @@ impl Dataplane {
                 let filter = net.filter_program(*hook, *ifindex).await?;
                 self.bpf_for(op)?.attach(*hook, *ifindex, filter)?;
             }
+            Op::Detach { hook, ifindex } => {
+                let filter = net.filter_program(*hook, *ifindex).await?;
+                self.bpf_for(op)?.detach(*hook, *ifindex, filter)?;
+            }
+            Op::PutPod { address, pod } => self.bpf_for(op)?.put_pod(*address, pod)?,
+            Op::DelPod { address } => self.bpf_for(op)?.del_pod(*address)?,
             Op::CreateDevice(tunnel) => net.create_device(tunnel).await?,
             Op::DeleteDevice { index, .. } => net.delete_device(*index).await?,
             Op::SetMtu { index, mtu } => net.set_mtu(*index, *mtu).await?,
@@ -213,4 +309,12 @@ impl Dataplane {
             .as_mut()
             .ok_or_else(|| DataplaneError::NoBpf(op.to_string()))
     }
+}
+
+/// This node's subnet.
+fn own_subnet(desired: &Desired) -> Option<Ipv4Net> {
+    desired.own.iter().find_map(|own| match own {
+        IpNet::V4(own) => Some(*own),
+        IpNet::V6(_) => None,
+    })
 }

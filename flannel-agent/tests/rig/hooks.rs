@@ -97,6 +97,18 @@ pub(crate) fn tcx(ns: &Netns, ifname: &str, side: TcAttachType) -> Vec<Program> 
         .collect()
 }
 
+/// The programs of an interface on one side, whether attached by tcx or by clsact.
+pub(crate) fn programs(ns: &Netns, ifname: &str, side: TcAttachType) -> Vec<Program> {
+    let kind = match side {
+        TcAttachType::Ingress => "clsact/ingress",
+        _ => "clsact/egress",
+    };
+    let mut found = tcx(ns, ifname, side);
+    let net = bpftool_json(ns, &["net"]).expect("bpftool net");
+    found.extend(clsact(&net[0]["tc"], ifname, kind));
+    found
+}
+
 fn clsact(filters: &Value, ifname: &str, kind: &str) -> Vec<Program> {
     list(filters)
         .iter()

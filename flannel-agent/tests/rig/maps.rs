@@ -84,6 +84,12 @@ impl Rig {
         }
     }
 
+    /// The map `config` as it is.
+    #[track_caller]
+    pub(crate) fn config_bytes(&self, node: usize) -> Vec<u8> {
+        self.map_values(node, "config").remove(0)
+    }
+
     #[track_caller]
     fn map_values(&self, node: usize, map: &str) -> Vec<Vec<u8>> {
         let dump = self.map_dump(node, map);

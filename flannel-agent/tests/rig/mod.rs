@@ -211,6 +211,12 @@ impl Rig {
             .subnet_env(node, "FLANNEL_MTU")
             .parse()
             .expect("FLANNEL_MTU");
+        self.add_pod_with_mtu(node, mtu)
+    }
+
+    /// Like [`Rig::add_pod`] with another MTU.
+    #[track_caller]
+    pub(crate) fn add_pod_with_mtu(&mut self, node: usize, mtu: u32) -> Pod {
         let subnet = self.node(node).subnet;
         let number = u32::try_from(self.pods.get(&node).map_or(0, Vec::len)).expect("few pods") + 2;
         let pod = self
@@ -353,7 +359,7 @@ impl Rig {
     /// Whether the node has all peers that it should, and no other; else what is missing.
     pub(crate) fn converged(&self, node: usize) -> Result<(), String> {
         let want = self.converged_kernel(node)?;
-        if self.instance(node).join("maps-v1").exists() {
+        if self.maps_dir(node).exists() {
             let peers = self.peers(node);
             let in_bpf: BTreeSet<String> = peers
                 .as_array()
@@ -399,7 +405,14 @@ impl Rig {
     /// Where a map of the node is pinned.
     #[track_caller]
     pub(crate) fn map_pin(&self, node: usize, map: &str) -> PathBuf {
-        self.instance(node).join("maps-v1").join(map)
+        self.maps_dir(node).join(map)
+    }
+
+    /// The directory of the maps' pins.
+    #[track_caller]
+    pub(crate) fn maps_dir(&self, node: usize) -> PathBuf {
+        let version = flannel_common::LAYOUT_VERSION;
+        self.instance(node).join(format!("maps-v{version}"))
     }
 
     /// All entries of a map as `bpftool` prints them.
@@ -416,14 +429,14 @@ impl Rig {
         bpftool_json(self.ns(node), &["map", "show", "pinned", &pin]).expect("show a map")
     }
 
-    /// Packets that eBPF has carried, from the maps through `bpftool`.
+    /// Packets that eBPF has carried, through the stack or around it, from the maps through `bpftool`.
     #[track_caller]
     pub(crate) fn counters(&self, node: usize) -> Counters {
         let dump = self.map_dump(node, "counters");
         let packets = |index: usize| per_cpu(&dump[index]);
         Counters {
-            encap: packets(0),
-            decap: packets(1),
+            encap: packets(0) + packets(2),
+            decap: packets(1) + packets(3),
         }
     }
 

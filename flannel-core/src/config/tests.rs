@@ -43,6 +43,7 @@ fn the_usual_config() {
                 learning: false,
                 direct_routing: false,
             },
+            fast_path: None,
         },
         warnings: vec![],
     };
@@ -246,6 +247,14 @@ fn backend_errors_name_the_value_and_the_fix() {
         (
             r#""vxlan","MTU":65586"#,
             "Backend.MTU is 65586: use a value between 0 and 65585",
+        ),
+        (
+            r#""vxlan","BpfFastPath":"fast""#,
+            "Backend.BpfFastPath is \"fast\": use one of the strings \"auto\", \"off\", \"established\" and \"syn\"",
+        ),
+        (
+            r#""vxlan","BpfFastPath":true"#,
+            "Backend.BpfFastPath is a boolean (true): write one of the strings \"auto\", \"off\", \"established\" and \"syn\"",
         ),
         (
             r#""vxlan","GBP":1"#,
@@ -488,5 +497,20 @@ proptest! {
                 prop_assert_eq!(mtu.get() + OVERHEAD_V4, link);
             }
         }
+    }
+}
+
+#[test]
+fn the_fast_path_is_a_key_of_the_backend() {
+    let wanted = |key: &str| {
+        let json = format!(r#"{{"Network":"10.5.0.0/16","Backend":{{"Type":"vxlan"{key}}}}}"#);
+        parse(&json).backend.fast_path
+    };
+    assert_eq!(wanted(""), None);
+    for choice in Choice::ALL {
+        assert_eq!(
+            wanted(&format!(r#","BpfFastPath":"{choice}""#)),
+            Some(choice)
+        );
     }
 }

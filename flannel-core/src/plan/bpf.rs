@@ -15,37 +15,12 @@ use flannel_common::{
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
-use super::{BpfState, Desired, Device, Observed, Op, Peer, Plan};
+use super::{BpfState, Desired, Device, Gate, GateMode, Hook, Observed, Op, Peer, Plan, pods};
 use crate::addr::{IfIndex, VtepMac};
 
-/// Where a program is attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Hook {
-    /// Egress of the tunnel device.
-    ToOverlay,
-    /// Ingress of the uplink.
-    FromWire,
-}
-
-impl Hook {
-    /// Every hook.
-    pub const ALL: [Self; 2] = [Self::ToOverlay, Self::FromWire];
-
-    /// Name of the program, and of the pinned link.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::ToOverlay => "to_overlay",
-            Self::FromWire => "from_wire",
-        }
-    }
-}
-
-impl fmt::Display for Hook {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
+/// [`Config::own_index`] while this node has no subnet.
+const NO_SUBNET: u32 = u32::MAX;
+const NANOS_PER_MILLI: u64 = 1_000_000;
 
 /// What the programs need to know about this node, apart from the tunnel device (whose index, MTU and MAC are observed).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,9 +49,26 @@ pub struct Settings {
     pub alone: bool,
     /// Super-packets may be decapsulated.
     pub decap_gso: bool,
+    /// How the flow gate stands.
+    #[serde(default, skip_serializing_if = "Gate::is_unset")]
+    pub gate: Gate,
+    /// Slots of the map `ring` for one CPU, as a power of two.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub ring_shift: u32,
+    /// Index of this node's own subnet in `subnets`. Filled in by the planner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own_index: Option<u32>,
     /// The tunnel device as the programs know it: index, MTU in bytes, MAC. Filled in by the planner.
     #[serde(default)]
     pub tunnel: Option<(IfIndex, u32, VtepMac)>,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 impl Settings {
@@ -115,6 +107,11 @@ impl Settings {
             own_mac,
             source_port_min: self.source_port_min,
             source_port_span: self.source_port_span,
+            mode: self.gate.mode.raw(),
+            epoch: self.gate.epoch,
+            own_index: self.own_index.unwrap_or(NO_SUBNET),
+            ring_shift: self.ring_shift,
+            lease: u64::from(self.gate.lease_ms) * NANOS_PER_MILLI,
         }
     }
 
@@ -138,6 +135,13 @@ impl Settings {
             decap_flags: config.decap_flags,
             alone: config.flags & config_flags::ALONE != 0,
             decap_gso: config.flags & config_flags::DECAP_GSO != 0,
+            gate: Gate {
+                mode: GateMode::from_raw(config.mode)?,
+                epoch: config.epoch,
+                lease_ms: u32::try_from(config.lease / NANOS_PER_MILLI).ok()?,
+            },
+            ring_shift: config.ring_shift,
+            own_index: Some(config.own_index).filter(|index| *index != NO_SUBNET),
             tunnel: IfIndex::try_from(config.tunnel_ifindex)
                 .ok()
                 .map(|index| (index, config.tunnel_mtu, VtepMac::from(config.own_mac))),
@@ -253,6 +257,8 @@ pub(super) struct Input<'a> {
     pub have: &'a BpfState,
     pub device: &'a Device,
     pub peers: Option<&'a BTreeMap<IpNet, Peer>>,
+    /// The settings as they will be when the first of this pass's ops are done.
+    pub settings: Option<&'a Settings>,
 }
 
 pub(super) fn plan(input: &Input<'_>, plan: &mut Plan, deletes: &mut Vec<Op>) {
@@ -263,15 +269,18 @@ pub(super) fn plan(input: &Input<'_>, plan: &mut Plan, deletes: &mut Vec<Op>) {
     }
     let settings = Settings {
         tunnel: Some((input.device.index, input.device.mtu, own_mac)),
+        own_index: own_index(input.desired, input.want),
         ..input.want.clone()
     };
-    if input.have.settings.as_ref() != Some(&settings) {
+    if input.settings != Some(&settings) {
         plan.ops.push(Op::PutSettings(settings));
     }
-    for (hook, ifindex) in [
-        (Hook::ToOverlay, input.device.index),
-        (Hook::FromWire, input.want.uplink),
-    ] {
+    let from_overlay = (!input.want.gate.is_off()).then_some(Hook::FromOverlay);
+    for hook in Hook::BASE.into_iter().chain(from_overlay) {
+        let ifindex = match hook {
+            Hook::FromWire => input.want.uplink,
+            _ => input.device.index,
+        };
         let there = input.have.attached.get(&hook);
         let there = there.filter(|attached| attached.ifindex == ifindex);
         // A predecessor's program may run on maps of its own (another layout, another size), which know the peers while
@@ -281,6 +290,21 @@ pub(super) fn plan(input: &Input<'_>, plan: &mut Plan, deletes: &mut Vec<Op>) {
             plan.ops.push(Op::Attach { hook, ifindex });
         }
     }
+    if from_overlay.is_none()
+        && let Some(there) = input.have.attached.get(&Hook::FromOverlay)
+    {
+        deletes.push(Op::Detach {
+            hook: Hook::FromOverlay,
+            ifindex: there.ifindex,
+        });
+    }
+    pods::admit(input.desired, &input.want.gate, input.have, plan);
+}
+
+/// The entry of `subnets` that stands for this node's own subnet.
+fn own_index(desired: &Desired, want: &Settings) -> Option<u32> {
+    let mut own = desired.own.iter().filter_map(|own| indexes(want, own));
+    own.next().map(|range| range.start)
 }
 
 /// A node that changes gets a new entry, and its subnet is then pointed at that: array entries are not written atomically, an

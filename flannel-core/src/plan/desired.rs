@@ -13,6 +13,7 @@ use super::Settings;
 use crate::{
     addr::{IfIndex, Mtu, Vni, VtepMac},
     lease::{LeaseAttrs, SubnetKey},
+    pods::Pod,
 };
 
 /// Everything that this node should have.
@@ -26,6 +27,9 @@ pub struct Desired {
     pub peers: Option<BTreeMap<IpNet, Peer>>,
     /// The eBPF half; `None` when the kernel's device does all the work.
     pub bpf: Option<Settings>,
+    /// The pods of this node to which packets may be handed directly; `None` until they were read. Of no matter while the gate is off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pods: Option<BTreeMap<Ipv4Addr, Pod>>,
 }
 
 /// The tunnel device.

@@ -3,19 +3,23 @@
 //! [`plan`] is a pure function of two different types, [`Desired`] and [`Observed`]. Its contracts, each a test:
 //! it *converges* (applying the ops brings the node closer, and a node as desired yields none), it is *minimal*, it leaves *no
 //! gap* (puts come before deletes, a subnet that moves is overwritten), it names *only our own* objects, and it never
-//! deletes on *half a list* ([`Desired::peers`] is `None` until the lease store has listed everything once).
+//! deletes on *half a list* ([`Desired::peers`] is `None` until the lease store has listed everything once, [`Desired::pods`] until
+//! the kernel has).
 //!
 //! It must never do I/O, read a clock, or depend on the order of a hash map.
 
 mod bpf;
 mod desired;
+mod gate;
 mod kernel;
 mod observed;
 mod op;
+mod pods;
 
-pub use bpf::{Hook, Node, Settings};
+pub use bpf::{Node, Settings};
 pub(crate) use desired::overlap;
 pub use desired::{Desired, DeviceKind, Peer, PeerProblem, Tunnel, peers_of};
+pub use gate::{Gate, GateMode, Hook};
 pub use observed::{Attachment, BpfState, Device, NextHop, Observed, ObservedKind, Route};
 pub use op::Op;
 
@@ -37,18 +41,37 @@ pub struct Plan {
 /// observation, does the rest. The caller repeats until the ops are empty.
 pub fn plan(desired: &Desired, observed: &Observed) -> Plan {
     let mut plan = Plan::default();
-    let Some(device) = kernel::plan_device(desired, observed, &mut plan) else {
-        return plan;
-    };
+    let mut deletes = Vec::new();
+    let settings = pods::retire(desired, observed, &mut plan, &mut deletes);
+    if let Some(device) = kernel::plan_device(desired, observed, &mut plan) {
+        plan_overlay(
+            desired,
+            observed,
+            device,
+            settings.as_ref(),
+            &mut plan,
+            &mut deletes,
+        );
+    }
+    plan.ops.append(&mut deletes);
+    plan
+}
+
+/// Plans what hangs on a device that is fit for it.
+fn plan_overlay(
+    desired: &Desired,
+    observed: &Observed,
+    device: &Device,
+    settings: Option<&Settings>,
+    plan: &mut Plan,
+    deletes: &mut Vec<Op>,
+) {
     let peers = desired
         .peers
         .as_ref()
         .map(|peers| desired::usable(desired, peers, &mut plan.problems));
-    let mut deletes = Vec::new();
     match &peers {
-        Some(peers) => {
-            kernel::plan_peers(desired, observed, device, peers, &mut plan, &mut deletes);
-        }
+        Some(peers) => kernel::plan_peers(desired, observed, device, peers, plan, deletes),
         None => kernel::restore_neighbours(desired, device, &mut plan.ops),
     }
     if let (Some(want), Some(have)) = (&desired.bpf, &observed.bpf) {
@@ -60,11 +83,10 @@ pub fn plan(desired: &Desired, observed: &Observed) -> Plan {
                 have,
                 device,
                 peers: peers.as_ref(),
+                settings,
             },
-            &mut plan,
-            &mut deletes,
+            plan,
+            deletes,
         );
     }
-    plan.ops.append(&mut deletes);
-    plan
 }

@@ -10,7 +10,10 @@ use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
 use super::{Hook, Node, Settings};
-use crate::addr::{IfIndex, VtepMac};
+use crate::{
+    addr::{IfIndex, VtepMac},
+    pods::Pod,
+};
 
 /// A dump of the kernel objects that the planner decides about.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,9 +143,15 @@ pub struct BpfState {
     pub nodes: BTreeMap<NodeId, Option<Node>>,
     /// Entries that `nodes` has room for, entry 0 included.
     pub node_capacity: u32,
-    /// Attached programs.
+    /// Attached programs, but for those on pod veths.
     #[serde(default)]
     pub attached: BTreeMap<Hook, Attachment>,
+    /// Entries of `pods`; `None` for one that does not decode.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub pods: BTreeMap<Ipv4Addr, Option<Pod>>,
+    /// What is ours on pod veths, present or gone, and whether it is attached and current, see [`Attachment::current`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub pod_hooks: BTreeMap<IfIndex, BTreeMap<Hook, bool>>,
 }
 
 /// A program of ours on a hook.

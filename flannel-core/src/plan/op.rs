@@ -1,13 +1,19 @@
 //! One change to the kernel.
 
-use std::{fmt, net::IpAddr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use flannel_common::NodeId;
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
 use super::{Hook, Node, Settings, Tunnel};
-use crate::addr::{IfIndex, Mtu, VtepMac};
+use crate::{
+    addr::{IfIndex, Mtu, VtepMac},
+    pods::Pod,
+};
 
 /// One change. Applying it twice is success.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,6 +127,25 @@ pub enum Op {
         /// Where.
         ifindex: IfIndex,
     },
+    /// Detach a program of ours, wherever its interface may be by now.
+    Detach {
+        /// Which.
+        hook: Hook,
+        /// Where.
+        ifindex: IfIndex,
+    },
+    /// Write an entry of `pods`.
+    PutPod {
+        /// The pod's address.
+        address: Ipv4Addr,
+        /// Content.
+        pod: Pod,
+    },
+    /// Remove an entry of `pods`.
+    DelPod {
+        /// The address that no pod has, or another one.
+        address: Ipv4Addr,
+    },
     /// Point a subnet at no node.
     ClearSubnet {
         /// Index of the subnet.
@@ -134,6 +159,15 @@ pub enum Op {
 }
 
 impl Op {
+    /// Whether it concerns pods of this node alone: nothing else depends on it.
+    pub const fn is_about_pods(&self) -> bool {
+        match self {
+            Self::PutPod { .. } | Self::DelPod { .. } => true,
+            Self::Attach { hook, .. } | Self::Detach { hook, .. } => hook.is_per_pod(),
+            _ => false,
+        }
+    }
+
     /// A short name for counting.
     pub const fn verb(&self) -> &'static str {
         match self {
@@ -154,6 +188,9 @@ impl Op {
             Self::PutSubnet { .. } => "put_subnet",
             Self::PutSettings(_) => "put_settings",
             Self::Attach { .. } => "attach",
+            Self::Detach { .. } => "detach",
+            Self::PutPod { .. } => "put_pod",
+            Self::DelPod { .. } => "del_pod",
             Self::ClearSubnet { .. } => "clear_subnet",
             Self::ClearNode { .. } => "clear_node",
         }
@@ -199,6 +236,11 @@ impl fmt::Display for Op {
             Self::Attach { hook, ifindex } => {
                 write!(f, "attach {hook} to interface {}", ifindex.get())
             }
+            Self::Detach { hook, ifindex } => {
+                write!(f, "detach {hook} from interface {}", ifindex.get())
+            }
+            Self::PutPod { address, pod } => write!(f, "write pod {address}: {pod}"),
+            Self::DelPod { address } => write!(f, "delete pod {address}"),
             Self::ClearSubnet { index } => write!(f, "point subnet {index} at no node"),
             Self::ClearNode { id } => write!(f, "clear node {id}"),
         }

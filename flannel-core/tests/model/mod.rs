@@ -8,6 +8,7 @@ use flannel_core::{
         Attachment, BpfState, Desired, Device, DeviceKind, Node, Observed, ObservedKind, Op, Route,
         Settings,
     },
+    pods::Pod,
 };
 
 use crate::situations::SUBNET_COUNT;
@@ -134,11 +135,41 @@ pub(crate) fn apply(kernel: &mut Observed, op: &Op, want: &Desired) {
             bpf(kernel).settings = Settings::decode(&settings.encode(), uplink);
         }
         Op::Attach { hook, ifindex } => {
-            let attachment = Attachment {
-                ifindex: *ifindex,
-                current: true,
-            };
-            bpf(kernel).attached.insert(*hook, attachment);
+            let bpf = bpf(kernel);
+            if hook.is_per_pod() {
+                let hooks = bpf.pod_hooks.entry(*ifindex).or_default();
+                hooks.insert(*hook, true);
+            } else {
+                let attachment = Attachment {
+                    ifindex: *ifindex,
+                    current: true,
+                };
+                bpf.attached.insert(*hook, attachment);
+            }
+        }
+        Op::Detach { hook, ifindex } => {
+            let bpf = bpf(kernel);
+            if let Some(hooks) = bpf.pod_hooks.get_mut(ifindex) {
+                hooks.remove(hook);
+                if hooks.is_empty() {
+                    bpf.pod_hooks.remove(ifindex);
+                }
+            }
+            if bpf
+                .attached
+                .get(hook)
+                .is_some_and(|there| there.ifindex == *ifindex)
+            {
+                bpf.attached.remove(hook);
+            }
+        }
+        Op::PutPod { address, pod } => {
+            bpf(kernel)
+                .pods
+                .insert(*address, Pod::decode(&pod.encode()));
+        }
+        Op::DelPod { address } => {
+            bpf(kernel).pods.remove(address);
         }
     }
 }

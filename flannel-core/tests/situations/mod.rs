@@ -6,13 +6,15 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
+use crate::{PASSES, model::apply};
 use flannel_core::{
     addr::{IfIndex, Mtu, Vni, VtepMac},
     mark,
     plan::{
-        Attachment, BpfState, Desired, Device, DeviceKind, Hook, NextHop, Node, Observed,
-        ObservedKind, Peer, Route, Settings, Tunnel,
+        Attachment, BpfState, Desired, Device, DeviceKind, Gate, GateMode, Hook, NextHop, Node,
+        Observed, ObservedKind, Peer, Route, Settings, Tunnel, plan,
     },
+    pods::Pod,
 };
 use ipnet::{IpNet, Ipv4Net};
 use proptest::{collection, option, prelude::*, sample::select, strategy::Union};
@@ -148,22 +150,55 @@ fn settings() -> impl Strategy<Value = Settings> {
         1u32..3,
         any::<bool>(),
         any::<bool>(),
+        gate(),
     )
-        .prop_map(|(uplink, local, port, vni, alone, decap_gso)| Settings {
-            network: network(),
-            subnet_len: 24,
-            vni,
-            port,
-            local,
-            uplink,
-            source_port_min: 32_768,
-            source_port_span: 28_231,
-            encap_flags: 0x0e00_0073,
-            decap_flags: 0x21,
-            alone,
-            decap_gso,
-            tunnel: None,
-        })
+        .prop_map(
+            |(uplink, local, port, vni, alone, decap_gso, gate)| Settings {
+                network: network(),
+                subnet_len: 24,
+                vni,
+                port,
+                local,
+                uplink,
+                source_port_min: 32_768,
+                source_port_span: 28_231,
+                encap_flags: 0x0e00_0073,
+                decap_flags: 0x21,
+                alone,
+                decap_gso,
+                gate,
+                ring_shift: 8,
+                own_index: None,
+                tunnel: None,
+            },
+        )
+}
+
+fn gate() -> impl Strategy<Value = Gate> {
+    let mode = select(vec![GateMode::Off, GateMode::Established, GateMode::Syn]);
+    (mode, 0u32..3).prop_map(|(mode, epoch)| Gate {
+        mode,
+        epoch,
+        lease_ms: 5_000,
+    })
+}
+
+fn veth() -> impl Strategy<Value = IfIndex> {
+    (20u32..24).prop_map(|index| IfIndex::try_from(index).unwrap())
+}
+
+fn pod() -> impl Strategy<Value = (Ipv4Addr, Pod)> {
+    let address = (2u8..6).prop_map(|host| Ipv4Addr::new(10, 5, 1, host));
+    (address, veth(), 1u32..3, mac()).prop_map(|(address, ifindex, generation, mac)| {
+        let pod = Pod {
+            ifindex,
+            generation,
+            mtu: 1450,
+            mac,
+            gateway_mac: VtepMac::new([2, 0, 0, 0, 5, 1]),
+        };
+        (address, pod)
+    })
 }
 
 fn desired() -> impl Strategy<Value = Desired> {
@@ -186,8 +221,9 @@ fn desired() -> impl Strategy<Value = Desired> {
         tunnel,
         option::weighted(0.9, peers()),
         option::weighted(0.8, settings()),
+        option::weighted(0.9, collection::vec(pod(), 0..5)),
     )
-        .prop_map(|(tunnel, peers, bpf)| {
+        .prop_map(|(tunnel, peers, bpf, pods)| {
             let own = tunnel
                 .address
                 .map(|address| IpNet::V4(Ipv4Net::new(address.addr(), 24).unwrap()));
@@ -196,6 +232,7 @@ fn desired() -> impl Strategy<Value = Desired> {
                 own: own.into_iter().collect(),
                 peers,
                 bpf,
+                pods: pods.map(|pods| pods.into_iter().collect()),
             }
         })
 }
@@ -220,8 +257,14 @@ fn successor(before: Desired) -> impl Strategy<Value = Desired> {
                 }
             }
         }
+        let mut bpf = before.bpf.clone();
+        if let (Some(bpf), Some(other)) = (&mut bpf, other.bpf) {
+            bpf.gate = other.gate;
+        }
         Desired {
             peers,
+            bpf,
+            pods: other.pods,
             ..before.clone()
         }
     })
@@ -238,13 +281,13 @@ fn was(before: Desired, capacity: u32) -> impl Strategy<Value = Observed> {
         if foreign {
             kernel.device = None;
         }
-        for _ in 0..super::PASSES + 2 {
-            let planned = super::plan(&before, &kernel);
+        for _ in 0..PASSES + 2 {
+            let planned = plan(&before, &kernel);
             if planned.ops.is_empty() {
                 break;
             }
             for op in &planned.ops {
-                super::apply(&mut kernel, op, &before);
+                apply(&mut kernel, op, &before);
             }
         }
         match (broken, &mut kernel.device, &mut kernel.bpf) {
@@ -256,7 +299,10 @@ fn was(before: Desired, capacity: u32) -> impl Strategy<Value = Observed> {
             (1, Some(device), _) => device.mac = VtepMac::new([0x66, 0, 0, 0, 0, 1]),
             (2, Some(device), _) => device.mtu = 1500,
             (3, _, Some(bpf)) => bpf.subnets.clear(),
-            (4, _, Some(bpf)) => bpf.attached.clear(),
+            (4, _, Some(bpf)) => {
+                bpf.attached.clear();
+                bpf.pod_hooks.clear();
+            }
             (5, _, Some(bpf)) => bpf.nodes.values_mut().take(1).for_each(|node| *node = None),
             (6, ..) => kernel.underlay = garbage.underlay.into_iter().take(1).collect(),
             _ => {}
@@ -410,7 +456,10 @@ fn bpf_state(uplink: IfIndex, capacity: u32) -> impl Strategy<Value = BpfState> 
     )
         .prop_map(
             |((remote, local, peer_mac, own_mac, vni), port, ifindex, hop, path_mtu)| Node {
-                remote: super::ipv4(remote),
+                remote: match remote {
+                    IpAddr::V4(remote) => remote,
+                    IpAddr::V6(_) => Ipv4Addr::UNSPECIFIED,
+                },
                 local,
                 peer_mac,
                 own_mac,
@@ -430,18 +479,39 @@ fn bpf_state(uplink: IfIndex, capacity: u32) -> impl Strategy<Value = BpfState> 
         option::of((settings(), tunnel)),
         collection::btree_map(0..SUBNET_COUNT, 1..top.max(2), 0..10),
         collection::btree_map(1..top.max(2), option::weighted(0.8, node), 0..10),
-        collection::btree_map(select(Hook::ALL.to_vec()), attachment, 0..=2),
+        collection::btree_map(
+            select(vec![Hook::ToOverlay, Hook::FromWire, Hook::FromOverlay]),
+            attachment,
+            0..=3,
+        ),
+        (
+            option::of(0..SUBNET_COUNT),
+            collection::vec((pod(), any_bool(6)), 0..5),
+            collection::btree_map(veth(), pod_hooks(), 0..4),
+        ),
     )
-        .prop_map(move |(settings, subnets, nodes, attached)| BpfState {
-            // Reading them back cannot tell the uplink.
-            settings: settings.map(|(settings, tunnel)| Settings {
-                uplink,
-                tunnel,
-                ..settings
-            }),
-            subnets,
-            nodes,
-            node_capacity: capacity,
-            attached,
-        })
+        .prop_map(
+            move |(settings, subnets, nodes, attached, (own_index, pods, pod_hooks))| BpfState {
+                // Reading them back cannot tell the uplink.
+                settings: settings.map(|(settings, tunnel)| Settings {
+                    uplink,
+                    tunnel,
+                    own_index,
+                    ..settings
+                }),
+                subnets,
+                nodes,
+                node_capacity: capacity,
+                attached,
+                pods: pods
+                    .into_iter()
+                    .map(|((address, pod), unreadable)| (address, (!unreadable).then_some(pod)))
+                    .collect(),
+                pod_hooks,
+            },
+        )
+}
+
+fn pod_hooks() -> impl Strategy<Value = BTreeMap<Hook, bool>> {
+    collection::btree_map(select(Hook::POD.to_vec()), any::<bool>(), 1..=2)
 }

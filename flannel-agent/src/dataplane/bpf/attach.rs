@@ -15,7 +15,7 @@ use flannel_core::{
     plan::{Attachment, Hook},
 };
 
-use super::{Bpf, BpfError, error::errno, pins::pin_error, program};
+use super::{Bpf, BpfError, error::errno, link, pins::pin_error, program};
 
 /// How programs are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,17 +61,40 @@ impl Bpf {
         self.pin_maps()?;
         match self.attach {
             AttachMode::Tcx => {
-                self.attach_tcx(hook, &interface)?;
+                self.attach_tcx(hook, ifindex, &interface)?;
                 if filter.is_some() {
                     delete_filter(hook, ifindex)?;
                 }
             }
             AttachMode::Clsact => {
                 self.attach_clsact(hook, ifindex, &interface)?;
-                remove_pin(&self.instance.link(hook))?;
+                remove_pin(&self.instance.link(hook, ifindex))?;
+                if hook.is_per_pod() {
+                    self.instance.note_filter(hook, ifindex)?;
+                }
             }
         }
         self.instance.remove_old_maps();
+        Ok(())
+    }
+
+    /// Detaches what of ours is at a hook of an interface, which may be gone by now. The qdisc stays: a pod's veth takes it along, and
+    /// to take it away under traffic costs packets (`qdisc_graft`).
+    ///
+    /// `filter` is the program that our clsact filter runs there, which only netlink knows.
+    pub fn detach(
+        &mut self,
+        hook: Hook,
+        ifindex: IfIndex,
+        filter: Option<u32>,
+    ) -> Result<(), BpfError> {
+        if filter.is_some() {
+            delete_filter(hook, ifindex)?;
+        }
+        remove_pin(&self.instance.link(hook, ifindex))?;
+        if hook.is_per_pod() && name_of(ifindex).is_err() {
+            self.instance.forget_qdisc(ifindex)?;
+        }
         Ok(())
     }
 
@@ -83,35 +106,35 @@ impl Bpf {
         hook: Hook,
         ifindex: IfIndex,
         filter: Option<u32>,
-    ) -> Result<Option<Attachment>, BpfError> {
-        let Ok(interface) = name_of(ifindex) else {
-            return Ok(None);
-        };
-        let own = self.program_id(hook)?;
+    ) -> Option<Attachment> {
+        if name_of(ifindex).is_err() {
+            return None;
+        }
+        // One that this kernel would not load is nowhere.
+        let own = self.program_id(hook).unwrap_or(0);
         let current = match self.attach {
             AttachMode::Tcx => {
-                let pinned = pinned_program(&self.instance.link(hook));
-                let Ok((_, programs)) = SchedClassifier::query_tcx(&interface, side(hook)) else {
-                    return Ok(None);
-                };
-                let ids: Vec<u32> = programs
-                    .iter()
-                    .map(aya::programs::ProgramInfo::id)
-                    .collect();
                 // Without its pin a link would end with this process.
-                match pinned {
-                    Some(id) if ids.contains(&id) => id == own,
-                    _ => return Ok(None),
+                let link = link::pinned(&self.instance.link(hook, ifindex))?;
+                match link.ifindex {
+                    Some(at) if at == ifindex => link.program == own,
+                    // A link that holds nothing, and a pin that would stay when the gate is shut.
+                    _ if hook == Hook::FromOverlay => false,
+                    _ => return None,
                 }
             }
             AttachMode::Clsact => match filter {
                 Some(id) => id == own,
-                None => return Ok(None),
+                None => return None,
             },
         };
         // Without the pins of its maps nobody could adopt them: neither `status` nor the next agent.
-        let current = current && self.pins.iter().all(|(path, _)| path.exists());
-        Ok(Some(Attachment { ifindex, current }))
+        let current = current && self.maps_are_pinned();
+        Some(Attachment { ifindex, current })
+    }
+
+    pub(super) fn maps_are_pinned(&self) -> bool {
+        self.pins.iter().all(|(path, _)| path.exists())
     }
 
     /// Pins the maps that are not pinned.
@@ -126,15 +149,20 @@ impl Bpf {
         Ok(())
     }
 
-    fn program_id(&mut self, hook: Hook) -> Result<u32, BpfError> {
+    pub(super) fn program_id(&mut self, hook: Hook) -> Result<u32, BpfError> {
         let info = program(&mut self.ebpf, hook.as_str())?
             .info()
             .map_err(|source| BpfError::program("look up", hook.as_str(), source))?;
         Ok(info.id())
     }
 
-    fn attach_tcx(&mut self, hook: Hook, interface: &str) -> Result<(), BpfError> {
-        let pin = self.instance.link(hook);
+    fn attach_tcx(
+        &mut self,
+        hook: Hook,
+        ifindex: IfIndex,
+        interface: &str,
+    ) -> Result<(), BpfError> {
+        let pin = self.instance.link(hook, ifindex);
         let own = self.program_id(hook)?;
         if let Ok(old) = PinnedLink::from_pin(&pin) {
             let link: Result<SchedClassifierLink, _> = FdLink::from(old).try_into();
@@ -159,7 +187,7 @@ impl Bpf {
             .attach_with_options(
                 interface,
                 side(hook),
-                TcAttachOptions::TcxOrder(LinkOrder::default()),
+                TcAttachOptions::TcxOrder(order(hook)),
             )
             .map_err(|source| BpfError::program("attach", hook.as_str(), source))?;
         let link = program
@@ -188,7 +216,9 @@ impl Bpf {
         };
         match tc::qdisc_add_clsact(interface) {
             // The tunnel device takes its qdisc along.
-            Ok(()) if hook == Hook::FromWire => self.instance.note_qdisc(ifindex)?,
+            Ok(()) if hook == Hook::FromWire || hook.is_per_pod() => {
+                self.instance.note_qdisc(ifindex)?;
+            }
             Ok(()) => {}
             // EEXIST: somebody's clsact is as good as ours.
             Err(error)
@@ -224,9 +254,23 @@ impl Bpf {
     }
 }
 
-/// Removes a pinned link, and with it what it holds attached.
+/// Where a program goes among those of others. What looks at packets before the stack must see all of them: one that somebody before it
+/// has taken would go unnoticed.
+const fn order(hook: Hook) -> LinkOrder {
+    match hook {
+        Hook::FromPod | Hook::FromOverlay => LinkOrder::first(),
+        Hook::ToOverlay | Hook::FromWire | Hook::ToPod => LinkOrder::last(),
+    }
+}
+
+/// Removes a pinned link, and with it what it holds attached, or the note of a filter.
 fn remove_pin(pin: &Path) -> Result<(), BpfError> {
-    match fs::remove_file(pin) {
+    let removed = if pin.is_dir() {
+        fs::remove_dir(pin)
+    } else {
+        fs::remove_file(pin)
+    };
+    match removed {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(pin_error("remove", pin, error))
         }
@@ -255,28 +299,21 @@ pub fn delete_filter(hook: Hook, ifindex: IfIndex) -> Result<(), BpfError> {
 
 /// Which side of the interface a hook is on.
 pub(super) const fn side(hook: Hook) -> TcAttachType {
-    match hook {
-        Hook::ToOverlay => TcAttachType::Egress,
-        Hook::FromWire => TcAttachType::Ingress,
+    if hook.is_ingress() {
+        TcAttachType::Ingress
+    } else {
+        TcAttachType::Egress
     }
 }
 
 /// Whether the link pinned there holds its program at this interface.
-pub(super) fn is_attached(pin: &Path, hook: Hook, ifindex: IfIndex) -> bool {
-    match (pinned_program(pin), name_of(ifindex)) {
-        (Some(id), Ok(interface)) => attached_to(&interface, hook, id),
-        _ => false,
-    }
+pub(super) fn is_attached(pin: &Path, ifindex: IfIndex) -> bool {
+    link::pinned(pin).is_some_and(|link| link.ifindex == Some(ifindex))
 }
 
 fn attached_to(interface: &str, hook: Hook, id: u32) -> bool {
     SchedClassifier::query_tcx(interface, side(hook))
         .is_ok_and(|(_, programs)| programs.iter().any(|program| program.id() == id))
-}
-
-fn pinned_program(pin: &Path) -> Option<u32> {
-    let link: FdLink = PinnedLink::from_pin(pin).ok()?.into();
-    Some(link.info().ok()?.program_id())
 }
 
 /// The name of an interface, if there is one of that index.

@@ -1,6 +1,6 @@
 //! What can go wrong with eBPF, in words.
 
-use std::{error::Error as StdError, io, path::PathBuf};
+use std::{error::Error as StdError, io, net::Ipv4Addr, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 use thiserror::Error;
@@ -46,6 +46,17 @@ pub enum BpfError {
         map: String,
         /// Which entry.
         index: u32,
+        /// Why not.
+        #[source]
+        source: Box<MapError>,
+    },
+    /// An entry of the map of pods.
+    #[error("{verb} entry {address} of map pods")]
+    Pod {
+        /// What was attempted.
+        verb: &'static str,
+        /// The pod's address.
+        address: Ipv4Addr,
         /// Why not.
         #[source]
         source: Box<MapError>,
@@ -107,6 +118,14 @@ impl BpfError {
         Self::Write {
             map: map.to_owned(),
             index,
+            source: Box::new(source),
+        }
+    }
+
+    pub(super) fn pod(verb: &'static str, address: Ipv4Addr, source: MapError) -> Self {
+        Self::Pod {
+            verb,
+            address,
             source: Box::new(source),
         }
     }

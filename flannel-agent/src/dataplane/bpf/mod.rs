@@ -3,7 +3,9 @@
 
 mod attach;
 mod error;
+mod link;
 mod pins;
+mod pods;
 mod probe;
 
 use std::{
@@ -13,22 +15,34 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, MapData},
+    maps::{Array, HashMap, MapData},
     programs::SchedClassifier,
 };
-use flannel_common::{Config, NodeId, NodeRecord};
+use flannel_common::{
+    Config, LAYOUT_VERSION, NodeId, NodeRecord, PodRecord,
+    flow::{self, Flow, LastSighting, Sighting},
+};
 use flannel_core::{
     addr::IfIndex,
     plan::{BpfState, Hook, Node, Settings},
 };
 
+use crate::telemetry::chain;
+
 pub use attach::{AttachMode, delete_filter, interface_name};
 pub use error::BpfError;
 pub use pins::{Instance, Totals, ensure_bpffs, mounted};
+use pods::PodMap;
+pub use pods::PodState;
 pub use probe::{Room, room};
 
 /// The object that `cargo xtask build-ebpf` made. Public for the tests that run its programs on packets of their own.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FLANNEL_EBPF_OBJECT"));
+
+/// Entries of the map `pods`: more than a node has pods.
+const POD_ENTRIES: u32 = 4096;
+/// Entries of the map `nattuples`.
+const NAT_ENTRIES: u32 = 1 << 14;
 
 /// How to load.
 #[derive(Clone, Debug)]
@@ -39,6 +53,8 @@ pub struct LoadOptions {
     pub subnet_count: u32,
     /// tcx or clsact.
     pub attach: AttachMode,
+    /// Flows that the map `flows` has room for.
+    pub flow_entries: u32,
 }
 
 /// The loaded programs and their maps.
@@ -50,6 +66,11 @@ pub struct Bpf {
     config: Array<MapData, Config>,
     subnets: Array<MapData, NodeId>,
     nodes: Array<MapData, NodeRecord>,
+    pods: PodMap,
+    /// Slots of `ring` for one CPU, as a power of two.
+    ring_shift: u32,
+    /// Why the flow gate cannot be used, if it cannot.
+    gate_obstacle: Option<String>,
     /// Every map by its pin, to pin it again when somebody has removed that.
     pins: Vec<(PathBuf, MapData)>,
     subnet_count: u32,
@@ -96,7 +117,11 @@ impl Bpf {
             instance,
             subnet_count,
             attach,
+            flow_entries,
         } = options;
+        let cpus = aya::util::nr_cpus().map_or(1, |cpus| cpus as u32);
+        let ring_shift = flow::ring_shift(cpus);
+        let ring_entries = cpus << ring_shift;
         // Every subnet can have a node, and one that changes is written beside the old one first.
         let node_capacity = subnet_count
             .saturating_mul(2)
@@ -116,21 +141,40 @@ impl Bpf {
                 size_of::<u64>(),
                 flannel_common::counter::REASON_ENTRIES,
             ),
+            ("pods", size_of::<PodRecord>(), POD_ENTRIES),
+            ("flows", size_of::<Flow>(), *flow_entries),
+            ("nattuples", size_of::<u32>(), NAT_ENTRIES),
+            ("ring", size_of::<Sighting>(), ring_entries),
+            ("last", size_of::<LastSighting>(), 1),
         ])?;
+        let helpers = probe::helpers();
         let mut loader = EbpfLoader::new();
         for (name, path) in &maps {
             loader.map_pin_path(name, path.clone());
         }
         loader
             .map_max_entries("subnets", *subnet_count)
-            .map_max_entries("nodes", node_capacity);
+            .map_max_entries("nodes", node_capacity)
+            .map_max_entries("pods", POD_ENTRIES)
+            .map_max_entries("flows", *flow_entries)
+            .map_max_entries("nattuples", NAT_ENTRIES)
+            .map_max_entries("ring", ring_entries)
+            .override_global("KERNEL_HELPERS", &helpers, true);
         let mut ebpf = loader
             .load(OBJECT)
             .map_err(|source| BpfError::load("the eBPF object", source))?;
+        let mut gate_obstacle = None;
         for hook in Hook::ALL {
-            program(&mut ebpf, hook.as_str())?
+            let loaded = program(&mut ebpf, hook.as_str())?
                 .load()
-                .map_err(|source| BpfError::program("load", hook.as_str(), source))?;
+                .map_err(|source| BpfError::program("load", hook.as_str(), source));
+            match loaded {
+                // Without the gate everything goes through the stack, as it would with the gate shut.
+                Err(error) if !Hook::BASE.contains(&hook) => {
+                    gate_obstacle.get_or_insert_with(|| chain(&error));
+                }
+                loaded => loaded?,
+            }
         }
         let room = probe::room(&mut ebpf)?;
         let mut pins = Vec::new();
@@ -142,6 +186,9 @@ impl Bpf {
             config: array(&mut ebpf, "config")?,
             subnets: array(&mut ebpf, "subnets")?,
             nodes: array(&mut ebpf, "nodes")?,
+            pods: hash(&mut ebpf, "pods")?,
+            ring_shift,
+            gate_obstacle,
             ebpf,
             pins,
             instance: instance.clone(),
@@ -164,6 +211,29 @@ impl Bpf {
     /// How programs are attached.
     pub const fn attach_mode(&self) -> AttachMode {
         self.attach
+    }
+
+    /// Slots of the map `ring` for one CPU, as a power of two.
+    pub const fn ring_shift(&self) -> u32 {
+        self.ring_shift
+    }
+
+    /// Why the flow gate cannot be used; `None` if it can, as far as the kernel takes its programs.
+    pub fn gate_obstacle(&self) -> Option<&str> {
+        self.gate_obstacle.as_deref()
+    }
+
+    /// The epoch of the configuration that is in place, whoever wrote it; zero before the first.
+    pub fn epoch(&self) -> Result<u32, BpfError> {
+        let config = self
+            .config
+            .get(&0, 0)
+            .map_err(|source| BpfError::read("config", 0, source))?;
+        Ok(if config.layout == LAYOUT_VERSION {
+            config.epoch
+        } else {
+            0
+        })
     }
 
     /// Reads the maps and what is attached. `full` reads every entry; otherwise only those known to be in use are read, which
@@ -210,7 +280,7 @@ impl Bpf {
         }
         let mut attached = BTreeMap::new();
         for (hook, ifindex, filter) in hooks {
-            if let Some(attachment) = self.attachment(*hook, *ifindex, *filter)? {
+            if let Some(attachment) = self.attachment(*hook, *ifindex, *filter) {
                 attached.insert(*hook, attachment);
             }
         }
@@ -220,6 +290,7 @@ impl Bpf {
             nodes,
             node_capacity: self.node_capacity,
             attached,
+            ..BpfState::default()
         })
     }
 
@@ -300,6 +371,16 @@ fn array<V: aya::Pod>(ebpf: &mut Ebpf, name: &str) -> Result<Array<MapData, V>, 
         .take_map(name)
         .ok_or_else(|| BpfError::Missing(name.to_owned()))?;
     Array::try_from(map).map_err(|source| BpfError::read(name, 0, source))
+}
+
+fn hash<K: aya::Pod, V: aya::Pod>(
+    ebpf: &mut Ebpf,
+    name: &str,
+) -> Result<HashMap<MapData, K, V>, BpfError> {
+    let map = ebpf
+        .take_map(name)
+        .ok_or_else(|| BpfError::Missing(name.to_owned()))?;
+    HashMap::try_from(map).map_err(|source| BpfError::read(name, 0, source))
 }
 
 /// A map pin's path.

@@ -4,7 +4,9 @@
 //! through here too and needs no running agent.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
+    net::Ipv4Addr,
     os::fd::AsRawFd as _,
     path::{Path, PathBuf},
 };
@@ -18,10 +20,11 @@ use flannel_core::{
     addr::{IfIndex, Vni},
     mark,
     plan::{Hook, Node},
+    pods::Pod,
 };
 use ipnet::Ipv4Net;
 
-use super::{BpfError, attach, join};
+use super::{BpfError, attach, join, pods::PodMap};
 
 const BPFFS: &str = "/sys/fs/bpf";
 /// Directory of the maps, before the layout version.
@@ -47,6 +50,20 @@ pub struct Totals {
     pub encap: Counter,
     /// Decapsulated in eBPF.
     pub decap: Counter,
+    /// From a pod to another node, around the stack. Not among `encap`.
+    pub fast_encap: Counter,
+    /// From another node to a pod, around the stack. Not among `decap`.
+    pub fast_decap: Counter,
+    /// Between two pods of this node, around the stack.
+    pub fast_local: Counter,
+    /// Packets that the gate sent through the stack with a tag.
+    pub gate_tagged: u64,
+    /// Packets found untouched behind the stack.
+    pub gate_confirmed: u64,
+    /// Packets found behind the stack that did not enter it so.
+    pub gate_refuted: u64,
+    /// Connections admitted by their first SYN.
+    pub gate_admitted: u64,
     /// Non-zero counts of packets left to the kernel, or dropped where there is no kernel device.
     pub reasons: Vec<(Direction, DropReason, u64)>,
 }
@@ -84,9 +101,35 @@ impl Instance {
         &self.dir
     }
 
-    /// Where the link of a hook is pinned.
-    pub(super) fn link(&self, hook: Hook) -> PathBuf {
-        join(&self.dir, hook.as_str())
+    /// Where the link of a hook is pinned. For a filter on a pod veth an empty directory of that name says that it may be there.
+    pub(super) fn link(&self, hook: Hook, index: IfIndex) -> PathBuf {
+        if hook.is_per_pod() {
+            join(&self.dir, &mark::pod_pin(hook.as_str(), index))
+        } else {
+            join(&self.dir, hook.as_str())
+        }
+    }
+
+    /// The hooks of pod veths at which something of ours may be.
+    pub fn pod_hooks(&self) -> Vec<(Hook, IfIndex)> {
+        let entries = fs::read_dir(&self.dir).into_iter().flatten();
+        let mut found: Vec<_> = entries
+            .filter_map(Result::ok)
+            .filter_map(|entry| {
+                let name = entry.file_name();
+                let (name, index) = mark::parse_pod_pin(name.to_str()?)?;
+                let mut hooks = Hook::POD.into_iter();
+                Some((hooks.find(|hook| hook.as_str() == name)?, index))
+            })
+            .collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// Remembers that a filter of ours is on a pod veth.
+    pub(super) fn note_filter(&self, hook: Hook, index: IfIndex) -> Result<(), BpfError> {
+        let path = self.link(hook, index);
+        fs::create_dir_all(&path).map_err(|source| pin_error("create", &path, source))
     }
 
     fn maps(&self) -> PathBuf {
@@ -133,8 +176,23 @@ impl Instance {
 
     /// Remembers that the clsact qdisc of this interface is of our making.
     pub(super) fn note_qdisc(&self, index: IfIndex) -> Result<(), BpfError> {
-        let path = self.dir.join(format!("{QDISC}{}", index.get()));
+        let path = self.qdisc(index);
         fs::create_dir_all(&path).map_err(|source| pin_error("create", &path, source))
+    }
+
+    /// Forgets the qdisc of an interface that is gone.
+    pub(super) fn forget_qdisc(&self, index: IfIndex) -> Result<(), BpfError> {
+        let path = self.qdisc(index);
+        match fs::remove_dir(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(pin_error("remove", &path, source))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn qdisc(&self, index: IfIndex) -> PathBuf {
+        self.dir.join(format!("{QDISC}{}", index.get()))
     }
 
     /// The interfaces with a clsact qdisc of our making.
@@ -152,9 +210,14 @@ impl Instance {
 
     /// Detaches our programs by unpinning their links, then removes the maps. Running it again is success.
     pub fn remove(&self) -> Result<(), BpfError> {
-        let links: Vec<PathBuf> = Hook::ALL.iter().map(|hook| self.link(*hook)).collect();
+        let contents = self.contents();
+        let is_link = |path: &&PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            path.parent() == Some(&self.dir) && name.is_some_and(mark::is_our_link_pin)
+        };
+        let links: Vec<&PathBuf> = contents.iter().filter(is_link).collect();
         // Links first: a program must not run on maps that are going away.
-        for path in links.iter().chain(&self.contents()) {
+        for path in links.into_iter().chain(&contents) {
             let removed = if path.is_dir() {
                 fs::remove_dir(path)
             } else {
@@ -217,9 +280,20 @@ impl Instance {
             .collect())
     }
 
+    /// The pods to which packets are handed directly, as the map has them.
+    pub fn pods(&self) -> Result<BTreeMap<Ipv4Addr, Option<Pod>>, BpfError> {
+        let pods: PodMap = self.open("pods")?;
+        let mut found = BTreeMap::new();
+        for entry in &pods {
+            let (address, record) = entry.map_err(|source| BpfError::read("pods", 0, source))?;
+            found.insert(Ipv4Addr::from(address), Pod::decode(&record));
+        }
+        Ok(found)
+    }
+
     /// Whether our pinned link holds its program at this interface.
     pub fn is_attached(&self, hook: Hook, index: IfIndex) -> bool {
-        attach::is_attached(&self.link(hook), hook, index)
+        attach::is_attached(&self.link(hook, index), index)
     }
 
     /// The counters.
@@ -238,6 +312,13 @@ impl Instance {
         let mut totals = Totals {
             encap: sum(CounterId::BpfEncap)?,
             decap: sum(CounterId::BpfDecap)?,
+            fast_encap: sum(CounterId::FastEncap)?,
+            fast_decap: sum(CounterId::FastDecap)?,
+            fast_local: sum(CounterId::FastLocal)?,
+            gate_tagged: sum(CounterId::GateTagged)?.packets,
+            gate_confirmed: sum(CounterId::GateConfirmed)?.packets,
+            gate_refuted: sum(CounterId::GateRefuted)?.packets,
+            gate_admitted: sum(CounterId::GateAdmitted)?.packets,
             reasons: Vec::new(),
         };
         for direction in Direction::ALL {
@@ -263,6 +344,7 @@ impl Instance {
             .map_err(|source| BpfError::read(name, 0, source))?;
         let map = match name {
             "counters" | "reasons" => Map::PerCpuArray(data),
+            "pods" => Map::HashMap(data),
             _ => Map::Array(data),
         };
         M::try_from(map).map_err(|source| BpfError::read(name, 0, source))

@@ -2,8 +2,10 @@
 
 use aya::{
     Ebpf,
-    programs::{TestRun as _, TestRunOptions},
+    programs::{ProgramType, TestRun as _, TestRunOptions},
+    sys::{BpfHelper, is_helper_supported},
 };
+use flannel_common::map::helper_flags;
 
 use super::{BpfError, program};
 
@@ -70,6 +72,22 @@ pub fn room(ebpf: &mut Ebpf) -> Result<Room, BpfError> {
         },
         clears_gso,
     })
+}
+
+/// Which of the helpers that not every kernel has are here: [`helper_flags`]. Not to know means not to use.
+pub(super) fn helpers() -> u32 {
+    [
+        (
+            BpfHelper::BPF_FUNC_ktime_get_coarse_ns,
+            helper_flags::COARSE_CLOCK,
+        ),
+        (BpfHelper::BPF_FUNC_check_mtu, helper_flags::CHECK_MTU),
+    ]
+    .into_iter()
+    .filter(|(helper, _)| {
+        is_helper_supported(ProgramType::SchedClassifier, *helper).unwrap_or(false)
+    })
+    .fold(0, |flags, (_, flag)| flags | flag)
 }
 
 /// An IPv4 packet whose destination and source MAC carry the question.

@@ -78,7 +78,10 @@ impl Netlink {
         )
     }
 
-    async fn link_by_index(&self, index: u32) -> Result<Option<LinkMessage>, NetlinkError> {
+    pub(super) async fn link_by_index(
+        &self,
+        index: u32,
+    ) -> Result<Option<LinkMessage>, NetlinkError> {
         found(
             self.handle
                 .link()

@@ -22,9 +22,10 @@ impl Netlink {
 
     async fn filters(&self, hook: Hook, index: IfIndex) -> Result<Vec<TcMessage>, NetlinkError> {
         let mut handle = self.handle.traffic_filter(index.get() as i32);
-        let request = match hook {
-            Hook::ToOverlay => handle.get().egress(),
-            Hook::FromWire => handle.get().ingress(),
+        let request = if hook.is_ingress() {
+            handle.get().ingress()
+        } else {
+            handle.get().egress()
         };
         match request.execute().try_collect().await {
             Ok(filters) => Ok(filters),
@@ -45,7 +46,8 @@ impl Netlink {
 impl Netlink {
     /// Whether a clsact qdisc of this interface runs filters of others.
     pub async fn has_other_filters(&self, index: IfIndex) -> Result<bool, NetlinkError> {
-        for hook in Hook::ALL {
+        for hook in Hook::BASE {
+            // One for each side.
             if self.filters(hook, index).await?.iter().any(is_of_others) {
                 return Ok(true);
             }

@@ -3,6 +3,7 @@
 mod device;
 mod filters;
 mod monitor;
+mod pods;
 mod underlay;
 mod uplinks;
 mod write;
@@ -12,7 +13,7 @@ use std::io;
 use rtnetlink::{Error as RtError, Handle, new_connection};
 use thiserror::Error;
 
-pub use monitor::{Change, watch};
+pub use monitor::{Change, LinkChange, NeighbourChange, watch};
 pub use underlay::Underlay;
 pub use uplinks::Uplinks;
 

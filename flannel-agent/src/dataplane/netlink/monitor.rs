@@ -1,27 +1,62 @@
 //! The kernel's notifications. They only say "look again"; what changed is read anew.
 
+use std::net::Ipv4Addr;
+
+use flannel_core::addr::VtepMac;
 use futures_util::StreamExt as _;
 use rtnetlink::{
-    MulticastGroup, new_multicast_connection, packet_core::NetlinkPayload,
-    packet_route::RouteNetlinkMessage,
+    MulticastGroup, new_multicast_connection,
+    packet_core::NetlinkPayload,
+    packet_route::{
+        RouteNetlinkMessage,
+        link::{LinkAttribute, LinkMessage},
+    },
 };
 use tokio::sync::mpsc::{self, error::TrySendError};
 
-use super::{NetlinkError, device::name_of};
+use super::{
+    NetlinkError,
+    device::name_of,
+    pods::{forwarding, neighbour},
+};
 
 /// Something changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// A link: its name, if the message had it, and its index.
-    Link(Option<String>, u32),
+    /// A link.
+    Link(LinkChange),
     /// An address on an interface.
     Address(u32),
-    /// A neighbour or forwarding entry on an interface.
-    Neighbour(u32),
+    /// A neighbour or forwarding entry.
+    Neighbour(NeighbourChange),
     /// A route or a routing rule.
     Route,
     /// The kernel dropped notifications: anything may have changed.
     Missed,
+}
+
+/// A link that was made, changed, or is no more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkChange {
+    /// Interface index.
+    pub index: u32,
+    /// Its name, if the message had it.
+    pub name: Option<String>,
+    /// The bridge that it is a port of.
+    pub bridge: Option<u32>,
+    /// Whether it is gone, or at least no port any more.
+    pub gone: bool,
+}
+
+/// A neighbour or forwarding entry that was made, changed, or is no more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NeighbourChange {
+    /// Interface index.
+    pub index: u32,
+    /// An IPv4 neighbour that has a MAC address now.
+    pub neighbour: Option<(Ipv4Addr, VtepMac)>,
+    /// A forwarding entry of a bridge: the MAC address that is behind this port now.
+    pub heard: Option<VtepMac>,
 }
 
 /// Sends every change to `out` until the receiver is gone. Ends with an error if the socket dies; the caller opens another.
@@ -62,20 +97,41 @@ pub async fn watch(out: mpsc::Sender<Change>) -> Result<(), NetlinkError> {
 
 fn change_of(message: &RouteNetlinkMessage) -> Option<Change> {
     match message {
-        RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link) => {
-            Some(Change::Link(name_of(link), link.header.index))
-        }
+        RouteNetlinkMessage::NewLink(link) => Some(Change::Link(link_change(link, false))),
+        RouteNetlinkMessage::DelLink(link) => Some(Change::Link(link_change(link, true))),
         RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address) => {
             Some(Change::Address(address.header.index))
         }
-        RouteNetlinkMessage::NewNeighbour(neighbour)
-        | RouteNetlinkMessage::DelNeighbour(neighbour) => {
-            Some(Change::Neighbour(neighbour.header.ifindex))
-        }
+        RouteNetlinkMessage::NewNeighbour(message) => Some(Change::Neighbour(NeighbourChange {
+            index: message.header.ifindex,
+            neighbour: neighbour(message),
+            heard: forwarding(message).map(|(mac, _)| mac),
+        })),
+        RouteNetlinkMessage::DelNeighbour(message) => Some(Change::Neighbour(NeighbourChange {
+            index: message.header.ifindex,
+            neighbour: None,
+            heard: None,
+        })),
         RouteNetlinkMessage::NewRoute(_)
         | RouteNetlinkMessage::DelRoute(_)
         | RouteNetlinkMessage::NewRule(_)
         | RouteNetlinkMessage::DelRule(_) => Some(Change::Route),
         _ => None,
+    }
+}
+
+fn link_change(link: &LinkMessage, gone: bool) -> LinkChange {
+    let bridge = link
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Controller(index) => Some(*index),
+            _ => None,
+        });
+    LinkChange {
+        index: link.header.index,
+        name: name_of(link),
+        bridge,
+        gone,
     }
 }

@@ -107,6 +107,9 @@ fn subnets_that_no_entry_can_hold() {
         decap_flags: 0,
         alone: false,
         decap_gso: false,
+        gate: Gate::default(),
+        ring_shift: 0,
+        own_index: None,
         tunnel: None,
     };
     for (subnet, range) in [
@@ -177,9 +180,19 @@ fn settings() -> impl Strategy<Value = Settings> {
         any::<(u32, u32)>(),
         any::<(bool, bool)>(),
         option::of((index(), any::<u32>(), mac())),
+        (gate(), any::<u32>(), option::of(0..NO_SUBNET)),
     )
         .prop_map(
-            |((network, subnet_len), (vni, port, local), uplink, ports, flags, able, tunnel)| {
+            |(
+                (network, subnet_len),
+                (vni, port, local),
+                uplink,
+                ports,
+                flags,
+                able,
+                tunnel,
+                (gate, ring_shift, own_index),
+            )| {
                 Settings {
                     network,
                     subnet_len,
@@ -193,10 +206,22 @@ fn settings() -> impl Strategy<Value = Settings> {
                     decap_flags: flags.1,
                     alone: able.0,
                     decap_gso: able.1,
+                    gate,
+                    ring_shift,
+                    own_index,
                     tunnel,
                 }
             },
         )
+}
+
+fn gate() -> impl Strategy<Value = Gate> {
+    let mode = (0u32..3).prop_map(|raw| GateMode::from_raw(raw).unwrap());
+    (mode, any::<u32>(), any::<u32>()).prop_map(|(mode, epoch, lease_ms)| Gate {
+        mode,
+        epoch,
+        lease_ms,
+    })
 }
 
 const NODE_BITS: usize = size_of::<NodeRecord>() * 8;
@@ -236,6 +261,11 @@ fn flip_config(config: &mut Config, bit: usize) {
         own_mac,
         source_port_min,
         source_port_span,
+        mode,
+        epoch,
+        own_index,
+        ring_shift,
+        lease,
     } = config;
     let words = [
         layout,
@@ -247,6 +277,10 @@ fn flip_config(config: &mut Config, bit: usize) {
         tunnel_mtu,
         encap_flags,
         decap_flags,
+        mode,
+        epoch,
+        own_index,
+        ring_shift,
     ];
     let Some(bit) = bit.checked_sub(words.len() * 32) else {
         return flip_word(words, bit);
@@ -256,7 +290,8 @@ fn flip_config(config: &mut Config, bit: usize) {
     match places.get_mut(bit / 8) {
         Some(byte) => **byte ^= 1 << (bit % 8),
         None if bit < 128 + 16 => *source_port_min ^= 1 << (bit - 128),
-        None => *source_port_span ^= 1 << (bit - 144),
+        None if bit < 144 + 16 => *source_port_span ^= 1 << (bit - 144),
+        None => *lease ^= 1 << (bit - 160),
     }
 }
 

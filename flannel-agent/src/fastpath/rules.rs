@@ -1,0 +1,146 @@
+//! Reading the packet filter's rules with the tools that made them.
+
+use std::{
+    collections::BTreeSet,
+    env, fs,
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+    time::Duration,
+};
+
+use flannel_core::fastpath::{Firewall, iptables, nft};
+use tokio::{
+    process::Command,
+    time::{sleep, timeout},
+};
+
+use super::netfilter;
+
+/// The longest a listing may take; a node with a hundred thousand rules needs a few seconds.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How often, and how long apart, a listing is tried.
+const ATTEMPTS: u32 = 3;
+const PAUSE: Duration = Duration::from_millis(50);
+/// Names of the legacy tables of this network namespace. Reading it loads no module, which `iptables` does.
+const LEGACY_TABLES: &str = "/proc/net/ip_tables_names";
+/// Tables that iptables-nft makes.
+const BUILT_IN: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
+/// The table generation of a network namespace in which nft was never used.
+const UNUSED: u32 = 1;
+
+/// The rules, and what of them could not be read, one line each. Rules that change while they are listed make a listing fail: it is
+/// tried again.
+pub(super) async fn read() -> (Firewall, Vec<String>) {
+    for _attempt in 1..ATTEMPTS {
+        let (firewall, unreadable) = attempt().await;
+        if unreadable.is_empty() {
+            return (firewall, unreadable);
+        }
+        sleep(PAUSE).await;
+    }
+    attempt().await
+}
+
+async fn attempt() -> (Firewall, Vec<String>) {
+    let mut firewall = Firewall::default();
+    let mut unreadable = Vec::new();
+    if !legacy_tables().is_empty() {
+        let tried = &[
+            ("iptables-legacy-save", None),
+            ("iptables-save", Some("legacy")),
+        ];
+        match dump(tried).await {
+            Ok(text) => firewall.chains.extend(iptables::parse(&text, "legacy")),
+            Err(error) => {
+                unreadable.push(format!("iptables rules (legacy) cannot be listed: {error}"));
+            }
+        }
+    }
+    // A kernel without nftables has no generation, and no rules of it.
+    if netfilter::generation().is_some_and(|generation| generation > UNUSED)
+        && let Err(error) = read_nft(&mut firewall).await
+    {
+        unreadable.push(format!("nftables rules cannot be listed: {error}"));
+    }
+    (firewall, unreadable)
+}
+
+/// The legacy tables there are.
+pub(super) fn legacy_tables() -> Vec<String> {
+    let names = fs::read_to_string(LEGACY_TABLES).unwrap_or_default();
+    names.lines().map(str::to_owned).collect()
+}
+
+async fn read_nft(firewall: &mut Firewall) -> Result<(), String> {
+    let listed = run("nft", &["-j", "list", "ruleset"]).await?;
+    let mut elsewhere = BTreeSet::new();
+    // Only asked where it has something to tell: older versions create their tables on being asked.
+    if nft::ip_tables(&listed)?
+        .iter()
+        .any(|table| BUILT_IN.contains(&table.as_str()))
+    {
+        let tried = &[
+            ("iptables-nft-save", None),
+            ("iptables-save", Some("nf_tables")),
+        ];
+        // Without it nft's own listing must do, which shows extensions of iptables without what they ask.
+        match dump(tried).await {
+            Ok(text) => {
+                elsewhere = iptables::tables(&text);
+                firewall.chains.extend(iptables::parse(&text, "nft"));
+            }
+            Err(error) => tracing::debug!(error, "list the rules of iptables-nft"),
+        }
+    }
+    firewall.chains.extend(nft::parse(&listed, &elsewhere)?);
+    Ok(())
+}
+
+/// The output of the first of these programs that there is and that is of the wanted variant.
+async fn dump(tried: &[(&str, Option<&str>)]) -> Result<String, String> {
+    for (program, variant) in tried {
+        if find(program).is_none() {
+            continue;
+        }
+        match variant {
+            Some(variant) if !run(program, &["--version"]).await?.contains(variant) => {}
+            _ => return run(program, &[]).await,
+        }
+    }
+    let names: Vec<&str> = tried.iter().map(|(program, _)| *program).collect();
+    Err(format!("install {}", names.join(" or ")))
+}
+
+async fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
+    let path = find(program).ok_or_else(|| format!("install {program}"))?;
+    let child = Command::new(path)
+        .args(arguments)
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = timeout(PATIENCE, child)
+        .await
+        .map_err(|_elapsed| format!("{program} took more than {PATIENCE:?}"))?
+        .map_err(|error| format!("run {program}: {error}"))?;
+    if !status.success() {
+        let said = String::from_utf8_lossy(&stderr);
+        let line = said.lines().next().unwrap_or("without a word");
+        return Err(format!("{program} ended with {status}: {line}"));
+    }
+    Ok(String::from_utf8_lossy(&stdout).into_owned())
+}
+
+/// Looks where administrators' programs are, too: a service's PATH may lack them.
+fn find(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let administrators = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
+    env::split_paths(&path)
+        .chain(administrators)
+        .map(|dir: PathBuf| dir.join(Path::new(program)))
+        .find(|path| path.is_file())
+}
