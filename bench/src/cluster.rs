@@ -34,6 +34,14 @@ pub enum StoreChoice {
 /// What to build.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// The agent; the one that was built for this program if there is none.
+    pub binary: Option<PathBuf>,
+    /// Further flags of the agents.
+    pub flags: Vec<String>,
+    /// What the store says about the network.
+    pub net_conf: String,
+    /// Leases of nodes that do not exist, in a store of files.
+    pub strangers: Strangers,
     /// Number of nodes.
     pub nodes: u8,
     /// Pods on each node.
@@ -44,6 +52,31 @@ pub struct Options {
     pub datapath: String,
     /// Segmentation and checksum offload of the uplinks.
     pub offloads: Offloads,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            binary: None,
+            flags: Vec::new(),
+            net_conf: NET_CONF.into(),
+            strangers: Strangers::default(),
+            nodes: 2,
+            pods: 1,
+            store: StoreChoice::Dir,
+            datapath: "auto".into(),
+            offloads: Offloads::Default,
+        }
+    }
+}
+
+/// Leases by name and content, and how long the agents may take to know them.
+#[derive(Clone, Debug, Default)]
+pub struct Strangers {
+    /// File names and contents.
+    pub leases: Vec<(String, String)>,
+    /// Beyond what a small cluster takes.
+    pub patience: Duration,
 }
 
 /// A pod with its place.
@@ -72,7 +105,6 @@ pub struct Cluster {
 impl Cluster {
     /// Starts everything and waits until every node has programmed every other.
     pub fn start(args: &Options) -> anyhow::Result<Self> {
-        let binary = agent_binary()?;
         progress(&format!("making {} nodes", args.nodes));
         let lab = Lab::new(LabOptions {
             nodes: args.nodes,
@@ -80,6 +112,15 @@ impl Cluster {
             ..LabOptions::default()
         })
         .context("make the lab")?;
+        Self::start_in(lab, args, &progress)
+    }
+
+    /// Like [`Cluster::start`] in a lab that is there already, which decides about nodes and offloads.
+    pub fn start_in(lab: Lab, args: &Options, say: &dyn Fn(&str)) -> anyhow::Result<Self> {
+        let binary = match &args.binary {
+            Some(binary) => binary.clone(),
+            None => agent_binary()?,
+        };
         let mut cluster = Self {
             agents: Vec::new(),
             pods: Vec::new(),
@@ -87,31 +128,40 @@ impl Cluster {
             binary,
             lab,
         };
-        let flags = cluster.start_store(args.store)?;
+        let flags = cluster.start_store(args, say)?;
+        say(&format!("starting {} agents", cluster.lab.nodes().len()));
         cluster.start_agents(args, &flags)?;
+        say(&format!("adding {} pods to each node", args.pods));
         cluster.add_pods(args.pods)?;
-        cluster.wait_for_peers()?;
+        say("waiting until every node knows every other");
+        cluster.wait_for_peers(args)?;
         Ok(cluster)
     }
 
     /// Starts the store and returns the flags that lead to it.
-    fn start_store(&mut self, store: StoreChoice) -> anyhow::Result<Vec<String>> {
+    fn start_store(&mut self, args: &Options, say: &dyn Fn(&str)) -> anyhow::Result<Vec<String>> {
         check_stop()?;
-        match store {
+        match args.store {
             StoreChoice::Dir => {
                 let run_dir = &self.lab.node(0).run_dir;
                 let dir = run_dir.parent().unwrap_or(run_dir).join("leases");
                 fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
                 let config = dir.join("config");
-                fs::write(&config, NET_CONF)
+                fs::write(&config, &args.net_conf)
                     .with_context(|| format!("write {}", config.display()))?;
+                let leases = dir.join("subnets");
+                fs::create_dir_all(&leases)
+                    .with_context(|| format!("create {}", leases.display()))?;
+                for (name, lease) in &args.strangers.leases {
+                    fs::write(leases.join(name), lease).with_context(|| format!("write {name}"))?;
+                }
                 Ok(vec!["--lease-dir".into(), dir.display().to_string()])
             }
             StoreChoice::Etcd => {
-                progress("starting etcd");
+                say("starting etcd");
                 let etcd =
                     Etcd::start(Some(self.lab.underlay()), Lab::GATEWAY).context("start etcd")?;
-                etcd.put(&format!("{PREFIX}/config"), NET_CONF)?;
+                etcd.put(&format!("{PREFIX}/config"), &args.net_conf)?;
                 let flags = vec![
                     "--etcd-endpoints".into(),
                     etcd.endpoint(),
@@ -125,18 +175,18 @@ impl Cluster {
     }
 
     fn start_agents(&mut self, args: &Options, flags: &[String]) -> anyhow::Result<()> {
-        progress(&format!("starting {} agents", args.nodes));
         for node in self.lab.nodes() {
             check_stop()?;
             let subnet_file = node.run_dir.join("subnet.env").display().to_string();
             let mut argv = vec!["--subnet-file", &subnet_file, "--datapath", &args.datapath];
-            argv.extend(flags.iter().map(String::as_str));
+            argv.extend(flags.iter().chain(&args.flags).map(String::as_str));
             let agent = AgentProcess::spawn(node, &self.binary, &argv, &[])
                 .with_context(|| format!("start the agent of {}", node.name))?;
             self.agents.push(agent);
         }
         for (node, agent) in self.lab.nodes().iter().zip(&mut self.agents) {
-            wait(&format!("the agent of {}", node.name), || {
+            let what = format!("the agent of {}", node.name);
+            wait(&what, READY + args.strangers.patience, || {
                 if agent.subnet_file.exists() {
                     return Ok(());
                 }
@@ -150,7 +200,6 @@ impl Cluster {
     }
 
     fn add_pods(&mut self, count: u8) -> anyhow::Result<()> {
-        progress(&format!("adding {count} pods to each node"));
         for (index, node) in self.lab.nodes().iter().enumerate() {
             let env = read_env(&node.run_dir.join("subnet.env"))?;
             for number in 0..count {
@@ -167,19 +216,23 @@ impl Cluster {
     }
 
     /// Until every agent has programmed every other node.
-    fn wait_for_peers(&self) -> anyhow::Result<()> {
-        let others = self.lab.nodes().len().saturating_sub(1);
-        progress("waiting until every node knows every other");
+    fn wait_for_peers(&self, args: &Options) -> anyhow::Result<()> {
+        let strangers = &args.strangers;
+        let others = self.lab.nodes().len().saturating_sub(1) + strangers.leases.len();
+        let bpf_alone = args.datapath == "bpf";
         for node in self.lab.nodes() {
-            wait(&format!("{} to know its peers", node.name), || {
+            let what = format!("{} to know its peers", node.name);
+            wait(&what, READY + strangers.patience, || {
                 let peers = self.ask(node, "peers")?;
-                let complete =
-                    |peer: &&Value| peer["kernel_complete"] == true || peer["path"] == "bpf";
-                let known = peers
-                    .as_array()
-                    .map_or(0, |peers| peers.iter().filter(complete).count());
+                let complete = |peer: &&Value| {
+                    peer["path"] == "bpf" || (!bpf_alone && peer["kernel_complete"] == true)
+                };
+                let peers = peers.as_array().map_or(&[][..], Vec::as_slice);
+                let known = peers.iter().filter(complete).count();
                 if known < others {
-                    bail!("{known} of {others}");
+                    let lacking = peers.iter().find(|peer| !complete(peer));
+                    let lacking = lacking.map_or_else(String::new, |peer| format!(", not {peer}"));
+                    bail!("{known} of {others}{lacking}");
                 }
                 Ok(())
             })?;
@@ -196,6 +249,13 @@ impl Cluster {
                 .unwrap_or(0)
         };
         Ok((count("encap"), count("decap")))
+    }
+
+    /// The last line that a node's agent has logged.
+    pub(crate) fn last_words(&self, node: usize) -> String {
+        self.agents
+            .get(node)
+            .map_or_else(String::new, |agent| last_line(&agent.log()))
     }
 
     /// Runs a read-only command of the agent and parses its answer.
@@ -258,12 +318,13 @@ impl Cluster {
     }
 }
 
-struct Env {
-    subnet: Subnet,
-    mtu: u32,
+/// What the agent tells the CNI plugin.
+pub(crate) struct Env {
+    pub(crate) subnet: Subnet,
+    pub(crate) mtu: u32,
 }
 
-fn read_env(path: &Path) -> anyhow::Result<Env> {
+pub(crate) fn read_env(path: &Path) -> anyhow::Result<Env> {
     let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     let value = |key: &str| {
         text.lines()
@@ -280,8 +341,12 @@ fn read_env(path: &Path) -> anyhow::Result<Env> {
 }
 
 /// Waits in short steps, so that Ctrl-C is heard.
-fn wait(what: &str, mut ready: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
-    let mut left = READY;
+fn wait(
+    what: &str,
+    patience: Duration,
+    mut ready: impl FnMut() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let mut left = patience;
     loop {
         check_stop()?;
         match try_eventually(STEP, what, || ready().map_err(|error| format!("{error:#}"))) {

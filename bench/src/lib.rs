@@ -1,6 +1,21 @@
-//! What the demo and the benchmarks share: an overlay of agents in a lab, and a stop button.
+//! What the demo and the benchmark share, an overlay of agents in a lab and a stop button, and the parts of the benchmark.
 
 pub mod cluster;
+pub mod guard;
+pub mod meter;
+pub mod mode;
+pub mod netfilter;
+mod no_overlay;
+pub mod nodes;
+pub mod pin;
+pub mod plot;
+pub mod programs;
+pub mod report;
+pub mod result;
+pub mod rig;
+pub mod session;
+pub mod stats;
+pub mod workload;
 
 use std::{
     io::Write as _,

@@ -1,98 +1,95 @@
-//! `cargo xtask bench`: the overlay side by side, on the kernel's device and in eBPF, in one run.
+//! `cargo xtask bench`: every way from pod to pod side by side, in one run.
 //!
 //! The labs stand beside each other and take turns, so that what the machine does meanwhile hits all of them. Reported are
-//! medians and, what matters, their ratio; a single number of a shared machine means nothing.
+//! medians and, what matters, their ratios; a single number of a shared machine means nothing.
 
 use std::{
-    collections::BTreeMap,
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    fs,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail};
 use bench_lab::{
-    INTERRUPTED, check_stop,
-    cluster::{Cluster, Options, StoreChoice},
-    progress, say, stopped, watch_for_stop,
+    INTERRUPTED, guard,
+    meter::Meter,
+    mode::{self, Mode},
+    nodes, pin, plot, programs, progress, report,
+    result::{Results, Run, Samples},
+    rig::Plan,
+    say,
+    session::{Pace, Session},
+    stopped, watch_for_stop,
+    workload::{self, Workload},
 };
-use bytes::Bytes;
 use clap::Parser;
-use flannel_testkit::{
-    Netns, Offloads,
-    traffic::{Amount, tcp_transfer},
-};
-use serde::Serialize;
 
-/// Compares eBPF with the kernel's vxlan device, side by side in one run.
+/// Compares the agent with the kernel's own ways and with no overlay at all, side by side in one run.
+///
+/// Costs (round trips, connections, packets) are taken with everything on one CPU under SCHED_FIFO, so that a rate is the
+/// inverse of a cost; throughput with the sender on one CPU and the receiver on another.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "bench", bin_name = "cargo xtask bench")]
+#[command(name = "bench", bin_name = "cargo xtask bench", max_term_width = 100)]
 struct Args {
-    /// Rounds; the median is reported.
-    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=1000))]
-    rounds: u16,
-
-    /// Length of one measurement in milliseconds.
-    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(50..=60_000))]
-    millis: u64,
-
-    /// Print one JSON line at the end instead of the table.
+    /// Fewer workloads, rounds and milliseconds: under 3 minutes. Without it, under 25.
     #[arg(long)]
-    json: bool,
+    quick: bool,
+
+    /// Rounds; each takes one sample of every mode. Default: 7, quick 3.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: Option<u16>,
+
+    /// Length of one sample in milliseconds. Default: 300, quick 100.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(10..=2000))]
+    millis: Option<u64>,
+
+    /// Only these modes, separated by commas.
+    #[arg(long, value_delimiter = ',', value_name = "MODE,...")]
+    modes: Vec<String>,
+
+    /// Only these workloads, separated by commas; `nodes` and `programs` are two of them.
+    #[arg(long, value_delimiter = ',', value_name = "WORKLOAD,...")]
+    workloads: Vec<String>,
+
+    /// Services that kube-proxy's rules are made for in the modes with rules (those whose name ends in -2000 have 2000).
+    #[arg(long, default_value_t = 20, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=20_000))]
+    service_rules: u32,
+
+    /// Upstream's daemon, to be compared as mode `flanneld`.
+    #[arg(long, value_name = "PATH")]
+    flanneld: Option<PathBuf>,
+
+    /// Another build of the agent: compare with it instead, and end with 1 if this one is slower.
+    #[arg(long, value_name = "BASE_AGENT", conflicts_with_all = ["modes", "workloads", "flanneld"])]
+    guard: Option<PathBuf>,
+
+    /// File to write medians and ratios to.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+
+    /// Directory to write a picture of every workload to, as SVG and PNG.
+    #[arg(long, value_name = "DIR")]
+    plot: Option<PathBuf>,
+
+    /// Measure nothing: print the tables of a file that --json wrote, as Markdown (and plot it, with --plot).
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
 }
 
-const MODES: [&str; 2] = ["kernel", "bpf"];
-const ECHO_PORT: u16 = 7007;
-const PATIENCE: Duration = Duration::from_secs(2);
-
-/// One row: what was measured, its unit, and the median of each mode.
-#[derive(Debug, Serialize)]
-struct Row {
-    what: &'static str,
-    unit: &'static str,
-    kernel: f64,
-    bpf: f64,
-    /// bpf divided by kernel: above 1 eBPF is ahead.
-    ratio: f64,
-    kernel_range: (f64, f64),
-    bpf_range: (f64, f64),
-}
-
-/// What is measured.
-#[derive(Clone, Copy)]
-struct Workload {
-    what: &'static str,
-    unit: &'static str,
-    wire: bool,
-    run: fn(&Cluster, Duration) -> anyhow::Result<f64>,
-}
-
-const WORKLOADS: [Workload; 3] = [
-    Workload {
-        what: "TCP stream, super-packets",
-        unit: "Mbit/s",
-        wire: false,
-        run: stream,
-    },
-    Workload {
-        what: "TCP stream, MTU frames",
-        unit: "Mbit/s",
-        wire: true,
-        run: stream,
-    },
-    Workload {
-        what: "UDP request and response, 1 byte",
-        unit: "1/s",
-        wire: false,
-        run: round_trips,
-    },
-];
+/// What a row of nodes takes longer to build than it is worth in a run that was asked for by mode.
+const NODES: &str = "nodes";
+const PROGRAMS: &str = "programs";
 
 fn main() -> ExitCode {
     let args = Args::parse();
     match watch_for_stop().and_then(|()| run(&args)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) if stopped() => ExitCode::from(INTERRUPTED),
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) if stopped() => {
+            progress(&format!("stopped ({error:#}), nothing is left behind"));
+            ExitCode::from(INTERRUPTED)
+        }
         Err(error) => {
             progress(&format!("failed: {error:#}"));
             ExitCode::FAILURE
@@ -100,172 +97,244 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> anyhow::Result<()> {
-    let length = Duration::from_millis(args.millis);
-    let mut rows = Vec::new();
-    for wire in [false, true] {
-        let mut clusters = BTreeMap::new();
-        for mode in MODES {
-            progress(&format!(
-                "starting the {mode} overlay{}",
-                if wire { ", uplink offloads off" } else { "" }
-            ));
-            let offloads = if wire {
-                Offloads::Off
-            } else {
-                Offloads::Default
-            };
-            let options = Options {
-                nodes: 2,
-                pods: 1,
-                store: StoreChoice::Dir,
-                datapath: mode.into(),
-                offloads,
-            };
-            let cluster = Cluster::start(&options)?;
-            for node in cluster.lab.nodes() {
-                // Every network card merges what it receives; a veth has to be told to.
-                node.set_features("eth0", &["gro"], true)?;
-            }
-            clusters.insert(mode, cluster);
+fn run(args: &Args) -> anyhow::Result<bool> {
+    if let Some(file) = &args.report {
+        let results = read(file)?;
+        say(&report::markdown(&results));
+        if let Some(dir) = &args.plot {
+            plot::write(&results, dir)?;
         }
-        for workload in WORKLOADS.iter().filter(|workload| workload.wire == wire) {
-            rows.push(compare(workload, &clusters, args.rounds, length)?);
-        }
-        for cluster in clusters.values_mut() {
-            cluster.stop();
+        return Ok(true);
+    }
+    pin::set_limits().context("set limits")?;
+    match &args.guard {
+        Some(base) => compare(args, base),
+        None => measure(args),
+    }
+}
+
+/// What a run consists of.
+struct Scope {
+    modes: Vec<Mode>,
+    workloads: Vec<Workload>,
+    nodes: bool,
+    programs: bool,
+    pace: Pace,
+}
+
+impl Scope {
+    fn new(args: &Args) -> anyhow::Result<Self> {
+        let named = |name: &str| args.workloads.iter().any(|workload| workload == name);
+        let all = args.workloads.is_empty();
+        let measured: Vec<String> = args
+            .workloads
+            .iter()
+            .filter(|name| ![NODES, PROGRAMS].contains(&name.as_str()))
+            .cloned()
+            .collect();
+        let workloads = if !all && measured.is_empty() {
+            Vec::new()
+        } else {
+            workload::select(&measured, args.quick)?
+        };
+        let modes = mode::select(&args.modes, args.flanneld.is_some(), !args.quick)?;
+        let established = modes.iter().any(|mode| mode.name == "agent-established");
+        Ok(Self {
+            nodes: named(NODES) || (all && established && !args.quick),
+            programs: named(PROGRAMS) || (all && !args.quick),
+            modes,
+            workloads,
+            pace: pace(args),
+        })
+    }
+
+    fn steps(&self) -> usize {
+        let programs = if self.programs {
+            self.programs_pace().rounds
+                * self
+                    .modes
+                    .iter()
+                    .filter(|mode| workload::has_programs(**mode))
+                    .count()
+        } else {
+            0
+        };
+        let nodes = if self.nodes {
+            self.pace.rounds * nodes::COUNTS.len()
+        } else {
+            0
+        };
+        samples_of(&self.modes, &self.workloads) * self.pace.rounds + programs + nodes
+    }
+
+    fn programs_pace(&self) -> Pace {
+        Pace {
+            rounds: self.pace.rounds.min(3),
+            ..self.pace
         }
     }
-    if args.json {
-        say(&serde_json::to_string(&rows)?);
+}
+
+fn pace(args: &Args) -> Pace {
+    let (rounds, millis) = if args.quick { (3, 100) } else { (7, 300) };
+    Pace {
+        rounds: usize::from(args.rounds.unwrap_or(rounds)),
+        length: Duration::from_millis(args.millis.unwrap_or(millis)),
+    }
+}
+
+fn samples_of(modes: &[Mode], workloads: &[Workload]) -> usize {
+    workloads
+        .iter()
+        .map(|workload| modes.iter().filter(|mode| workload.runs_on(**mode)).count())
+        .sum()
+}
+
+fn measure(args: &Args) -> anyhow::Result<bool> {
+    let started = Instant::now();
+    let scope = Scope::new(args)?;
+    let mut meter = Meter::new(scope.steps());
+    let plan = Plan {
+        flanneld: args.flanneld.clone(),
+        service_rules: args.service_rules,
+        ..Plan::default()
+    };
+    let mut names: Vec<String> = Vec::new();
+    let (mut samples, mut failures) = (Samples::default(), Vec::new());
+    if !scope.workloads.is_empty() || scope.programs {
+        let mut session = Session::build(&scope.modes, &plan, &mut meter)?;
+        for workload in &scope.workloads {
+            session.run(workload, scope.pace, &mut meter)?;
+            names.extend(workload.rows.iter().map(|(row, _)| (*row).to_owned()));
+        }
+        if scope.programs {
+            names.extend(programs::run(
+                &mut session,
+                scope.programs_pace(),
+                &mut meter,
+            )?);
+        }
+        samples = std::mem::take(&mut session.samples);
+        failures = std::mem::take(&mut session.failures);
+    }
+    let counts: &[u32] = if args.quick {
+        &nodes::QUICK_COUNTS
     } else {
-        say(&format!(
-            "\n{:34} {:>8} {:>10} {:>10} {:>7}",
-            "", "unit", "kernel", "bpf", "ratio"
-        ));
-        for row in &rows {
-            say(&format!(
-                "{:34} {:>8} {:>10.0} {:>10.0} {:>6.2}x   (kernel {:.0}..{:.0}, bpf {:.0}..{:.0})",
-                row.what,
-                row.unit,
-                row.kernel,
-                row.bpf,
-                row.ratio,
-                row.kernel_range.0,
-                row.kernel_range.1,
-                row.bpf_range.0,
-                row.bpf_range.1
-            ));
-        }
-        say(&format!(
-            "medians of {} rounds of {} ms, modes taking turns",
-            args.rounds, args.millis
-        ));
+        &nodes::COUNTS
+    };
+    let scaling = if scope.nodes {
+        names.extend(counts.iter().map(|count| nodes::row(*count)));
+        nodes::run(counts, scope.pace, &mut samples, &mut meter)?
+    } else {
+        Vec::new()
+    };
+    meter.finish();
+    let mut modes: Vec<String> = scope
+        .modes
+        .iter()
+        .map(|mode| mode.name.to_owned())
+        .collect();
+    if scope.nodes && !modes.iter().any(|mode| mode == nodes::MODE) {
+        modes.push(nodes::MODE.into());
     }
+    let mut results = samples.results(
+        describe(args, scope.pace, started.elapsed()),
+        &names,
+        &modes,
+    );
+    results.ratios.extend(scaling);
+    finish(args, &results)?;
+    for failure in &failures {
+        progress(&format!("FAILED: {failure}"));
+    }
+    Ok(failures.is_empty())
+}
+
+fn finish(args: &Args, results: &Results) -> anyhow::Result<()> {
+    say(&report::terminal(results));
+    if let Some(file) = &args.json {
+        let mut text = serde_json::to_string_pretty(results)?;
+        text.push('\n');
+        fs::write(file, text).with_context(|| format!("write {}", file.display()))?;
+    }
+    if let Some(dir) = &args.plot {
+        let count = plot::write(results, dir)?;
+        progress(&format!("{count} pictures in {}", dir.display()));
+    }
+    progress(&format!("{} s", results.run.seconds));
     Ok(())
 }
 
-fn compare(
-    workload: &Workload,
-    clusters: &BTreeMap<&'static str, Cluster>,
-    rounds: u16,
-    length: Duration,
-) -> anyhow::Result<Row> {
-    progress(&format!("{}: {rounds} rounds", workload.what));
-    let mut results: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    for round in 0..usize::from(rounds) {
-        for turn in 0..MODES.len() {
-            check_stop()?;
-            // Who goes first changes from round to round.
-            let mode = MODES[(round + turn) % MODES.len()];
-            let cluster = clusters.get(mode).context("a mode without a cluster")?;
-            // A thread of its own: what a workload does to its thread ends with it.
-            let done =
-                std::thread::scope(|scope| scope.spawn(|| (workload.run)(cluster, length)).join());
-            let value = done
-                .map_err(|_| anyhow::anyhow!("it panicked"))
-                .flatten()
-                .with_context(|| format!("{} on {mode}", workload.what))?;
-            results.entry(mode).or_default().push(value);
-        }
+fn read(file: &Path) -> anyhow::Result<Results> {
+    let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is no result", file.display()))
+}
+
+fn describe(args: &Args, pace: Pace, took: Duration) -> Run {
+    let trimmed = |file: &str| {
+        fs::read_to_string(file)
+            .unwrap_or_default()
+            .trim()
+            .to_owned()
+    };
+    let cpu = trimmed("/proc/cpuinfo")
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+        .map_or_else(
+            || std::env::consts::ARCH.to_owned(),
+            |(_, name)| name.to_owned(),
+        );
+    Run {
+        kernel: trimmed("/proc/sys/kernel/osrelease"),
+        cpu,
+        cpus: std::thread::available_parallelism().map_or(1, usize::from),
+        rounds: pace.rounds,
+        millis: pace.length.as_millis() as u64,
+        service_rules: args.service_rules,
+        seconds: took.as_secs(),
     }
-    let (kernel, kernel_range) = summarize(results.remove("kernel").unwrap_or_default());
-    let (bpf, bpf_range) = summarize(results.remove("bpf").unwrap_or_default());
-    Ok(Row {
-        what: workload.what,
-        unit: workload.unit,
-        kernel,
-        bpf,
-        ratio: bpf / kernel,
-        kernel_range,
-        bpf_range,
-    })
 }
 
-/// Median, lowest and highest.
-fn summarize(mut values: Vec<f64>) -> (f64, (f64, f64)) {
-    values.sort_by(f64::total_cmp);
-    let middle = values.get(values.len() / 2).copied().unwrap_or(f64::NAN);
-    let lowest = values.first().copied().unwrap_or(f64::NAN);
-    (middle, (lowest, values.last().copied().unwrap_or(f64::NAN)))
-}
-
-fn stream(cluster: &Cluster, length: Duration) -> anyhow::Result<f64> {
-    let (client, server) = (&cluster.pods[0].pod, &cluster.pods[1].pod);
-    Ok(tcp_transfer(&server.ns, server.ip, &client.ns, Amount::For(length))?.mbps)
-}
-
-fn round_trips(cluster: &Cluster, length: Duration) -> anyhow::Result<f64> {
-    let (client, server) = (&cluster.pods[0].pod, &cluster.pods[1].pod);
-    let echo = bind(&server.ns, server.ip, ECHO_PORT)?;
-    let socket = bind(&client.ns, client.ip, 0)?;
-    socket.connect(SocketAddr::from((server.ip, ECHO_PORT)))?;
-    let payload = Bytes::from_static(b"x");
-    pin()?;
-    let count = std::thread::scope(|scope| -> anyhow::Result<u64> {
-        let echoing = scope.spawn(move || -> std::io::Result<()> {
-            pin()?;
-            let mut buffer = [0; 16];
-            loop {
-                let (len, from) = echo.recv_from(&mut buffer)?;
-                // An empty datagram ends it.
-                if len == 0 {
-                    return Ok(());
-                }
-                echo.send_to(&buffer[..len], from)?;
-            }
-        });
-        let mut buffer = [0; 16];
-        let mut count = 0;
-        let end = Instant::now() + length;
-        while Instant::now() < end {
-            socket.send(&payload)?;
-            socket.recv(&mut buffer).context("no answer")?;
-            count += 1;
-        }
-        socket.send(&[])?;
-        echoing
-            .join()
-            .map_err(|_| anyhow::anyhow!("the echo ended early"))??;
-        Ok(count)
-    })?;
-    ensure!(count > 0, "no round trip");
-    Ok(count as f64 / length.as_secs_f64())
-}
-
-/// Puts this thread on the first CPU: with everything on one, the rate is the inverse of the cost, and waking an idle core does not
-/// drown it.
-fn pin() -> std::io::Result<()> {
-    let mut cpus = nix::sched::CpuSet::new();
-    cpus.set(0)?;
-    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus)?;
-    Ok(())
-}
-
-fn bind(ns: &Netns, ip: Ipv4Addr, port: u16) -> anyhow::Result<UdpSocket> {
-    let socket = ns
-        .run(|| UdpSocket::bind(SocketAddr::from((ip, port))))
-        .with_context(|| format!("bind {ip}:{port}"))?;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    Ok(socket)
+/// Head against base, side by side.
+fn compare(args: &Args, base: &Path) -> anyhow::Result<bool> {
+    if !base.exists() {
+        bail!("no agent at {}", base.display());
+    }
+    let pairs: Vec<(Mode, Mode)> = if guard::has_fast_path(base)? {
+        mode::GUARD.to_vec()
+    } else {
+        progress("the base has no fast path: only the stack's path can be compared");
+        mode::GUARD.into_iter().take(1).collect()
+    };
+    let modes: Vec<Mode> = pairs
+        .iter()
+        .flat_map(|(base, head)| [*base, *head])
+        .collect();
+    let names: Vec<String> = guard::WORKLOADS
+        .iter()
+        .map(|(name, _)| (*name).to_owned())
+        .collect();
+    let workloads = workload::select(&names, false)?;
+    let pace = pace(args);
+    let mut meter = Meter::new(samples_of(&modes, &workloads) * pace.rounds);
+    let plan = Plan {
+        base_agent: Some(base.to_owned()),
+        service_rules: args.service_rules,
+        ..Plan::default()
+    };
+    let mut session = Session::build(&modes, &plan, &mut meter)?;
+    for workload in &workloads {
+        session.run(workload, pace, &mut meter)?;
+    }
+    meter.finish();
+    let names: Vec<(&str, &str)> = pairs
+        .iter()
+        .map(|(base, head)| (base.name, head.name))
+        .collect();
+    let findings = guard::findings(&session.samples, &names);
+    say(&guard::table(&findings));
+    for failure in &session.failures {
+        progress(&format!("FAILED: {failure}"));
+    }
+    Ok(session.failures.is_empty() && !findings.iter().any(guard::Finding::slower))
 }

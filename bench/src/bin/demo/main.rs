@@ -12,7 +12,6 @@ use bench_lab::{
     progress, say, stopped, wait_for_stop, watch_for_stop,
 };
 use clap::Parser;
-use flannel_testkit::Offloads;
 
 use report::Report;
 
@@ -72,7 +71,7 @@ fn run(args: &Args) -> anyhow::Result<bool> {
         pods: args.pods,
         store: args.store,
         datapath: args.datapath.clone(),
-        offloads: Offloads::Default,
+        ..Options::default()
     })?;
     let mut pairs = Vec::new();
     let count = cluster.pods.len();

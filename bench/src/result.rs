@@ -1,0 +1,275 @@
+//! What a run found, and the file it is kept in.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::stats;
+
+/// What every mode is compared with: flannel as it is today, and no overlay at all.
+pub const BASES: [&str; 2] = ["kernel-vxlan-ct", "bpf-no-overlay"];
+
+/// Values by workload and mode, one a round.
+#[derive(Clone, Debug, Default)]
+pub struct Samples {
+    units: BTreeMap<String, String>,
+    values: BTreeMap<(String, String), Vec<Option<f64>>>,
+}
+
+impl Samples {
+    /// Takes note of what `mode` did in round `round` of `workload`.
+    pub fn add(&mut self, workload: &str, unit: &str, mode: &str, round: usize, value: f64) {
+        self.units.insert(workload.into(), unit.into());
+        let values = self
+            .values
+            .entry((workload.into(), mode.into()))
+            .or_default();
+        if values.len() <= round {
+            values.resize(round + 1, None);
+        }
+        values[round] = Some(value);
+    }
+
+    /// The values of all rounds.
+    pub fn of(&self, workload: &str, mode: &str) -> &[Option<f64>] {
+        self.values
+            .get(&(workload.to_owned(), mode.to_owned()))
+            .map_or(&[], Vec::as_slice)
+    }
+
+    /// Medians and ratios, workloads and modes in the given orders.
+    pub fn results(&self, run: Run, workloads: &[String], modes: &[String]) -> Results {
+        let mut results = Results {
+            run,
+            rows: Vec::new(),
+            ratios: Vec::new(),
+        };
+        for workload in workloads {
+            for mode in modes {
+                results.rows.extend(self.row(workload, mode));
+            }
+            for to in BASES {
+                for of in modes.iter().filter(|of| of.as_str() != to) {
+                    results.ratios.extend(self.ratio(workload, of, to));
+                }
+            }
+            for (of, to) in PAIRS {
+                results.ratios.extend(self.ratio(workload, of, to));
+            }
+        }
+        results
+    }
+
+    fn row(&self, workload: &str, mode: &str) -> Option<Row> {
+        let values: Vec<f64> = self.of(workload, mode).iter().flatten().copied().collect();
+        (!values.is_empty()).then(|| Row {
+            mode: mode.into(),
+            workload: workload.into(),
+            unit: self.units.get(workload).cloned().unwrap_or_default(),
+            median: stats::median(&values),
+            min: stats::quantile(&values, 0.0),
+            max: stats::quantile(&values, 1.0),
+            samples: values.len(),
+        })
+    }
+
+    /// The median of the ratios round by round, if the two ever met in one round.
+    pub fn ratio(&self, workload: &str, of: &str, to: &str) -> Option<Ratio> {
+        let ratios = stats::ratios(self.of(workload, of), self.of(workload, to));
+        (!ratios.is_empty()).then(|| {
+            let interval = stats::interval(&ratios);
+            Ratio {
+                workload: workload.into(),
+                of: of.into(),
+                to: to.into(),
+                median: interval.median,
+                lo: interval.lo,
+                hi: interval.hi,
+            }
+        })
+    }
+}
+
+/// Further pairs that something is promised about.
+const PAIRS: [(&str, &str); 7] = [
+    ("agent-established", "agent-syn"),
+    ("agent-established", "host-gw-ct"),
+    ("agent-syn", "host-gw-ct"),
+    ("kernel-vxlan-ct-2000", "kernel-vxlan-ct"),
+    ("agent-established-2000", "kernel-vxlan-ct-2000"),
+    ("agent-syn-2000", "kernel-vxlan-ct-2000"),
+    ("agent-kernel", "flanneld"),
+];
+
+/// One run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// Where and how.
+    pub run: Run,
+    /// What each mode did.
+    pub rows: Vec<Row>,
+    /// How modes compare.
+    pub ratios: Vec<Ratio>,
+}
+
+/// Where and how a run was made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// Kernel release.
+    pub kernel: String,
+    /// Processor, as it names itself.
+    pub cpu: String,
+    /// Number of CPUs.
+    pub cpus: usize,
+    /// Rounds.
+    pub rounds: usize,
+    /// Length of one measurement in milliseconds.
+    pub millis: u64,
+    /// Services that kube-proxy's rules are made for in the modes that have such rules.
+    pub service_rules: u32,
+    /// Seconds that it took.
+    pub seconds: u64,
+}
+
+/// What a mode did in a workload, over all rounds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// Mode.
+    pub mode: String,
+    /// Workload.
+    pub workload: String,
+    /// Unit of the values.
+    pub unit: String,
+    /// Median.
+    pub median: f64,
+    /// Lowest.
+    pub min: f64,
+    /// Highest.
+    pub max: f64,
+    /// Number of rounds measured.
+    pub samples: usize,
+}
+
+/// The ratio of two modes, `of` divided by `to`: median of the ratios round by round, with its 95 % interval.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ratio {
+    /// Workload.
+    pub workload: String,
+    /// Numerator.
+    pub of: String,
+    /// Denominator.
+    pub to: String,
+    /// Median.
+    pub median: f64,
+    /// Lower end.
+    pub lo: f64,
+    /// Upper end.
+    pub hi: f64,
+}
+
+impl Results {
+    /// Workloads in the order of the rows.
+    pub fn workloads(&self) -> Vec<&str> {
+        distinct(self.rows.iter().map(|row| row.workload.as_str()))
+    }
+
+    /// Modes in the order of the rows.
+    pub fn modes(&self) -> Vec<&str> {
+        distinct(self.rows.iter().map(|row| row.mode.as_str()))
+    }
+
+    /// The row of a mode in a workload.
+    pub fn row(&self, workload: &str, mode: &str) -> Option<&Row> {
+        self.rows
+            .iter()
+            .find(|row| row.workload == workload && row.mode == mode)
+    }
+
+    /// A ratio, if it was measured.
+    pub fn ratio(&self, workload: &str, of: &str, to: &str) -> Option<&Ratio> {
+        self.ratios
+            .iter()
+            .find(|ratio| ratio.workload == workload && ratio.of == of && ratio.to == to)
+    }
+}
+
+/// Whether less is better, by unit: times and costs, not rates.
+pub fn less_is_better(unit: &str) -> bool {
+    matches!(unit, "us" | "ns" | "s")
+}
+
+fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let mut seen = Vec::new();
+    for name in names {
+        if !seen.contains(&name) {
+            seen.push(name);
+        }
+    }
+    seen
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn samples() -> Samples {
+        let mut samples = Samples::default();
+        // The machine is half as fast in the second round: the ratio does not care.
+        for (round, speed) in [1.0, 0.5, 1.0].into_iter().enumerate() {
+            samples.add("udp64", "1/s", "kernel-vxlan-ct", round, 100.0 * speed);
+            samples.add("udp64", "1/s", "agent-established", round, 300.0 * speed);
+        }
+        samples
+    }
+
+    fn results() -> Results {
+        let modes = ["kernel-vxlan-ct".to_owned(), "agent-established".to_owned()];
+        samples().results(Run::default(), &["udp64".to_owned()], &modes)
+    }
+
+    #[test]
+    fn rows_hold_median_and_range_and_ratios_are_by_round() {
+        let results = results();
+        let row = results.row("udp64", "kernel-vxlan-ct").expect("a row");
+        assert_eq!(
+            (row.median, row.min, row.max, row.samples),
+            (100.0, 50.0, 100.0, 3)
+        );
+        let ratio = results.ratio("udp64", "agent-established", "kernel-vxlan-ct");
+        let ratio = ratio.expect("a ratio");
+        assert_eq!((ratio.median, ratio.lo, ratio.hi), (3.0, 3.0, 3.0));
+        assert_eq!(results.ratios.len(), 1);
+    }
+
+    #[test]
+    fn the_file_has_the_promised_names() {
+        let json = serde_json::to_value(results()).expect("JSON");
+        let keys = |value: &serde_json::Value| {
+            let object = value.as_object().expect("an object");
+            object.keys().cloned().collect::<Vec<_>>()
+        };
+        assert_eq!(
+            keys(&json["rows"][0]),
+            [
+                "max", "median", "min", "mode", "samples", "unit", "workload"
+            ]
+        );
+        assert_eq!(
+            keys(&json["ratios"][0]),
+            ["hi", "lo", "median", "of", "to", "workload"]
+        );
+        assert_eq!(json["rows"][0]["mode"], "kernel-vxlan-ct");
+        assert_eq!(json["rows"][0]["samples"], 3);
+        let back: Results = serde_json::from_value(json).expect("the same");
+        assert_eq!(back, results());
+    }
+
+    #[test]
+    fn what_was_not_measured_has_no_row_and_no_ratio() {
+        let mut samples = samples();
+        samples.add("tcp_rr", "1/s", "agent-established", 0, 1.0);
+        let modes = ["kernel-vxlan-ct".to_owned(), "agent-established".to_owned()];
+        let results = samples.results(Run::default(), &["tcp_rr".to_owned()], &modes);
+        assert_eq!((results.rows.len(), results.ratios.len()), (1, 0));
+    }
+}
