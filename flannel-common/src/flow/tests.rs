@@ -274,6 +274,34 @@ fn what_a_syn_admitted_must_prove_itself_in_mode_established() {
 }
 
 #[test]
+fn the_end_of_what_a_syn_admitted_passes_in_another_mode_and_epoch() {
+    for closer in [FIN | ACK, RST, RST | ACK] {
+        let mut node = Node::new(mode::SYN);
+        assert!(node.send(tcp(Way::Out, SYN), Stack::Drops));
+        node.now.mode = mode::ESTABLISHED;
+        node.now.epoch += 1;
+        assert!(!node.send(tcp(Way::Out, ACK), Stack::Drops));
+        assert!(node.send(tcp(Way::In, closer), Stack::Drops));
+        // Not in the name of another pod, and not with the gate shut.
+        let mut other = node.clone();
+        other.now.generation += 1;
+        assert!(!other.send(tcp(Way::In, closer), Stack::Drops));
+        node.now.mode = mode::OFF;
+        assert!(!node.send(tcp(Way::In, closer), Stack::Drops));
+    }
+}
+
+#[test]
+fn once_the_stack_knows_what_a_syn_admitted_the_end_goes_there_too() {
+    let mut node = Node::new(mode::SYN);
+    assert!(node.send(tcp(Way::Out, SYN), Stack::Drops));
+    node.now.mode = mode::ESTABLISHED;
+    assert!(!node.send(tcp(Way::Out, ACK), Stack::Passes));
+    assert!(!node.send(tcp(Way::Out, FIN | ACK), Stack::Passes));
+    assert!(!node.send(tcp(Way::In, FIN | ACK), Stack::Passes));
+}
+
+#[test]
 fn the_pair_is_named_by_the_port_that_the_opening_packet_goes_to() {
     let key = FlowKey {
         local: [10, 244, 1, 2],
