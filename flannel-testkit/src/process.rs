@@ -20,11 +20,20 @@ pub struct Finished {
 
 /// Runs `cmd` to its end, killing it after `limit`. A non-zero exit is not an error here.
 pub fn finish(cmd: &mut Command, limit: Duration) -> anyhow::Result<Finished> {
+    finish_reading(cmd, Stdio::null(), limit)
+}
+
+/// Like [`finish`] with something to read.
+pub fn finish_reading(
+    cmd: &mut Command,
+    input: impl Into<Stdio>,
+    limit: Duration,
+) -> anyhow::Result<Finished> {
     // Files instead of pipes: a grandchild that keeps a pipe open cannot hang the reader.
     let mut out = tempfile::tempfile()?;
     let mut err = tempfile::tempfile()?;
     let mut child = cmd
-        .stdin(Stdio::null())
+        .stdin(input)
         .stdout(out.try_clone()?)
         .stderr(err.try_clone()?)
         .spawn()

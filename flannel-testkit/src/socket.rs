@@ -5,8 +5,9 @@ use crate::process::check;
 use anyhow::Context as _;
 use std::io;
 use std::mem::size_of;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 /// Only echo replies pass the kernel's ICMP filter: bit 0 (`ICMP_ECHOREPLY`) clear, all others set.
 const ONLY_ECHO_REPLIES: u32 = !1;
@@ -53,6 +54,39 @@ impl RawSocket {
         anyhow::ensure!(sent == frame.len(), "sent {sent} of {} bytes", frame.len());
         Ok(())
     }
+}
+
+/// Sends one IPv4 packet, from its IP header on, through the stack of `ns`.
+pub fn send_ip(ns: &Netns, to: Ipv4Addr, packet: &[u8]) -> anyhow::Result<()> {
+    let sent = ns.run(|| {
+        let fd = new_socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
+        let (addr, len) = sockaddr(SocketAddrV4::new(to, 0))?;
+        // SAFETY: both pointers are to live values of the lengths given.
+        let sent = unsafe {
+            libc::sendto(
+                fd.as_raw_fd(),
+                packet.as_ptr().cast(),
+                packet.len(),
+                0,
+                (&raw const addr).cast(),
+                len,
+            )
+        };
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    });
+    let sent = sent.with_context(|| format!("send a packet to {to} from {}", ns.name()))?;
+    anyhow::ensure!(sent == packet.len(), "sent {sent} of {}", packet.len());
+    Ok(())
+}
+
+/// An option of a socket that is a plain number.
+pub fn set_socket_option(
+    fd: &impl AsRawFd,
+    level: i32,
+    name: i32,
+    value: i32,
+) -> anyhow::Result<()> {
+    set_option(fd, level, name, value).with_context(|| format!("socket option {level}/{name}"))
 }
 
 /// Sends one frame out of `ifname` of `ns`. To make a node *receive* a frame, send it out of the other
@@ -159,6 +193,126 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
         )
     })?;
     Ok(cookie)
+}
+
+/// Listens with `SO_REUSEADDR`, for many connections at once.
+pub(crate) fn listen(address: SocketAddrV4) -> io::Result<TcpListener> {
+    let fd = new_socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
+    set_option(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    bind(&fd, address)?;
+    // SAFETY: listen takes no pointers.
+    check(unsafe { libc::listen(fd.as_raw_fd(), 4096) })?;
+    Ok(fd.into())
+}
+
+/// Connects from a port (0 is any) that may have been used just before.
+pub(crate) fn connect(port: u16, target: SocketAddrV4, limit: Duration) -> io::Result<TcpStream> {
+    let fd = new_socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0)?;
+    set_option(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    if port != 0 {
+        bind(&fd, SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
+    }
+    let (addr, len) = sockaddr(target)?;
+    // SAFETY: `addr` is a complete sockaddr_in and `len` its size.
+    let begun = check(unsafe { libc::connect(fd.as_raw_fd(), (&raw const addr).cast(), len) });
+    if let Err(err) = begun
+        && err.raw_os_error() != Some(libc::EINPROGRESS)
+    {
+        return Err(err);
+    }
+    if poll(&[&fd], libc::POLLOUT, limit)?.is_none() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    let stream = TcpStream::from(fd);
+    if let Some(err) = stream.take_error()? {
+        return Err(err);
+    }
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// Closing the socket will send a RST.
+pub(crate) fn linger_nothing(fd: &impl AsRawFd) -> io::Result<()> {
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    let len = size_of::<libc::linger>()
+        .try_into()
+        .map_err(io::Error::other)?;
+    // SAFETY: `linger` is live and `len` its size.
+    check(unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_LINGER,
+            (&raw const linger).cast(),
+            len,
+        )
+    })
+    .map(drop)
+}
+
+/// The first of some sockets that has something to read or to accept; `None` when `limit` passed first.
+pub(crate) fn first_readable(
+    fds: &[&impl AsRawFd],
+    limit: Duration,
+) -> anyhow::Result<Option<usize>> {
+    Ok(poll(fds, libc::POLLIN, limit)?)
+}
+
+/// The address of a socket that knows no other family.
+pub(crate) fn ipv4(address: SocketAddr) -> anyhow::Result<SocketAddrV4> {
+    match address {
+        SocketAddr::V4(address) => Ok(address),
+        SocketAddr::V6(address) => anyhow::bail!("{address} is not IPv4"),
+    }
+}
+
+fn poll(fds: &[&impl AsRawFd], events: i16, limit: Duration) -> io::Result<Option<usize>> {
+    let end = Instant::now() + limit;
+    let mut set: Vec<libc::pollfd> = fds
+        .iter()
+        .map(|fd| libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events,
+            revents: 0,
+        })
+        .collect();
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let millis = left.as_millis().try_into().unwrap_or(i32::MAX);
+        let count = set.len().try_into().map_err(io::Error::other)?;
+        // SAFETY: the pointer and count are those of a live mutable slice.
+        match check(unsafe { libc::poll(set.as_mut_ptr(), count, millis) }) {
+            Ok(_) => {}
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
+            Err(err) => return Err(err),
+        }
+        let ready = set.iter().position(|fd| fd.revents != 0);
+        if ready.is_some() || left.is_zero() {
+            return Ok(ready);
+        }
+    }
+}
+
+fn bind(fd: &OwnedFd, address: SocketAddrV4) -> io::Result<()> {
+    let (addr, len) = sockaddr(address)?;
+    // SAFETY: `addr` is a complete sockaddr_in and `len` its size.
+    check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const addr).cast(), len) }).map(drop)
+}
+
+fn sockaddr(address: SocketAddrV4) -> io::Result<(libc::sockaddr_in, libc::socklen_t)> {
+    let addr = libc::sockaddr_in {
+        sin_family: libc::AF_INET.try_into().map_err(io::Error::other)?,
+        sin_port: address.port().to_be(),
+        sin_addr: libc::in_addr {
+            s_addr: u32::from_ne_bytes(address.ip().octets()),
+        },
+        sin_zero: [0; 8],
+    };
+    let len = size_of::<libc::sockaddr_in>();
+    Ok((addr, len.try_into().map_err(io::Error::other)?))
 }
 
 fn new_socket(family: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {

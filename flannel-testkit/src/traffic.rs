@@ -1,11 +1,15 @@
 //! Traffic with exact accounting. Everything has a time limit, so that a broken data plane fails a test instead of hanging it.
 
+mod datagrams;
 mod iperf;
+mod pair;
 mod ping;
 mod tcp;
 mod udp;
 
+pub use datagrams::UdpEnd;
 pub use iperf::iperf3;
+pub use pair::{TcpPair, TcpServer, Way};
 pub use ping::{FloodPing, PingStats, ping, ping_once, ping_sized};
 pub use tcp::{Amount, TcpFlow, TcpStats, tcp_transfer};
 pub use udp::udp_echo;

@@ -1,0 +1,471 @@
+//! Three nodes with Services as kube-proxy makes them, for the flow gate.
+//!
+//! | node | pods | |
+//! |---|---|---|
+//! | 0 | `A`, `A2` | the client and its neighbour |
+//! | 1 | `B`, `B2` | the remote backend and its neighbour |
+//! | 2 | `C` | a third node with a backend of its own |
+//!
+//! All pods have hairpin mode on; a host outside the cluster is on the underlay.
+
+#![allow(dead_code, reason = "every test binary uses a part of it")]
+
+pub(crate) mod cases;
+pub(crate) mod flows;
+
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddrV4},
+    time::Duration,
+};
+
+use flannel_common::{counter::CounterId, flow::mode};
+use flannel_testkit::{
+    LabOptions, Netns, Pod, eventually,
+    services::{Flavour, HostPort, Policy, Service, Services, Transport},
+    traffic::{TcpPair, TcpServer, UdpEnd},
+};
+
+use crate::rig::{NET_CONF, PATIENCE, Rig, list, per_cpu};
+
+/// Number of nodes.
+const NODES: u8 = 3;
+/// The port at which backends listen.
+pub(crate) const BACKEND: u16 = 8080;
+/// The port at which backends listen for datagrams.
+pub(crate) const DNS: u16 = 5353;
+/// The port of node 1 that is mapped to [`MAPPED`] of pod `B`.
+pub(crate) const HOST_PORT: u16 = 8088;
+/// See [`HOST_PORT`].
+pub(crate) const MAPPED: u16 = 8090;
+/// A port of every node, any backend answers.
+pub(crate) const NODE_PORT: u16 = 30_080;
+/// A port of every node, only a backend of the node answers.
+pub(crate) const LOCAL_NODE_PORT: u16 = 30_081;
+
+/// A rung of the fast path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Mode {
+    Off,
+    Established,
+    Syn,
+}
+
+impl Mode {
+    pub(crate) const ALL: [Mode; 3] = [Mode::Off, Mode::Established, Mode::Syn];
+
+    pub(crate) fn flag(self) -> &'static str {
+        match self {
+            Mode::Off => "--bpf-fast-path=off",
+            Mode::Established => "--bpf-fast-path=established",
+            Mode::Syn => "--bpf-fast-path=syn",
+        }
+    }
+
+    fn raw(self) -> u32 {
+        match self {
+            Mode::Off => mode::OFF,
+            Mode::Established => mode::ESTABLISHED,
+            Mode::Syn => mode::SYN,
+        }
+    }
+}
+
+/// A pod of the rig.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Who {
+    A,
+    A2,
+    B,
+    B2,
+    C,
+}
+
+impl Who {
+    pub(crate) const ALL: [Who; 5] = [Who::A, Who::A2, Who::B, Who::B2, Who::C];
+
+    pub(crate) fn node(self) -> usize {
+        match self {
+            Who::A | Who::A2 => 0,
+            Who::B | Who::B2 => 1,
+            Who::C => 2,
+        }
+    }
+}
+
+/// The services, each with its own cluster address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Vip {
+    /// Backed by `B`.
+    Remote,
+    /// Backed by `A2`.
+    Local,
+    /// Backed by `A`.
+    Own,
+    /// Backed by `A2`, `B` and `C`.
+    Random,
+    /// UDP, backed by `B` and `C`.
+    Dns,
+    /// UDP, backed by `B`.
+    RemoteUdp,
+    /// With [`NODE_PORT`], backed by `B`.
+    NodePort,
+    /// With [`LOCAL_NODE_PORT`], backed by `B`.
+    LocalNodePort,
+    /// With session affinity, backed by `A2`, `B` and `C`.
+    Sticky,
+}
+
+impl Vip {
+    pub(crate) fn address(self) -> SocketAddrV4 {
+        let (host, port) = match self {
+            Vip::Remote => (10, 80),
+            Vip::Local => (11, 80),
+            Vip::Own => (12, 80),
+            Vip::Random => (13, 80),
+            Vip::Dns => (14, 53),
+            Vip::RemoteUdp => (15, 53),
+            Vip::NodePort => (16, 80),
+            Vip::LocalNodePort => (17, 80),
+            Vip::Sticky => (18, 80),
+        };
+        SocketAddrV4::new(Ipv4Addr::new(10, 96, 0, host), port)
+    }
+}
+
+/// Packets by what became of them, see [`CounterId`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Fast {
+    pub(crate) encap: u64,
+    pub(crate) decap: u64,
+    pub(crate) local: u64,
+    pub(crate) tagged: u64,
+    pub(crate) confirmed: u64,
+    pub(crate) refuted: u64,
+    pub(crate) admitted: u64,
+}
+
+impl Fast {
+    /// Packets that bypassed the stack.
+    pub(crate) fn all(&self) -> u64 {
+        self.encap + self.decap + self.local
+    }
+}
+
+/// What a lab differs in from the usual one.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Extra<'a> {
+    /// More flags for every agent.
+    pub(crate) flags: &'a [&'a str],
+    /// Instead of the MTU of the subnet file.
+    pub(crate) pod_mtu: Option<u32>,
+    pub(crate) lab: LabOptions,
+}
+
+/// Three nodes, their agents, pods and Services, and a host outside.
+pub(crate) struct Gate {
+    services: Vec<Services>,
+    pods: BTreeMap<Who, Pod>,
+    flags: Vec<String>,
+    pub(crate) outside: Netns,
+    pub(crate) modes: [Mode; NODES as usize],
+    pub(crate) flavour: Flavour,
+    pub(crate) rig: Rig,
+}
+
+impl Gate {
+    /// All nodes in one mode.
+    pub(crate) fn start(mode: Mode, flavour: Flavour) -> Gate {
+        Gate::mixed([mode; NODES as usize], flavour)
+    }
+
+    /// Each node in a mode of its own.
+    pub(crate) fn mixed(modes: [Mode; NODES as usize], flavour: Flavour) -> Gate {
+        Gate::with(modes, flavour, Extra::default())
+    }
+
+    pub(crate) fn with(modes: [Mode; NODES as usize], flavour: Flavour, extra: Extra<'_>) -> Gate {
+        let options = LabOptions {
+            nodes: NODES,
+            ..extra.lab
+        };
+        let mut rig = Rig::with(options, NET_CONF);
+        let outside = rig.lab().host("outside", 200).expect("a host outside");
+        let all: Vec<Who> = Who::ALL.to_vec();
+        let address = |who: Who, port: u16| -> SocketAddrV4 {
+            let subnet = rig.node(who.node()).subnet;
+            let number = if matches!(who, Who::A2 | Who::B2) {
+                3
+            } else {
+                2
+            };
+            SocketAddrV4::new(subnet.host(number), port)
+        };
+        let services = services(address);
+        let host_port = HostPort {
+            transport: Transport::Tcp,
+            port: HOST_PORT,
+            backend: address(Who::B, MAPPED),
+        };
+        let installed = rig
+            .lab()
+            .nodes()
+            .iter()
+            .enumerate()
+            .map(|(number, node)| {
+                let host_ports = if number == 1 {
+                    std::slice::from_ref(&host_port)
+                } else {
+                    &[]
+                };
+                Services::install(node, flavour, options.network, &services, host_ports)
+                    .expect("the rules of kube-proxy")
+            })
+            .collect();
+        let flags: Vec<String> = extra.flags.iter().map(ToString::to_string).collect();
+        for (node, mode) in modes.iter().enumerate() {
+            start_agent(&mut rig, node, *mode, &flags);
+        }
+        for node in 0..modes.len() {
+            rig.wait_ready(node);
+        }
+        let mut pods = BTreeMap::new();
+        for who in all {
+            let pod = match extra.pod_mtu {
+                None => rig.add_pod(who.node()),
+                Some(mtu) => rig.add_pod_with_mtu(who.node(), mtu),
+            };
+            pod.set_hairpin(true).expect("hairpin mode");
+            pods.insert(who, pod);
+        }
+        rig.wait_converged();
+        let gate = Gate {
+            services: installed,
+            pods,
+            flags,
+            outside,
+            modes,
+            flavour,
+            rig,
+        };
+        for node in 0..modes.len() {
+            gate.wait_gate(node);
+        }
+        gate
+    }
+
+    /// Starts the agent of a node in its mode.
+    pub(crate) fn start_agent(&mut self, node: usize) {
+        start_agent(&mut self.rig, node, self.modes[node], &self.flags);
+    }
+
+    #[track_caller]
+    pub(crate) fn pod(&self, who: Who) -> &Pod {
+        &self.pods[&who]
+    }
+
+    pub(crate) fn ns(&self, who: Who) -> &Netns {
+        &self.pods[&who].ns
+    }
+
+    pub(crate) fn ip(&self, who: Who) -> Ipv4Addr {
+        self.pods[&who].ip
+    }
+
+    /// Makes another pod the one of this name.
+    pub(crate) fn replace(&mut self, who: Who, pod: Pod) {
+        self.pods.insert(who, pod);
+    }
+
+    /// The address of node `node`'s tunnel device.
+    pub(crate) fn tunnel_ip(&self, node: usize) -> Ipv4Addr {
+        self.rig.node(node).subnet.host(0)
+    }
+
+    /// Listens at [`BACKEND`].
+    #[track_caller]
+    pub(crate) fn serve(&self, who: Who) -> TcpServer {
+        self.serve_at(who, BACKEND)
+    }
+
+    #[track_caller]
+    pub(crate) fn serve_at(&self, who: Who, port: u16) -> TcpServer {
+        TcpServer::listen(self.ns(who), self.ip(who), port).expect("listen")
+    }
+
+    #[track_caller]
+    pub(crate) fn udp(&self, who: Who, port: u16) -> UdpEnd {
+        UdpEnd::bind(self.ns(who), self.ip(who), port).expect("bind")
+    }
+
+    /// Connects pod to pod.
+    #[track_caller]
+    pub(crate) fn connect(&self, from: Who, server: &TcpServer) -> TcpPair {
+        self.connect_to(from, server.address, &[server])
+    }
+
+    #[track_caller]
+    pub(crate) fn connect_to(
+        &self,
+        from: Who,
+        target: SocketAddrV4,
+        servers: &[&TcpServer],
+    ) -> TcpPair {
+        TcpPair::connect(self.ns(from), target, servers)
+            .unwrap_or_else(|error| panic!("{from:?} to {target}: {error:#}"))
+    }
+
+    /// The gate's counters of a node, as `bpftool` shows them.
+    #[track_caller]
+    pub(crate) fn fast(&self, node: usize) -> Fast {
+        let dump = self.rig.map_dump(node, "counters");
+        let packets = |id: CounterId| per_cpu(&dump[id as usize]);
+        Fast {
+            encap: packets(CounterId::FastEncap),
+            decap: packets(CounterId::FastDecap),
+            local: packets(CounterId::FastLocal),
+            tagged: packets(CounterId::GateTagged),
+            confirmed: packets(CounterId::GateConfirmed),
+            refuted: packets(CounterId::GateRefuted),
+            admitted: packets(CounterId::GateAdmitted),
+        }
+    }
+
+    /// Packets that every node's rule against invalid ones has dropped.
+    #[track_caller]
+    pub(crate) fn invalid_drops(&self) -> Vec<u64> {
+        let drops = self.services.iter().map(Services::invalid_drops);
+        drops
+            .map(|drops| drops.expect("the rule's counter"))
+            .collect()
+    }
+
+    #[track_caller]
+    pub(crate) fn assert_no_invalid(&self, after: &str) {
+        let drops = self.invalid_drops();
+        assert!(
+            drops.iter().all(|drops| *drops == 0),
+            "{after}: packets dropped as invalid, by node: {drops:?} ({:?}, {:?})",
+            self.modes,
+            self.flavour
+        );
+    }
+
+    /// Waits until the maps of a node say the mode, and know its pods.
+    #[track_caller]
+    pub(crate) fn wait_gate(&self, node: usize) {
+        let mode = self.modes[node];
+        let what = format!("the gate of node {node} is in mode {mode:?}");
+        eventually(PATIENCE, &what, || {
+            let config = self.rig.config_bytes(node);
+            let raw = u32_at(&config, MODE_AT);
+            if raw != mode.raw() {
+                return Err(format!("the mode is {raw}"));
+            }
+            if mode == Mode::Off {
+                return Ok(());
+            }
+            let known = self.known_pods(node);
+            let missing: Vec<&Pod> = self
+                .pods
+                .iter()
+                .filter(|(who, pod)| who.node() == node && !known.contains(&pod.ip))
+                .map(|(_, pod)| pod)
+                .collect();
+            if missing.is_empty() {
+                Ok(())
+            } else {
+                Err(format!("unknown pods: {missing:?}, known: {known:?}"))
+            }
+        });
+    }
+
+    /// The addresses in the map `pods`.
+    #[track_caller]
+    pub(crate) fn known_pods(&self, node: usize) -> Vec<Ipv4Addr> {
+        let dump = self.rig.map_dump(node, "pods");
+        list(&dump)
+            .iter()
+            .filter_map(|entry| {
+                let key = flows::hex_bytes(&entry["key"]);
+                Some(Ipv4Addr::from(<[u8; 4]>::try_from(key).ok()?))
+            })
+            .collect()
+    }
+
+    /// Forgets which pairs were seen translated: a case in [`Mode::Syn`] would use the witness gate for them.
+    #[track_caller]
+    pub(crate) fn clear_nattuples(&self) {
+        for (node, mode) in self.modes.iter().enumerate() {
+            if *mode != Mode::Off {
+                self.clear_map(node, "nattuples");
+            }
+        }
+    }
+
+    /// Writes another mode into the maps of a node, whose agent must not run: it would put it right.
+    #[track_caller]
+    pub(crate) fn force_mode(&self, node: usize, raw: u32) {
+        let mut config = self.rig.config_bytes(node);
+        config[MODE_AT..MODE_AT + 4].copy_from_slice(&raw.to_ne_bytes());
+        self.rig.map_write(node, "config", 0, &config);
+    }
+
+    /// Makes every entry of `flows` of a node count for nothing. Its agent must not run.
+    #[track_caller]
+    pub(crate) fn bump_epoch(&self, node: usize) {
+        let mut config = self.rig.config_bytes(node);
+        let epoch = u32_at(&config, EPOCH_AT).wrapping_add(1);
+        config[EPOCH_AT..EPOCH_AT + 4].copy_from_slice(&epoch.to_ne_bytes());
+        self.rig.map_write(node, "config", 0, &config);
+    }
+
+    /// Deletes every entry of a hash map.
+    #[track_caller]
+    pub(crate) fn clear_map(&self, node: usize, map: &str) {
+        let pin = self.rig.map_pin(node, map).display().to_string();
+        flows::clear(self.rig.ns(node), &pin);
+    }
+}
+
+/// Offset of the mode in the map `config`.
+const MODE_AT: usize = std::mem::offset_of!(flannel_common::Config, mode);
+/// Offset of the epoch in the map `config`.
+const EPOCH_AT: usize = std::mem::offset_of!(flannel_common::Config, epoch);
+/// The lease that the agent sets unless told otherwise.
+pub(crate) const LEASE: Duration = Duration::from_secs(5);
+
+fn start_agent(rig: &mut Rig, node: usize, mode: Mode, flags: &[String]) {
+    let mut all = vec![mode.flag()];
+    all.extend(flags.iter().map(String::as_str));
+    rig.start_agent(node, &all);
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    let bytes = bytes[at..at + 4].try_into().expect("four bytes");
+    u32::from_ne_bytes(bytes)
+}
+
+fn services(address: impl Fn(Who, u16) -> SocketAddrV4) -> Vec<Service> {
+    let tcp = |name: &str, vip: Vip, backends: &[Who]| {
+        let backends: Vec<SocketAddrV4> =
+            backends.iter().map(|who| address(*who, BACKEND)).collect();
+        Service::tcp(name, vip.address(), &backends)
+    };
+    let udp = |name: &str, vip: Vip, backends: &[Who]| {
+        let backends: Vec<SocketAddrV4> = backends.iter().map(|who| address(*who, DNS)).collect();
+        Service::udp(name, vip.address(), &backends)
+    };
+    vec![
+        tcp("remote", Vip::Remote, &[Who::B]),
+        tcp("local", Vip::Local, &[Who::A2]),
+        tcp("own", Vip::Own, &[Who::A]),
+        tcp("random", Vip::Random, &[Who::A2, Who::B, Who::C]),
+        udp("dns", Vip::Dns, &[Who::B, Who::C]),
+        udp("remote-udp", Vip::RemoteUdp, &[Who::B]),
+        tcp("node-port", Vip::NodePort, &[Who::B]).with_node_port(NODE_PORT, Policy::Cluster),
+        tcp("local-node-port", Vip::LocalNodePort, &[Who::B])
+            .with_node_port(LOCAL_NODE_PORT, Policy::Local),
+        tcp("sticky", Vip::Sticky, &[Who::A2, Who::B, Who::C]).with_affinity(),
+    ]
+}

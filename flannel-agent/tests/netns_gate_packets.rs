@@ -1,0 +1,387 @@
+//! Packets that are not like others: errors, fragments, options, marks, short lives, other sizes.
+
+mod gate_rig;
+mod rig;
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use anyhow::{Context as _, ensure};
+use flannel_testkit::{
+    Capture, LabOptions, Netns, Offloads, RawSocket,
+    json::{ip_json, link},
+    packet::{Inner, L4, checksum},
+    send_ip,
+    services::Flavour,
+    set_socket_option,
+    traffic::{self, Amount, TcpPair},
+    try_eventually,
+};
+use gate_rig::{
+    DNS, Extra, Gate, Mode, Vip,
+    Who::{A, A2, B},
+    cases::{Case, in_all_modes},
+};
+
+/// How long an error may take to be believed.
+const SOON: Duration = Duration::from_secs(2);
+
+const CASES: &[Case] = &[
+    ("fragmentation needed, says the remote node", |gate| {
+        too_big(gate, Teller::Node)
+    }),
+    ("fragmentation needed, says the remote pod", |gate| {
+        too_big(gate, Teller::Pod)
+    }),
+    ("port unreachable", port_unreachable),
+    ("fragments among small datagrams", fragments),
+    ("IP options", options),
+    ("TTL, DSCP and ECN", marks),
+    ("hops of a traceroute", hops),
+    ("UDP segmentation", segmentation),
+    ("a path that becomes narrow", narrow_path),
+];
+
+in_all_modes!(CASES);
+
+/// Who sends an ICMP error.
+#[derive(Clone, Copy, Debug)]
+enum Teller {
+    Node,
+    Pod,
+}
+
+/// The MTU that the error claims.
+const CLAIMED: u16 = 1234;
+
+fn too_big(gate: &mut Gate, teller: Teller) -> anyhow::Result<()> {
+    forget_paths(gate)?;
+    let server = gate.serve(B);
+    let mut pair = TcpPair::connect(gate.ns(A), server.address, &[&server])?;
+    gate.promote(&mut pair, &[0, 1])?;
+    // The pod believes an error only if it quotes what is not acknowledged: here what it would send next.
+    let filter = format!(
+        "tcp and src port {} and dst port {}",
+        pair.local.port(),
+        server.address.port()
+    );
+    let capture = Capture::start(gate.ns(A), "eth0", &filter)?;
+    pair.exchange(100)?;
+    let packets = capture.stop()?.packets;
+    let last = packets
+        .iter()
+        .rfind(|packet| packet.data.len() > 150)
+        .context("no segment seen")?;
+    let mut quoted = last.data[14..14 + 28].to_vec();
+    let payload = last.data.len() - 14 - 20 - usize::from(last.data[14 + 20 + 12] >> 4) * 4;
+    let sequence = u32::from_be_bytes(quoted[24..28].try_into()?);
+    let next = sequence.wrapping_add(u32::try_from(payload)?);
+    quoted[24..28].copy_from_slice(&next.to_be_bytes());
+    let from = match teller {
+        Teller::Node => gate.tunnel_ip(1),
+        Teller::Pod => gate.ip(B),
+    };
+    let mut icmp = vec![3, 4, 0, 0, 0, 0];
+    icmp.extend(CLAIMED.to_be_bytes());
+    icmp.extend(quoted);
+    let sum = checksum(&icmp, 0);
+    icmp[2..4].copy_from_slice(&sum.to_be_bytes());
+    let error = Inner::new(
+        from,
+        gate.ip(A),
+        L4::Raw {
+            protocol: 1,
+            data: icmp,
+        },
+    );
+    match teller {
+        Teller::Node => send_ip(gate.rig.ns(1), gate.ip(A), &error.packet())?,
+        Teller::Pod => {
+            let gateway = mac_of(gate.rig.ns(1), "cni0")?;
+            let frame = error.with_macs(gate.pod(B).mac, gateway).bytes();
+            RawSocket::open(gate.ns(B), "eth0")?.send(&frame)?;
+        }
+    }
+    try_eventually(SOON, "the pod learns the path's MTU", || {
+        let mtu = learnt_mtu(gate.ns(A), gate.ip(B))?;
+        ensure!(mtu == Some(u64::from(CLAIMED)), "it has {mtu:?}");
+        Ok(())
+    })?;
+    pair.exchange(60_000)?;
+    pair.close()?;
+    forget_paths(gate)
+}
+
+fn forget_paths(gate: &Gate) -> anyhow::Result<()> {
+    for who in gate_rig::Who::ALL {
+        gate.ns(who).ip("route flush cache")?;
+    }
+    Ok(())
+}
+
+fn learnt_mtu(ns: &Netns, to: Ipv4Addr) -> anyhow::Result<Option<u64>> {
+    let route = ip_json(ns, &["route", "get", &to.to_string()])?;
+    Ok(route[0]["metrics"][0]["mtu"].as_u64())
+}
+
+fn mac_of(ns: &Netns, device: &str) -> anyhow::Result<[u8; 6]> {
+    let link = link(ns, device)?;
+    let text = link["address"].as_str().context("no MAC address")?;
+    let bytes: Vec<u8> = text
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16))
+        .collect::<Result<_, _>>()?;
+    bytes.try_into().ok().context("a MAC address of six bytes")
+}
+
+fn port_unreachable(gate: &mut Gate) -> anyhow::Result<()> {
+    let names = gate.udp(B, DNS);
+    let client = gate.udp(A, 0);
+    for _ in 0..5 {
+        client.ask(names.address, &[&names], 100)?;
+    }
+    let target = names.address;
+    drop(names);
+    client.socket().connect(target)?;
+    try_eventually(SOON, "the client is told that nobody listens", || {
+        drop(client.socket().send(&[0; 10]));
+        let error = client.socket().take_error()?;
+        let refused =
+            error.is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused);
+        ensure!(refused, "no error");
+        Ok::<_, anyhow::Error>(())
+    })
+}
+
+fn fragments(gate: &mut Gate) -> anyhow::Result<()> {
+    for to in [B, A2] {
+        let names = gate.udp(to, DNS);
+        let client = gate.udp(A, 0);
+        for _ in 0..2 {
+            for bytes in [64, 4000, 64, 64, 30_000, 64, 1423, 64, 9000] {
+                client
+                    .ask(names.address, &[&names], bytes)
+                    .with_context(|| format!("to {to:?}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// No operation, four times.
+const NOTHING: i32 = 0x0101_0101;
+
+fn options(gate: &mut Gate) -> anyhow::Result<()> {
+    for to in [B, A2] {
+        let names = gate.udp(to, DNS);
+        let client = gate.udp(A, 0);
+        for _ in 0..5 {
+            client.ask(names.address, &[&names], 100)?;
+        }
+        set_socket_option(client.socket(), libc::IPPROTO_IP, libc::IP_OPTIONS, NOTHING)?;
+        let capture = Capture::start(gate.ns(to), "eth0", "udp and ip[0] == 0x46")?;
+        for _ in 0..5 {
+            client.ask(names.address, &[&names], 100)?;
+        }
+        let arrived = capture.stop()?.packets.len();
+        ensure!(
+            arrived == 5,
+            "{arrived} of 5 arrived with options at {to:?}"
+        );
+    }
+    Ok(())
+}
+
+fn marks(gate: &mut Gate) -> anyhow::Result<()> {
+    for (to, ttl) in [(B, 62), (A2, 64)] {
+        let names = gate.udp(to, DNS);
+        let client = gate.udp(A, 0);
+        for _ in 0..5 {
+            client.ask(names.address, &[&names], 100)?;
+        }
+        let filter = format!("udp and src host {}", gate.ip(A));
+        let capture = Capture::start(gate.ns(to), "eth0", &filter)?;
+        // DSCP 46 with ECT(0), DSCP 10 with ECT(1), congestion experienced.
+        let values = [0x00, 0xba, 0x29, 0x03];
+        for value in values {
+            set_socket_option(client.socket(), libc::IPPROTO_IP, libc::IP_TOS, value)?;
+            client.ask(names.address, &[&names], 100)?;
+        }
+        let packets = capture.stop()?.packets;
+        let seen: Vec<(i32, u8)> = packets
+            .iter()
+            .map(|packet| (i32::from(packet.data[15]), packet.data[22]))
+            .collect();
+        let wanted: Vec<(i32, u8)> = values.iter().map(|value| (*value, ttl)).collect();
+        ensure!(seen == wanted, "TOS and TTL at {to:?}: {seen:02x?}");
+    }
+    Ok(())
+}
+
+fn hops(gate: &mut Gate) -> anyhow::Result<()> {
+    let names = gate.udp(B, DNS);
+    let client = gate.udp(A, 0);
+    for _ in 0..5 {
+        client.ask(names.address, &[&names], 100)?;
+    }
+    let want = [
+        (1, Some(gate.rig.node(0).subnet.gateway())),
+        (2, Some(gate.tunnel_ip(1))),
+        (3, None),
+    ];
+    for node in [0, 1] {
+        gate.rig
+            .ns(node)
+            .set_sysctl("net/ipv4/icmp_ratelimit", "0")?;
+    }
+    for (ttl, hop) in want {
+        // The very flow that is fast, and one that nobody has seen before.
+        for socket in [&client, &gate.udp(A, 0)] {
+            set_socket_option(socket.socket(), libc::IPPROTO_IP, libc::IP_TTL, ttl)?;
+            let capture = Capture::start(gate.ns(A), "eth0", "icmp[0] == 11")?;
+            socket.send(names.address, 0, 100)?;
+            let arrived = names.has_some(Duration::from_millis(100))?;
+            let errors = capture.stop()?.packets;
+            let from = errors
+                .first()
+                .map(|packet| Ipv4Addr::from([26, 27, 28, 29].map(|at| packet.data[at])));
+            ensure!(
+                from == hop && arrived == hop.is_none(),
+                "TTL {ttl}: an error from {from:?}, arrived: {arrived}"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn segmentation(gate: &mut Gate) -> anyhow::Result<()> {
+    for to in [B, A2] {
+        let names = gate.udp(to, DNS);
+        let client = gate.udp(A, 0);
+        for _ in 0..5 {
+            client.ask(names.address, &[&names], 100)?;
+        }
+        // `UDP_SEGMENT`
+        set_socket_option(client.socket(), libc::IPPROTO_UDP, 103, 1000)?;
+        for _ in 0..5 {
+            client.send(names.address, 0, 10_000)?;
+            for part in 0..10 {
+                names
+                    .receive(part * 1000, 1000)
+                    .with_context(|| format!("part {part} at {to:?}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The way between the nodes narrows under a fast connection: what no longer fits goes on as the kernel's device would send it.
+fn narrow_path(gate: &mut Gate) -> anyhow::Result<()> {
+    let server = gate.serve(B);
+    let mut pair = TcpPair::connect(gate.ns(A), server.address, &[&server])?;
+    gate.promote(&mut pair, &[0, 1])?;
+    pair.exchange(200_000)?;
+    let remote = gate.rig.node(1).ip;
+    let node = gate.rig.ns(0);
+    node.ip(&format!("route add {remote}/32 dev eth0 mtu lock 1400"))?;
+    let noticed = try_eventually(SOON, "the agent knows the path", || {
+        let peers = gate.rig.peers(0);
+        let all = rig::list(&peers).iter();
+        let mut mtus = all.filter(|peer| peer["vtep"] == remote.to_string());
+        ensure!(mtus.any(|peer| peer["path_mtu"] == 1400), "{peers}");
+        Ok(())
+    });
+    // What is longer than that on the wire would be lost on a real path.
+    let port = gate.rig.node(0).port.clone();
+    let filter = format!("ip dst {remote} and greater 1415 and less 1600");
+    let capture = Capture::start(gate.rig.lab().underlay(), &port, &filter)?;
+    let exchanged = pair.exchange(200_000);
+    let client = gate.udp(A, 0);
+    let names = gate.udp(B, DNS);
+    let asked = [100, 1322, 1323, 1422, 5000]
+        .iter()
+        .try_for_each(|bytes| client.ask(names.address, &[&names], *bytes).map(drop));
+    let large = capture.stop()?.packets.len();
+    node.ip(&format!("route del {remote}/32 dev eth0"))?;
+    noticed?;
+    exchanged?;
+    asked?;
+    ensure!(large == 0, "{large} packets too large for the path");
+    pair.exchange(200_000)?;
+    pair.close()
+}
+
+/// Pods of another size, and uplinks without offloads: the usual traffic.
+fn usual(gate: &Gate) -> anyhow::Result<()> {
+    let server = gate.serve(B);
+    let near = gate.serve(A2);
+    let names = gate.udp(B, DNS);
+    for target in [
+        server.address,
+        near.address,
+        Vip::Remote.address(),
+        Vip::Local.address(),
+    ] {
+        let mut pair = TcpPair::connect(gate.ns(A), target, &[&server, &near])?;
+        for bytes in [1, 1000, 60_000, 2 << 20, 1] {
+            pair.exchange(bytes)
+                .with_context(|| format!("{bytes} bytes to {target}"))?;
+        }
+        pair.close()?;
+    }
+    let client = gate.udp(A, 0);
+    for bytes in [1, 1000, 1372, 1373, 1422, 1423, 5000] {
+        client.ask(names.address, &[&names], bytes)?;
+        client.ask(Vip::RemoteUdp.address(), &[&names], bytes)?;
+    }
+    drop((server, near));
+    traffic::tcp_transfer(gate.ns(B), gate.ip(B), gate.ns(A), Amount::Bytes(20 << 20))?;
+    for mode in gate.modes {
+        let fast = gate.fast(0);
+        ensure!(
+            mode == Mode::Off || (fast.encap > 50 && fast.local > 10),
+            "{fast:?}"
+        );
+    }
+    Ok(())
+}
+
+fn other_lab(extra: Extra<'_>) {
+    if !flannel_testkit::privileged() {
+        return;
+    }
+    for mode in Mode::ALL {
+        let gate = Gate::with([mode; 3], Flavour::Iptables, extra);
+        usual(&gate).unwrap_or_else(|error| panic!("{mode:?}: {error:#}"));
+        gate.assert_no_invalid("at the end");
+    }
+}
+
+#[test]
+fn uplinks_without_offloads() {
+    other_lab(Extra {
+        lab: LabOptions {
+            offloads: Offloads::Off,
+            ..LabOptions::default()
+        },
+        ..Extra::default()
+    });
+}
+
+#[test]
+fn smaller_pods() {
+    other_lab(Extra {
+        pod_mtu: Some(1400),
+        ..Extra::default()
+    });
+}
+
+#[test]
+fn jumbo_frames() {
+    other_lab(Extra {
+        lab: LabOptions {
+            mtu: 9001,
+            ..LabOptions::default()
+        },
+        ..Extra::default()
+    });
+}
