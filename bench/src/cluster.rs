@@ -90,6 +90,19 @@ pub struct Place {
     pub pod: Pod,
 }
 
+/// Packets that eBPF has carried on a node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Encapsulated.
+    pub encap: u64,
+    /// Decapsulated.
+    pub decap: u64,
+    /// Encapsulated past the host's stack; they are among [`Counts::encap`].
+    pub fast_encap: u64,
+    /// Decapsulated past the host's stack; they are among [`Counts::decap`].
+    pub fast_decap: u64,
+}
+
 /// A running overlay. Fields are dropped in order: agents before the namespaces they live in.
 #[derive(Debug)]
 pub struct Cluster {
@@ -240,15 +253,19 @@ impl Cluster {
         Ok(())
     }
 
-    /// Packets that eBPF encapsulated and decapsulated on a node so far.
-    pub fn counters(&self, node: usize) -> anyhow::Result<(u64, u64)> {
+    /// What eBPF has carried on a node so far.
+    pub fn counters(&self, node: usize) -> anyhow::Result<Counts> {
         let status = self.ask(self.lab.node(node), "status")?;
-        let count = |direction: &str| {
-            status["counters"][direction]["packets"]
-                .as_u64()
-                .unwrap_or(0)
+        let count = |counters: &Value, direction: &str| {
+            counters[direction]["packets"].as_u64().unwrap_or(0)
         };
-        Ok((count("encap"), count("decap")))
+        let (all, fast) = (&status["counters"], &status["fast_path"]["counters"]);
+        Ok(Counts {
+            encap: count(all, "encap"),
+            decap: count(all, "decap"),
+            fast_encap: count(fast, "encap"),
+            fast_decap: count(fast, "decap"),
+        })
     }
 
     /// The last line that a node's agent has logged.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use flannel_testkit::traffic::{Amount, ping, tcp_transfer, udp_echo};
 
-use bench_lab::cluster::Cluster;
+use bench_lab::cluster::{Cluster, Counts};
 
 use super::report::{Pair, Path};
 
@@ -14,6 +14,8 @@ const PINGS: u64 = 5;
 const DATAGRAMS: [usize; 3] = [1, 1200, 8000];
 /// Packets in one direction for [`PINGS`] and [`DATAGRAMS`]: 8000 bytes are six fragments at an MTU of 1450.
 const PACKETS: u64 = PINGS + 2 + 6;
+/// What of a TCP transfer must have bypassed the host's stack at each of the four places: all but the handshake, the close and some.
+const FAST_PACKETS: u64 = 20;
 const TCP: Duration = Duration::from_millis(150);
 
 /// Measures one pair. What fails is part of the answer.
@@ -62,9 +64,16 @@ pub(crate) fn measure(cluster: &Cluster, from: usize, to: usize) -> Pair {
             (Err(error), _) | (_, Err(error)) => pair.errors.push(format!("counters: {error:#}")),
         }
     }
+    let before = ends(cluster, client.node, server.node);
     match transfer(cluster, from, to) {
         Ok(mbps) => pair.tcp_mbps = Some(mbps),
         Err(error) => pair.errors.push(format!("TCP: {error:#}")),
+    }
+    if pair.path == Path::Bpf
+        && let (Ok(before), Ok(after)) = (before, ends(cluster, client.node, server.node))
+        && past_the_stack(before, after) >= FAST_PACKETS
+    {
+        pair.path = Path::BpfFast;
     }
     pair
 }
@@ -72,8 +81,8 @@ pub(crate) fn measure(cluster: &Cluster, from: usize, to: usize) -> Pair {
 /// The counters at both ends of a way.
 #[derive(Clone, Copy)]
 struct Ends {
-    client: (u64, u64),
-    server: (u64, u64),
+    client: Counts,
+    server: Counts,
 }
 
 fn ends(cluster: &Cluster, client: usize, server: usize) -> anyhow::Result<Ends> {
@@ -85,11 +94,18 @@ fn ends(cluster: &Cluster, client: usize, server: usize) -> anyhow::Result<Ends>
 
 /// Packets that eBPF carried at every one of the four places they pass: out of one node and into the other, there and back.
 fn carried(before: Ends, after: Ends) -> u64 {
-    let grown = |before: (u64, u64), after: (u64, u64)| {
-        after
-            .0
-            .saturating_sub(before.0)
-            .min(after.1.saturating_sub(before.1))
+    let grown = |before: Counts, after: Counts| {
+        let encap = after.encap.saturating_sub(before.encap);
+        encap.min(after.decap.saturating_sub(before.decap))
+    };
+    grown(before.client, after.client).min(grown(before.server, after.server))
+}
+
+/// The same, past the host's stack.
+fn past_the_stack(before: Ends, after: Ends) -> u64 {
+    let grown = |before: Counts, after: Counts| {
+        let encap = after.fast_encap.saturating_sub(before.fast_encap);
+        encap.min(after.fast_decap.saturating_sub(before.fast_decap))
     };
     grown(before.client, after.client).min(grown(before.server, after.server))
 }
