@@ -138,6 +138,7 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
         ecn::Decap::Keep | ecn::Decap::Drop => inner.tos,
     };
     if config.mode != mode::OFF
+        && is_to_us(config, &inner_eth)
         && let Some((pod, inner)) = fast_target(ctx, config, HEADER_LEN)
     {
         pop(ctx, config)?;
@@ -297,6 +298,14 @@ pub(crate) fn check_inner(config: &Config, eth: &[u8; EthHdr::LEN]) -> Result<()
         return Err(DropReason::OtherHost);
     }
     Ok(())
+}
+
+/// Whether the inner frame is addressed to this node alone. A unicast packet in a broadcast frame is received, and not forwarded
+/// (`ip_forward`).
+#[inline(always)]
+pub(crate) fn is_to_us(config: &Config, eth: &[u8; EthHdr::LEN]) -> bool {
+    let [d0, d1, d2, d3, d4, d5, ..] = *eth;
+    mac_bits(&[d0, d1, d2, d3, d4, d5]) == mac_bits(&config.own_mac)
 }
 
 /// A fragment: ours to count only if it is the first and goes to our port; otherwise nobody can tell.

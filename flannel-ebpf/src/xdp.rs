@@ -20,7 +20,7 @@ use network_types::{
 
 use crate::{
     access::{copy, load},
-    decap::{check_inner, is_martian, vxlan_of},
+    decap::{check_inner, is_martian, is_to_us, vxlan_of},
     encap::{IP_PART, with_tos},
     maps,
 };
@@ -112,6 +112,7 @@ fn plain(ctx: &XdpContext, config: &Config, eth: &EthHdr) -> Option<[u8; EthHdr:
         && enough
         && checksum::ipv4_header_is_valid(&header)
         && !is_martian(ip.src_addr, copy(&config.local))
+        && is_to_us(config, &inner_eth)
         && check_inner(config, &inner_eth).is_ok())
     .then_some(inner_eth)
 }

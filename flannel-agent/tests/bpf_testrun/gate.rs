@@ -397,6 +397,21 @@ fn neighbours_are_handed_over_as_they_are() {
 }
 
 #[test]
+fn a_broadcast_frame_is_the_stacks() {
+    if !privileged() {
+        return;
+    }
+    let mut kernel = kernel(mode::ESTABLISHED);
+    put_flow(&mut kernel, &key(PROTO_TCP), [now(), now()]);
+    let mut inside = back(INSIDE, ACK);
+    is_in_the_pod(&kernel.run("from_wire", &wrapped(&inside)), &inside);
+    inside[..6].fill(0xff);
+    let ran = kernel.run("from_wire", &wrapped(&inside));
+    assert_eq!((ran.verdict, ran.packet), (REDIRECT, inside));
+    assert_eq!(count(&kernel, CounterId::FastDecap), 1);
+}
+
+#[test]
 fn congestion_outside_reaches_the_pod() {
     if !privileged() {
         return;

@@ -119,6 +119,11 @@ fn everything_else_stays_as_it_is() {
         ("a reserved bit", with(45, 1)),
         ("another VNI", with(48, 77)),
         ("to another VTEP", with(55, 77)),
+        ("to every VTEP", {
+            let mut frame = good.clone();
+            frame[50..56].fill(0xff);
+            frame
+        }),
         ("IPv6 inside", with(62, 0x86)),
         ("multicast outside", with(0, 1)),
         ("too long inside", packet(MTU as usize - 27)),
