@@ -32,7 +32,7 @@ use crate::{
     files::{self, FileError},
     leases::{ErrorKind, LeaseError, Offer, Store, View},
     preflight::Capabilities,
-    reconcile::{Gatekeeper, Loop, Readiness},
+    reconcile::{Gatekeeper, Loop, Readiness, XdpKeeper},
     state::{Mode, State},
     telemetry::chain,
 };
@@ -171,6 +171,7 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
         return Err(StartError::NoPrivilege);
     }
     let ethernet = net.is_ethernet(uplink.index).await?;
+    let uplink_kind = net.kind_of(uplink.index).await?;
     let identity = Args::identity(Some(public_ip));
     let Some(mac) = cancel
         .run_until_cancelled(choose_mac(&net, &store, &name, &identity))
@@ -254,6 +255,11 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     let ready = Readiness::new(args.subnet_file.clone());
     let kernel_only = (state.datapath.mode == Mode::Kernel)
         .then(|| format!("eBPF is not in use: {}", state.datapath.reason));
+    let xdp = XdpKeeper::new(
+        args.bpf_xdp.into(),
+        uplink_kind.as_deref(),
+        kernel_only.clone(),
+    );
     let fast_path = fastpath::Watch {
         choice: args.fast_path(conf.backend.fast_path),
         unsupported: kernel_only.or_else(|| dataplane.gate_obstacle()),
@@ -264,7 +270,7 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     };
     let fast_path = fast_path.start(cancel.clone()).await;
     let gate = Gatekeeper::new(fast_path, dataplane.epoch()?);
-    Loop::new(dataplane, desired, views, state, ready, gate)
+    Loop::new(dataplane, desired, views, state, ready, gate, xdp)
         .run(cancel)
         .await;
     if let Err(error) = keeper.await {

@@ -77,6 +77,7 @@ pub(crate) fn settings(
         alone,
         // Alone there is nobody to leave super-packets to: stale tunnel state costs speed where they are forwarded again, nothing else.
         decap_gso: room.clears_gso || alone,
+        xdp: false,
         gate: Gate::default(),
         ring_shift: bpf.ring_shift(),
         own_index: None,
@@ -192,6 +193,12 @@ pub(crate) async fn retire(net: &Netlink, state: &State) {
     if let Ok(Some(index)) = net.index(&state.device).await {
         retire_filter(net, Hook::ToOverlay, index).await;
         retire_filter(net, Hook::FromOverlay, index).await;
+    }
+    if let Ok(Some(there)) = net.headroom(state.vni).await {
+        match net.delete_device(there.index).await {
+            Ok(()) => tracing::info!("removed the headroom device of an earlier run"),
+            Err(error) => tracing::warn!(error = chain(&error), "remove the headroom device"),
+        }
     }
 }
 

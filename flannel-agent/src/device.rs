@@ -77,6 +77,7 @@ impl Site<'_> {
             attach: bpf
                 .as_ref()
                 .map(|bpf| bpf.attach_mode().as_str().to_owned()),
+            xdp: None,
         };
         let desired = Desired {
             tunnel,

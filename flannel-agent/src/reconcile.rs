@@ -5,6 +5,7 @@
 
 mod agenda;
 mod gate;
+mod xdp;
 
 use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
@@ -34,6 +35,7 @@ use crate::{
 
 use agenda::Agenda;
 pub(crate) use gate::Gatekeeper;
+pub(crate) use xdp::XdpKeeper;
 
 /// How often the eBPF half is looked at: nothing notifies of a detached program or a flushed map.
 const TICK: Duration = Duration::from_secs(1);
@@ -81,6 +83,7 @@ pub(crate) struct Loop {
     farewell: Farewell,
     started: Instant,
     gate: Gatekeeper,
+    xdp: XdpKeeper,
     agenda: Agenda,
     /// Whether the leases have changed since they were looked at.
     view_changed: bool,
@@ -96,6 +99,7 @@ impl Loop {
         state: State,
         ready: Readiness,
         gate: Gatekeeper,
+        xdp: XdpKeeper,
     ) -> Self {
         let (notify, changes) = mpsc::channel(BACKLOG);
         Self {
@@ -110,6 +114,7 @@ impl Loop {
             farewell: Farewell::default(),
             started: Instant::now(),
             gate,
+            xdp,
             agenda: Agenda::default(),
             view_changed: true,
             changes,
@@ -265,7 +270,11 @@ impl Loop {
         if std::mem::take(&mut self.view_changed) {
             self.take_view();
         }
+        if scope == Scope::Maps || scope == Scope::Everything {
+            self.try_xdp();
+        }
         for _pass in 0..MAX_PASSES {
+            self.xdp.set(&mut self.desired);
             self.gate.set(&mut self.desired, self.dataplane.seen());
             if let Err(error) = self.dataplane.observe(&self.desired, scope).await {
                 troubles.insert(format!("look at the kernel: {}", chain(&error)));
@@ -294,10 +303,24 @@ impl Loop {
             ));
         }
         self.speak(troubles);
+        if done && scope >= Scope::Kernel {
+            self.dataplane.tend_headroom(&self.desired).await;
+        }
         // Whoever waits for us to be ready asks for the state next.
         self.save_state();
         if done && self.desired.peers.is_some() {
             self.become_ready();
+        }
+    }
+
+    /// Finds out whether native XDP does anything.
+    fn try_xdp(&mut self) {
+        if !self.xdp.is_on_trial() {
+            return;
+        }
+        match self.dataplane.xdp_sample() {
+            Ok(now) => self.xdp.look(now),
+            Err(error) => tracing::debug!(error = chain(&error), "read the counters"),
         }
     }
 
@@ -328,6 +351,8 @@ impl Loop {
                     given_up.insert(veth);
                     done = false;
                 }
+                // The way without it is open.
+                (Err(error), None) if self.xdp.is_refused(op, &error) => {}
                 (Err(error), None) => {
                     troubles.insert(format!("{op}: {}", chain(&error)));
                     return false;
@@ -385,6 +410,7 @@ impl Loop {
 
     fn save_state(&mut self) {
         self.state.fast_path = Some(self.gate.report());
+        self.state.datapath.xdp = Some(self.xdp.report());
         if self.state_written.as_ref() == Some(&self.state) {
             return;
         }

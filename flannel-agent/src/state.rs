@@ -12,6 +12,7 @@ use flannel_core::{
     addr::{IfIndex, Vni, VtepMac},
     fastpath::Choice,
     plan::GateMode,
+    xdp,
 };
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
@@ -97,6 +98,18 @@ pub struct Datapath {
     pub device: String,
     /// `tcx` or `clsact`; `None` without eBPF.
     pub attach: Option<String>,
+    /// How native XDP stands; `None` in the file of an agent that knew none.
+    #[serde(default)]
+    pub xdp: Option<Xdp>,
+}
+
+/// Whether native XDP is in use, and why or why not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Xdp {
+    /// What is asked for.
+    pub wanted: xdp::Choice,
+    /// Why it is as it is.
+    pub reason: String,
 }
 
 /// The rung.

@@ -92,6 +92,7 @@ fn bad_flags_are_refused() {
         (&["--datapath=fast"], &["'fast'", "auto, bpf, kernel"]),
         (&["--bpf-device=tap"], &["'tap'", "auto, vxlan, veth"]),
         (&["--bpf-attach=xdp"], &["'xdp'", "auto, tcx, clsact"]),
+        (&["--bpf-xdp=generic"], &["'generic'", "auto, off, native"]),
         (
             &["--datapath=kernel", "--bpf-device=veth"],
             &["--bpf-device=veth", "--datapath=kernel"],

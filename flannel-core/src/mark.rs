@@ -27,6 +27,9 @@ pub const PIN_FROM_POD: &str = "from_pod";
 /// Name of the pinned links of the program on the egress of pod veths, before the interface's index, see [`pod_pin`].
 pub const PIN_TO_POD: &str = "to_pod";
 
+/// Name of the pinned link of the program at the uplink's native XDP hook.
+pub const PIN_XDP_DECAP: &str = "xdp_decap";
+
 /// Priority of our filters where tcx is missing and programs hang on a clsact qdisc.
 pub const TC_PRIORITY: u16 = 0xF1A0;
 
@@ -72,6 +75,22 @@ pub enum MarkError {
 /// Name of the tunnel device for IPv4, and the only one on an IPv4 node. See [`check_name`] for its length.
 pub fn device_name(vni: Vni) -> String {
     format!("flannel.{vni}")
+}
+
+/// Name of the port of the pods' bridge that makes room in front of packets, see [`crate::headroom`]. Too long for the kernel where
+/// the identifier has more than four digits: such a node does without.
+pub fn headroom_name(vni: Vni) -> String {
+    format!("flannel-hr.{vni}")
+}
+
+/// Identifier of that device: never the network's own, because the kernel takes no two devices with the same.
+pub const fn headroom_vni(vni: Vni) -> u32 {
+    vni.get() ^ 0x0080_0000
+}
+
+/// Tells whether a link is that device.
+pub fn is_our_headroom(name: &str, kind: &str, vni: Option<u32>, wanted: Vni) -> bool {
+    name == headroom_name(wanted) && kind == KIND_VXLAN && vni == Some(headroom_vni(wanted))
 }
 
 /// Name of the tunnel device for IPv6. See [`check_name`] for its length.
@@ -136,7 +155,13 @@ pub fn is_our_route(protocol: u8) -> bool {
 
 /// Tells whether an entry of an instance directory is a link pin of ours.
 pub fn is_our_link_pin(name: &str) -> bool {
-    [PIN_TO_OVERLAY, PIN_FROM_WIRE, PIN_FROM_OVERLAY].contains(&name)
+    [
+        PIN_TO_OVERLAY,
+        PIN_FROM_WIRE,
+        PIN_FROM_OVERLAY,
+        PIN_XDP_DECAP,
+    ]
+    .contains(&name)
         || parse_pod_pin(name).is_some()
 }
 
@@ -251,6 +276,24 @@ mod tests {
     }
 
     #[test]
+    fn headroom_device_needs_name_kind_and_its_own_vni() {
+        assert_eq!(headroom_name(vni(1)), "flannel-hr.1");
+        for (name, kind, found, ours) in [
+            ("flannel-hr.1", "vxlan", Some(0x80_0001), true),
+            ("flannel-hr.1", "vxlan", Some(1), false),
+            ("flannel-hr.1", "veth", None, false),
+            ("flannel.1", "vxlan", Some(0x80_0001), false),
+        ] {
+            assert_eq!(
+                is_our_headroom(name, kind, found, vni(1)),
+                ours,
+                "{name} {kind}"
+            );
+        }
+        assert_eq!(headroom_vni(vni(0x80_0001)), 1);
+    }
+
+    #[test]
     fn filters_routes_and_pins() {
         assert!(is_our_filter("bpf", 0xF1A0, 1));
         assert!(!is_our_filter("bpf", 0xF1A0, 2));
@@ -259,6 +302,7 @@ mod tests {
         assert!(is_our_route(241));
         assert!(!is_our_route(3));
         assert!(is_our_link_pin("to_overlay") && is_our_link_pin("from_wire"));
+        assert!(is_our_link_pin("xdp_decap") && !is_our_link_pin("xdp_decap-2"));
         assert!(!is_our_link_pin("cil_from_netdev"));
         let veth = IfIndex::try_from(23).unwrap();
         assert_eq!(pod_pin("to_pod", veth), "to_pod-23");

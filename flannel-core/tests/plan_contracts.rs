@@ -411,7 +411,7 @@ fn pods_as_wanted(
 /// An op that takes something of ours away around pods: it needs no device.
 fn ends_something(op: &Op) -> bool {
     match op {
-        Op::DelPod { .. } | Op::Detach { .. } => true,
+        Op::DelPod { .. } | Op::Detach { .. } | Op::DetachXdp { .. } => true,
         Op::PutSettings(settings) => settings.gate.mode == GateMode::Off,
         _ => false,
     }
@@ -467,6 +467,13 @@ fn is_ours(op: &Op, want: &Desired, have: &Observed) -> bool {
             let there = bpf.attached.get(hook).map(|there| there.ifindex);
             hooks.is_some_and(|hooks| hooks.contains_key(hook)) || there == Some(*ifindex)
         }),
+        Op::AttachXdp { ifindex } => want
+            .bpf
+            .as_ref()
+            .is_some_and(|settings| settings.xdp && settings.uplink == *ifindex),
+        Op::DetachXdp { ifindex } => bpf
+            .and_then(|bpf| bpf.xdp)
+            .is_some_and(|there| there.ifindex == *ifindex),
         Op::PutPod { pod, .. } => wanted_pods(want).any(|wanted| wanted == pod),
         Op::DelPod { address } => bpf.is_some_and(|bpf| bpf.pods.contains_key(address)),
         Op::ClearSubnet { index } => bpf.is_some_and(|bpf| bpf.subnets.contains_key(index)),
@@ -500,6 +507,8 @@ fn is_about_a_peer(op: &Op) -> bool {
         | Op::PutSettings(_)
         | Op::Attach { .. }
         | Op::Detach { .. }
+        | Op::AttachXdp { .. }
+        | Op::DetachXdp { .. }
         | Op::PutPod { .. }
         | Op::DelPod { .. } => false,
     }

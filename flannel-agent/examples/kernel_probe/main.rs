@@ -6,6 +6,7 @@
 mod guest;
 mod overlay;
 mod programs;
+mod xdp;
 
 use std::{env, path::PathBuf, process::ExitCode, time::Instant};
 
@@ -23,7 +24,7 @@ fn main() -> ExitCode {
         report.case("start", guest::set_up);
     }
     if !report.failed {
-        run(&mut report);
+        run(&mut report, is_guest);
     }
     println!("{MARK} end tainted={}", guest::tainted());
     if is_guest {
@@ -36,7 +37,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(report: &mut Report) {
+fn run(report: &mut Report, is_guest: bool) {
     let attach = AttachMode::detect();
     println!("{MARK} fact attach {}", attach.as_str());
     report.case("load", programs::load);
@@ -48,6 +49,10 @@ fn run(report: &mut Report) {
         return;
     };
     let agent = PathBuf::from(agent);
+    // The cards of any other machine are not for playing.
+    if is_guest {
+        report.case("native XDP", || xdp::run(&agent));
+    }
     let mut ways = vec![(attach, "vxlan")];
     if attach == AttachMode::Tcx {
         ways.push((AttachMode::Clsact, "vxlan"));

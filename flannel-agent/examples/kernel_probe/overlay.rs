@@ -25,12 +25,12 @@ use flannel_testkit::{
 use serde_json::Value;
 
 /// An emulated machine is slow, and on a busy host slower.
-const PATIENCE: Duration = Duration::from_secs(40);
-const PING: Duration = Duration::from_secs(2);
-const MTU: u32 = 1450;
-const NET_CONF: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
+pub(crate) const PING: Duration = Duration::from_secs(2);
+pub(crate) const MTU: u32 = 1450;
+pub(crate) const NET_CONF: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
 /// Bytes of a transfer. Enough for super-packets, which must be segmented after the encapsulation.
-const STREAM: u64 = 2 << 20;
+pub(crate) const STREAM: u64 = 2 << 20;
 /// Part of it that eBPF must have carried: before it knows the next hop, the kernel does.
 const MOST: u64 = STREAM / 4 * 3;
 /// The node that has the kernel's device and no agent.
@@ -269,11 +269,11 @@ fn filter(hook: Hook, index: IfIndex) -> anyhow::Result<Option<u32>> {
     runtime.block_on(async { Ok(Netlink::open()?.filter_program(hook, index).await?) })
 }
 
-fn subnet_file(node: &Node) -> PathBuf {
+pub(crate) fn subnet_file(node: &Node) -> PathBuf {
     node.run_dir.join("subnet.env")
 }
 
-fn subnet_of(node: &Node) -> anyhow::Result<Subnet> {
+pub(crate) fn subnet_of(node: &Node) -> anyhow::Result<Subnet> {
     let file = subnet_file(node);
     let text = fs::read_to_string(&file)?;
     let value = text

@@ -55,6 +55,7 @@ fn room() -> anyhow::Result<Room> {
         instance: Instance::of(Vni::try_from(VNI)?)?,
         subnet_count: 256,
         attach: AttachMode::detect(),
+        flow_entries: 1024,
     })
     .context("load the programs")?;
     let room = bpf.room();
@@ -93,6 +94,7 @@ pub(crate) fn run() -> anyhow::Result<String> {
         own_mac: OWN_MAC,
         source_port_min: 32768,
         source_port_span: 28231,
+        ..Config::default()
     };
     let node = NodeRecord {
         header,

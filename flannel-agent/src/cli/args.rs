@@ -7,7 +7,7 @@ use clap::{
     builder::Resettable,
     error::{ContextKind, ContextValue, ErrorKind},
 };
-use flannel_core::{acquire::Identity, addr::Vni, fastpath::Choice, iface::Wanted};
+use flannel_core::{acquire::Identity, addr::Vni, fastpath::Choice, iface::Wanted, xdp};
 
 use crate::leases::{DEFAULT_PREFIX, DEFAULT_TTL, DirOptions, EtcdOptions, StoreConfig};
 
@@ -125,6 +125,10 @@ pub struct Args {
     #[arg(long, env = "FLANNELD_BPF_ATTACH", value_enum, default_value_t = AttachChoice::Auto, value_name = "CHOICE")]
     pub bpf_attach: AttachChoice,
 
+    /// Whether packets lose their outer headers in the network driver, by native XDP.
+    #[arg(long, env = "FLANNELD_BPF_XDP", value_enum, default_value_t = XdpChoice::Auto, value_name = "CHOICE")]
+    pub bpf_xdp: XdpChoice,
+
     /// Which packets between pods may bypass the host's stack. Default: what the network configuration says, else auto.
     #[arg(
         long,
@@ -238,6 +242,27 @@ pub enum AttachChoice {
     Tcx,
     /// As filters of a clsact qdisc.
     Clsact,
+}
+
+/// `--bpf-xdp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum XdpChoice {
+    /// On hardware whose driver takes it.
+    Auto,
+    /// Never.
+    Off,
+    /// Wherever the driver takes it, also on veth and other devices made of software.
+    Native,
+}
+
+impl From<XdpChoice> for xdp::Choice {
+    fn from(choice: XdpChoice) -> Self {
+        match choice {
+            XdpChoice::Auto => Self::Auto,
+            XdpChoice::Off => Self::Off,
+            XdpChoice::Native => Self::Native,
+        }
+    }
 }
 
 /// `--bpf-fast-path`.

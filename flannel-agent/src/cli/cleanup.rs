@@ -125,6 +125,12 @@ async fn remove_filter(
 }
 
 async fn remove_device(net: &Netlink, act: &Act, vni: Vni) -> anyhow::Result<bool> {
+    if let Some(there) = net.headroom(vni).await? {
+        let what = format!("device {}", mark::headroom_name(vni));
+        if act.announce(&what) && !Act::outcome(&what, net.delete_device(there.index).await) {
+            return Ok(false);
+        }
+    }
     let name = mark::device_name(vni);
     let Some(device) = net.device(&name).await? else {
         return Ok(true);

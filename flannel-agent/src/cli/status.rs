@@ -7,6 +7,7 @@ use flannel_common::Counter;
 use flannel_core::{
     fastpath::Choice,
     plan::{Device, GateMode, Hook, ObservedKind},
+    xdp,
 };
 use serde::Serialize;
 
@@ -46,6 +47,15 @@ struct Path {
     reason: String,
     attach: Option<String>,
     attached: Vec<&'static str>,
+    xdp: Option<XdpInfo>,
+}
+
+/// How native XDP stands.
+#[derive(Debug, Serialize)]
+struct XdpInfo {
+    wanted: xdp::Choice,
+    attached: bool,
+    reason: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -74,6 +84,8 @@ struct DeviceInfo {
 struct Counters {
     encap: Count,
     decap: Count,
+    /// Those of `decap` that native XDP has stripped.
+    xdp: Count,
     /// Packets left to the kernel's device, or dropped where there is none, by direction and reason.
     not_carried: Vec<NotCarried>,
 }
@@ -205,6 +217,12 @@ async fn collect(args: &Args) -> anyhow::Result<Status> {
                 reason: state.datapath.reason.clone(),
                 attach: state.datapath.attach.clone(),
                 attached,
+                xdp: state.datapath.xdp.as_ref().map(|xdp| XdpInfo {
+                    wanted: xdp.wanted,
+                    attached: instance
+                        .is_some_and(|(_, instance)| instance.is_xdp_attached(state.uplink_index)),
+                    reason: xdp.reason.clone(),
+                }),
             })
         }
         (None, _) => None,
@@ -311,6 +329,7 @@ fn counters(totals: &Totals) -> Counters {
     Counters {
         encap: sum(totals.encap, totals.fast_encap).into(),
         decap: sum(totals.decap, totals.fast_decap).into(),
+        xdp: totals.xdp.into(),
         not_carried: totals
             .reasons
             .iter()
@@ -339,6 +358,17 @@ fn print(status: &Status) {
             "Datapath",
             format!("{}{how} ({})", path.mode.as_str(), path.reason),
         );
+        if let Some(xdp) = &path.xdp {
+            let attached = if xdp.attached {
+                "attached"
+            } else {
+                "not attached"
+            };
+            row(
+                "Native XDP",
+                format!("{attached}, wanted {} ({})", xdp.wanted, xdp.reason),
+            );
+        }
     }
     if let Some(fast) = &status.fast_path {
         row(
@@ -414,6 +444,15 @@ fn print(status: &Status) {
                 counters.decap.packets, counters.decap.bytes
             ),
         );
+        if counters.xdp.packets > 0 {
+            row(
+                "Stripped by XDP",
+                format!(
+                    "{} packets, {} bytes",
+                    counters.xdp.packets, counters.xdp.bytes
+                ),
+            );
+        }
         for reason in &counters.not_carried {
             row(
                 "Not carried",

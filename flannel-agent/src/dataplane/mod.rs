@@ -5,6 +5,7 @@
 pub mod bpf;
 mod cni;
 pub mod fragments;
+mod headroom;
 pub mod netlink;
 mod pods;
 
@@ -18,6 +19,7 @@ use flannel_core::{
     addr::IfIndex,
     plan::{Desired, DeviceKind, Hook, Observed, Op},
     pods::PodSources,
+    xdp::Sample,
 };
 use ipnet::{IpNet, Ipv4Net};
 use thiserror::Error;
@@ -72,6 +74,8 @@ pub struct Dataplane {
     /// Next hops that the kernel was asked to confirm and has not yet.
     asked: BTreeSet<(IfIndex, IpAddr)>,
     pods: PodWatch,
+    /// The kernel would not make the headroom device.
+    headroom_refused: bool,
 }
 
 impl Dataplane {
@@ -86,6 +90,7 @@ impl Dataplane {
             interests: BTreeSet::new(),
             asked: BTreeSet::new(),
             pods: PodWatch::new(cni_dir),
+            headroom_refused: false,
         }
     }
 
@@ -173,6 +178,15 @@ impl Dataplane {
             Some(bpf) => bpf.epoch()?,
             None => 0,
         })
+    }
+
+    /// What shows whether native XDP runs; `None` where it is not attached.
+    pub fn xdp_sample(&self) -> Result<Option<Sample>, DataplaneError> {
+        let there = self.seen.bpf.as_ref().and_then(|state| state.xdp);
+        match &self.bpf {
+            Some(bpf) if there.is_some_and(|there| there.current) => Ok(Some(bpf.xdp_sample()?)),
+            _ => Ok(None),
+        }
     }
 
     /// Takes pods away whose interface is gone, without a look.
@@ -263,6 +277,8 @@ impl Dataplane {
                 let filter = net.filter_program(*hook, *ifindex).await?;
                 self.bpf_for(op)?.detach(*hook, *ifindex, filter)?;
             }
+            Op::AttachXdp { ifindex } => self.bpf_for(op)?.attach_xdp(*ifindex)?,
+            Op::DetachXdp { .. } => self.bpf_for(op)?.detach_xdp()?,
             Op::PutPod { address, pod } => self.bpf_for(op)?.put_pod(*address, pod)?,
             Op::DelPod { address } => self.bpf_for(op)?.del_pod(*address)?,
             Op::CreateDevice(tunnel) => net.create_device(tunnel).await?,

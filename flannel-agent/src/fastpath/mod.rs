@@ -101,6 +101,7 @@ impl Watch {
             mode: GateMode::Off,
             reason: "the node's rules are still being listed".to_owned(),
             excluded: BTreeMap::new(),
+            judged: None,
             fingerprint: 0,
         });
         let (decisions_in, decisions) = watch::channel(decision.clone());

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
 
 use flannel_core::{
     addr::{IfIndex, VtepMac},
-    plan::{Desired, Gate, GateMode, Observed},
+    plan::{Desired, Gate, GateMode, Hook, Observed},
     pods::{PodSources, PodTable},
 };
 
@@ -24,6 +24,8 @@ struct Basis {
     fingerprint: u64,
     uplink: IfIndex,
     tunnel: Option<(IfIndex, VtepMac)>,
+    /// How often a hook was found missing that had been in place.
+    losses: u32,
 }
 
 /// The decision that stands, and the pods.
@@ -33,6 +35,9 @@ pub(crate) struct Gatekeeper {
     epoch: u32,
     basis: Option<Basis>,
     table: Option<PodTable>,
+    /// What was attached at the last look.
+    attached: BTreeSet<(Hook, IfIndex)>,
+    losses: u32,
 }
 
 impl Gatekeeper {
@@ -43,6 +48,8 @@ impl Gatekeeper {
             epoch: before.wrapping_add(1),
             basis: None,
             table: None,
+            attached: BTreeSet::new(),
+            losses: 0,
         }
     }
 
@@ -60,6 +67,7 @@ impl Gatekeeper {
 
     /// Sets the gate as it was decided.
     pub(crate) fn set(&mut self, desired: &mut Desired, seen: &Observed) {
+        self.count_losses(seen);
         let Some(settings) = &mut desired.bpf else {
             return;
         };
@@ -73,6 +81,7 @@ impl Gatekeeper {
                 .device
                 .as_ref()
                 .map(|device| (device.index, device.mac)),
+            losses: self.losses,
         };
         drop(decision);
         if self.basis.as_ref().is_some_and(|before| *before != basis) {
@@ -84,6 +93,33 @@ impl Gatekeeper {
             epoch: self.epoch,
             lease_ms: LEASE_MS,
         };
+    }
+
+    /// A hook that was detached has missed packets: the end of a connection, or a translated packet with its ports. What is known
+    /// must be proven again. A pod's hooks that went with the pod have missed nothing.
+    fn count_losses(&mut self, seen: &Observed) {
+        let Some(bpf) = &seen.bpf else { return };
+        let now: BTreeSet<(Hook, IfIndex)> = bpf
+            .attached
+            .iter()
+            .map(|(hook, there)| (*hook, there.ifindex))
+            .chain(
+                bpf.pod_hooks
+                    .iter()
+                    .flat_map(|(ifindex, hooks)| hooks.keys().map(|hook| (*hook, *ifindex))),
+            )
+            .collect();
+        let lost = |(hook, ifindex): &(Hook, IfIndex)| {
+            !hook.is_per_pod()
+                || self
+                    .table
+                    .as_ref()
+                    .is_some_and(|table| table.pods().values().any(|pod| pod.ifindex == *ifindex))
+        };
+        if self.attached.difference(&now).any(lost) {
+            self.losses = self.losses.wrapping_add(1);
+        }
+        self.attached = now;
     }
 
     /// Learns the pods from what was read; `None` while it was not.
@@ -116,7 +152,17 @@ impl Gatekeeper {
             changed
         });
         let decision = self.watch.decisions.borrow();
-        let excluded: BTreeSet<IfIndex> = decision.excluded.keys().copied().collect();
+        // One that nobody has looked at yet may be shaped: it waits.
+        let unjudged = |veth: &IfIndex| {
+            let judged = decision.judged.as_ref();
+            judged.is_some_and(|judged| !judged.contains(veth))
+        };
+        let excluded: BTreeSet<IfIndex> = sources
+            .ports
+            .keys()
+            .filter(|port| decision.excluded.contains_key(port) || unjudged(port))
+            .copied()
+            .collect();
         drop(decision);
         let pods = table.learn(sources, &excluded);
         if desired.pods.as_ref() != Some(pods) {

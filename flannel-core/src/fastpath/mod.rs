@@ -3,7 +3,7 @@
 //! Signals in, a [`Decision`] out. Whoever reads the signals lives in the agent; nothing here asks the kernel, and nothing here
 //! ever guesses in favour of speed: what cannot be known counts against the fast path.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
 
@@ -83,6 +83,8 @@ pub struct Decision {
     pub reason: String,
     /// Pod veths that stay with the stack whatever the mode, and why.
     pub excluded: BTreeMap<IfIndex, String>,
+    /// The devices that were looked at: a pod veth that is not among them waits. `None` if none could be, and that does not matter.
+    pub judged: Option<BTreeSet<IfIndex>>,
     /// Digest of everything on the node that filters or translates; another value means that flows must prove themselves again.
     pub fingerprint: u64,
 }
@@ -179,6 +181,7 @@ pub fn decide(choice: Choice, signals: &Signals) -> Decision {
         mode: GateMode::Off,
         reason,
         excluded: BTreeMap::new(),
+        judged: None,
         fingerprint,
     };
     if choice == Choice::Off {
@@ -207,6 +210,10 @@ pub fn decide(choice: Choice, signals: &Signals) -> Decision {
         mode,
         reason,
         excluded: found.excluded.clone(),
+        judged: signals
+            .unreadable
+            .is_empty()
+            .then(|| signals.devices.keys().copied().collect()),
         fingerprint,
     };
     let mut reason = if doubts.is_empty() {

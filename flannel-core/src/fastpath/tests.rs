@@ -357,6 +357,7 @@ fn it_goes_down_at_once_and_up_after_a_while() {
         mode,
         reason: mode.to_string(),
         excluded: BTreeMap::new(),
+        judged: None,
         fingerprint,
     };
     let mut settled = Settled::new(decision(GateMode::Syn, 1));

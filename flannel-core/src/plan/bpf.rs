@@ -15,7 +15,7 @@ use flannel_common::{
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
-use super::{BpfState, Desired, Device, Gate, GateMode, Hook, Observed, Op, Peer, Plan, pods};
+use super::{BpfState, Desired, Device, Gate, GateMode, Hook, Observed, Op, Peer, Plan, pods, xdp};
 use crate::addr::{IfIndex, VtepMac};
 
 /// [`Config::own_index`] while this node has no subnet.
@@ -49,6 +49,9 @@ pub struct Settings {
     pub alone: bool,
     /// Super-packets may be decapsulated.
     pub decap_gso: bool,
+    /// Native XDP strips the outer headers of what the uplink receives.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub xdp: bool,
     /// How the flow gate stands.
     #[serde(default, skip_serializing_if = "Gate::is_unset")]
     pub gate: Gate,
@@ -86,6 +89,9 @@ impl Settings {
         }
         if self.decap_gso {
             flags |= config_flags::DECAP_GSO;
+        }
+        if self.xdp {
+            flags |= config_flags::XDP;
         }
         let (tunnel_ifindex, tunnel_mtu, own_mac) =
             self.tunnel.map_or((0, 0, [0; 6]), |(index, mtu, mac)| {
@@ -135,6 +141,7 @@ impl Settings {
             decap_flags: config.decap_flags,
             alone: config.flags & config_flags::ALONE != 0,
             decap_gso: config.flags & config_flags::DECAP_GSO != 0,
+            xdp: config.flags & config_flags::XDP != 0,
             gate: Gate {
                 mode: GateMode::from_raw(config.mode)?,
                 epoch: config.epoch,
@@ -276,6 +283,7 @@ pub(super) fn plan(input: &Input<'_>, plan: &mut Plan, deletes: &mut Vec<Op>) {
         plan.ops.push(Op::PutSettings(settings));
     }
     let from_overlay = (!input.want.gate.is_off()).then_some(Hook::FromOverlay);
+    let mut takes_stripped = false;
     for hook in Hook::BASE.into_iter().chain(from_overlay) {
         let ifindex = match hook {
             Hook::FromWire => input.want.uplink,
@@ -286,9 +294,14 @@ pub(super) fn plan(input: &Input<'_>, plan: &mut Plan, deletes: &mut Vec<Op>) {
         // A predecessor's program may run on maps of its own (another layout, another size), which know the peers while
         // ours do not yet.
         let waits = there.is_some() && input.peers.is_none();
-        if !waits && !there.is_some_and(|attached| attached.current) {
+        let is_current = there.is_some_and(|attached| attached.current);
+        if !waits && !is_current {
             plan.ops.push(Op::Attach { hook, ifindex });
         }
+        takes_stripped |= hook == Hook::FromWire && (is_current || !waits);
+    }
+    if takes_stripped {
+        xdp::admit(input.want, input.have, plan);
     }
     if from_overlay.is_none()
         && let Some(there) = input.have.attached.get(&Hook::FromOverlay)

@@ -15,6 +15,7 @@ mod kernel;
 mod observed;
 mod op;
 mod pods;
+mod xdp;
 
 pub use bpf::{Node, Settings};
 pub(crate) use desired::overlap;
@@ -43,6 +44,7 @@ pub fn plan(desired: &Desired, observed: &Observed) -> Plan {
     let mut plan = Plan::default();
     let mut deletes = Vec::new();
     let settings = pods::retire(desired, observed, &mut plan, &mut deletes);
+    xdp::retire(desired, observed, &mut plan);
     if let Some(device) = kernel::plan_device(desired, observed, &mut plan) {
         plan_overlay(
             desired,

@@ -146,6 +146,9 @@ pub struct BpfState {
     /// Attached programs, but for those on pod veths.
     #[serde(default)]
     pub attached: BTreeMap<Hook, Attachment>,
+    /// Our program at the native XDP hook of an interface.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xdp: Option<Attachment>,
     /// Entries of `pods`; `None` for one that does not decode.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub pods: BTreeMap<Ipv4Addr, Option<Pod>>,

@@ -134,6 +134,16 @@ pub enum Op {
         /// Where.
         ifindex: IfIndex,
     },
+    /// Attach the program of native XDP, or replace the one that is there.
+    AttachXdp {
+        /// Where.
+        ifindex: IfIndex,
+    },
+    /// Detach our program of native XDP, wherever its interface may be by now.
+    DetachXdp {
+        /// Where.
+        ifindex: IfIndex,
+    },
     /// Write an entry of `pods`.
     PutPod {
         /// The pod's address.
@@ -189,6 +199,8 @@ impl Op {
             Self::PutSettings(_) => "put_settings",
             Self::Attach { .. } => "attach",
             Self::Detach { .. } => "detach",
+            Self::AttachXdp { .. } => "attach_xdp",
+            Self::DetachXdp { .. } => "detach_xdp",
             Self::PutPod { .. } => "put_pod",
             Self::DelPod { .. } => "del_pod",
             Self::ClearSubnet { .. } => "clear_subnet",
@@ -238,6 +250,12 @@ impl fmt::Display for Op {
             }
             Self::Detach { hook, ifindex } => {
                 write!(f, "detach {hook} from interface {}", ifindex.get())
+            }
+            Self::AttachXdp { ifindex } => {
+                write!(f, "attach native XDP to interface {}", ifindex.get())
+            }
+            Self::DetachXdp { ifindex } => {
+                write!(f, "detach native XDP from interface {}", ifindex.get())
             }
             Self::PutPod { address, pod } => write!(f, "write pod {address}: {pod}"),
             Self::DelPod { address } => write!(f, "delete pod {address}"),

@@ -163,6 +163,18 @@ pub(crate) fn apply(kernel: &mut Observed, op: &Op, want: &Desired) {
                 bpf.attached.remove(hook);
             }
         }
+        Op::AttachXdp { ifindex } => {
+            bpf(kernel).xdp = Some(Attachment {
+                ifindex: *ifindex,
+                current: true,
+            });
+        }
+        Op::DetachXdp { ifindex } => {
+            let bpf = bpf(kernel);
+            if bpf.xdp.is_some_and(|there| there.ifindex == *ifindex) {
+                bpf.xdp = None;
+            }
+        }
         Op::PutPod { address, pod } => {
             bpf(kernel)
                 .pods

@@ -150,10 +150,11 @@ fn settings() -> impl Strategy<Value = Settings> {
         1u32..3,
         any::<bool>(),
         any::<bool>(),
+        any::<bool>(),
         gate(),
     )
         .prop_map(
-            |(uplink, local, port, vni, alone, decap_gso, gate)| Settings {
+            |(uplink, local, port, vni, alone, decap_gso, xdp, gate)| Settings {
                 network: network(),
                 subnet_len: 24,
                 vni,
@@ -166,6 +167,7 @@ fn settings() -> impl Strategy<Value = Settings> {
                 decap_flags: 0x21,
                 alone,
                 decap_gso,
+                xdp,
                 gate,
                 ring_shift: 8,
                 own_index: None,
@@ -260,6 +262,7 @@ fn successor(before: Desired) -> impl Strategy<Value = Desired> {
         let mut bpf = before.bpf.clone();
         if let (Some(bpf), Some(other)) = (&mut bpf, other.bpf) {
             bpf.gate = other.gate;
+            bpf.xdp = other.xdp;
         }
         Desired {
             peers,
@@ -302,6 +305,7 @@ fn was(before: Desired, capacity: u32) -> impl Strategy<Value = Observed> {
             (4, _, Some(bpf)) => {
                 bpf.attached.clear();
                 bpf.pod_hooks.clear();
+                bpf.xdp = None;
             }
             (5, _, Some(bpf)) => bpf.nodes.values_mut().take(1).for_each(|node| *node = None),
             (6, ..) => kernel.underlay = garbage.underlay.into_iter().take(1).collect(),
@@ -472,7 +476,7 @@ fn bpf_state(uplink: IfIndex, capacity: u32) -> impl Strategy<Value = BpfState> 
         );
     let tunnel = option::of((index(), select(vec![1400u32, 1450]), mac()));
     let attachment =
-        (index(), any::<bool>()).prop_map(|(ifindex, current)| Attachment { ifindex, current });
+        || (index(), any::<bool>()).prop_map(|(ifindex, current)| Attachment { ifindex, current });
     // Never written in full, so not all of it is in use.
     let top = capacity.min(12);
     (
@@ -481,33 +485,37 @@ fn bpf_state(uplink: IfIndex, capacity: u32) -> impl Strategy<Value = BpfState> 
         collection::btree_map(1..top.max(2), option::weighted(0.8, node), 0..10),
         collection::btree_map(
             select(vec![Hook::ToOverlay, Hook::FromWire, Hook::FromOverlay]),
-            attachment,
+            attachment(),
             0..=3,
         ),
         (
+            option::of(attachment()),
             option::of(0..SUBNET_COUNT),
             collection::vec((pod(), any_bool(6)), 0..5),
             collection::btree_map(veth(), pod_hooks(), 0..4),
         ),
     )
         .prop_map(
-            move |(settings, subnets, nodes, attached, (own_index, pods, pod_hooks))| BpfState {
-                // Reading them back cannot tell the uplink.
-                settings: settings.map(|(settings, tunnel)| Settings {
-                    uplink,
-                    tunnel,
-                    own_index,
-                    ..settings
-                }),
-                subnets,
-                nodes,
-                node_capacity: capacity,
-                attached,
-                pods: pods
-                    .into_iter()
-                    .map(|((address, pod), unreadable)| (address, (!unreadable).then_some(pod)))
-                    .collect(),
-                pod_hooks,
+            move |(settings, subnets, nodes, attached, (xdp, own_index, pods, pod_hooks))| {
+                BpfState {
+                    // Reading them back cannot tell the uplink.
+                    settings: settings.map(|(settings, tunnel)| Settings {
+                        uplink,
+                        tunnel,
+                        own_index,
+                        ..settings
+                    }),
+                    subnets,
+                    nodes,
+                    node_capacity: capacity,
+                    attached,
+                    xdp,
+                    pods: pods
+                        .into_iter()
+                        .map(|((address, pod), unreadable)| (address, (!unreadable).then_some(pod)))
+                        .collect(),
+                    pod_hooks,
+                }
             },
         )
 }

@@ -21,7 +21,16 @@ pub(super) const AGENT: &str = "/bin/flannel-agent";
 const MODULES: &str = "/modules";
 
 /// What the lab and the agent make or attach. What these depend on comes by itself.
-const WANTED: [&str; 6] = ["veth", "bridge", "vxlan", "sch_ingress", "cls_bpf", "dummy"];
+const WANTED: [&str; 8] = [
+    "veth",
+    "bridge",
+    "vxlan",
+    "sch_ingress",
+    "cls_bpf",
+    "dummy",
+    "virtio_pci",
+    "virtio_net",
+];
 
 /// Everything but the modules.
 pub(super) fn base(programs: &Programs) -> Result<Archive> {

@@ -264,7 +264,7 @@ const fn order(hook: Hook) -> LinkOrder {
 }
 
 /// Removes a pinned link, and with it what it holds attached, or the note of a filter.
-fn remove_pin(pin: &Path) -> Result<(), BpfError> {
+pub(super) fn remove_pin(pin: &Path) -> Result<(), BpfError> {
     let removed = if pin.is_dir() {
         fs::remove_dir(pin)
     } else {
@@ -321,7 +321,7 @@ pub fn interface_name(ifindex: IfIndex) -> Option<String> {
     name_of(ifindex).ok()
 }
 
-fn name_of(ifindex: IfIndex) -> Result<String, BpfError> {
+pub(super) fn name_of(ifindex: IfIndex) -> Result<String, BpfError> {
     let name: Result<CString, _> = nix::net::if_::if_indextoname(ifindex.get());
     name.map(|name| name.to_string_lossy().into_owned())
         .map_err(|errno| BpfError::Tc {

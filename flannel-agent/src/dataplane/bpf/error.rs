@@ -3,6 +3,7 @@
 use std::{error::Error as StdError, io, net::Ipv4Addr, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
+use flannel_core::xdp;
 use thiserror::Error;
 
 /// An eBPF operation that failed.
@@ -83,6 +84,15 @@ pub enum BpfError {
         /// Why not.
         reason: String,
     },
+    /// A driver or the kernel that refuses native XDP.
+    #[error("attach native XDP to {interface}{}", xdp_advice(source))]
+    Xdp {
+        /// Name of the interface.
+        interface: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The kernel cannot make header room the way the programs need it.
     #[error(
         "bpf_skb_adjust_room refuses every set of flags (errno {0}): this kernel cannot encapsulate in eBPF"
@@ -146,6 +156,12 @@ pub(super) fn errno(error: &(dyn StdError + 'static)) -> Option<i32> {
         next = error.source();
     }
     None
+}
+
+/// What helps with XDP.
+fn xdp_advice(source: &io::Error) -> String {
+    let advice = source.raw_os_error().and_then(xdp::advice);
+    advice.map_or_else(String::new, |advice| format!(" ({advice})"))
 }
 
 /// What usually helps.

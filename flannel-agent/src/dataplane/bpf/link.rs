@@ -1,9 +1,11 @@
-//! Looking at pinned links: what aya's view of a link leaves out is on which interface it is.
+//! Links by their system calls. What aya's view of a link leaves out is on which interface it is; and where the kernel refuses a link
+//! for XDP, aya would attach the program without one, which nobody could find again.
 
 use std::{
     ffi::CString,
+    io,
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        fd::{AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
@@ -11,23 +13,31 @@ use std::{
 
 use flannel_core::addr::IfIndex;
 
-/// `BPF_OBJ_GET` and `BPF_OBJ_GET_INFO_BY_FD` in `include/uapi/linux/bpf.h`.
+/// Commands of `bpf(2)` in `include/uapi/linux/bpf.h`.
+const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_LINK_UPDATE: libc::c_int = 29;
+const BPF_LINK_DETACH: libc::c_int = 34;
+/// `BPF_XDP` of `enum bpf_attach_type`.
+const BPF_XDP: u32 = 37;
+/// `XDP_FLAGS_DRV_MODE` in `include/uapi/linux/if_link.h`: in the driver or not at all.
+const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
 
-/// A pinned tcx link.
+/// A pinned link of tcx or XDP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct PinnedTcx {
+pub(super) struct Pinned {
     /// The program that it holds.
     pub(super) program: u32,
     /// The interface; `None` once it is gone, or somebody has detached the link.
     pub(super) ifindex: Option<IfIndex>,
 }
 
-/// `union bpf_attr` for `BPF_OBJ_GET`.
+/// `union bpf_attr` for `BPF_OBJ_GET` and `BPF_OBJ_PIN`.
 #[repr(C)]
 #[derive(Default)]
-struct ObjGet {
+struct Obj {
     pathname: u64,
     bpf_fd: u32,
     file_flags: u32,
@@ -41,7 +51,32 @@ struct InfoByFd {
     info: u64,
 }
 
-/// The head of `struct bpf_link_info` with the `tcx` member of its union, which older kernels leave zero.
+/// `union bpf_attr` for `BPF_LINK_CREATE`.
+#[repr(C)]
+struct LinkCreate {
+    prog_fd: u32,
+    target_ifindex: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+/// `union bpf_attr` for `BPF_LINK_UPDATE`.
+#[repr(C)]
+struct LinkUpdate {
+    link_fd: u32,
+    new_prog_fd: u32,
+    flags: u32,
+    old_prog_fd: u32,
+}
+
+/// `union bpf_attr` for `BPF_LINK_DETACH`.
+#[repr(C)]
+struct LinkDetach {
+    link_fd: u32,
+}
+
+/// The head of `struct bpf_link_info` with the `tcx` member of its union, which older kernels leave zero. The `xdp` member is an interface
+/// index at the same place.
 #[repr(C)]
 #[derive(Default)]
 struct LinkInfo {
@@ -54,41 +89,100 @@ struct LinkInfo {
 }
 
 /// The link that is pinned there, if one is.
-pub(super) fn pinned(path: &Path) -> Option<PinnedTcx> {
-    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
-    let mut get = ObjGet {
-        pathname: path.as_ptr() as u64,
-        ..ObjGet::default()
-    };
-    let fd = i32::try_from(bpf(BPF_OBJ_GET, &mut get)).ok();
-    let fd = fd.filter(|fd| *fd >= 0)?;
-    // SAFETY: the kernel has just opened it for us, and nobody else knows of it.
-    #[expect(unsafe_code, reason = "the descriptor comes from a raw system call")]
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+pub(super) fn pinned(path: &Path) -> Option<Pinned> {
+    let fd = open(path).ok()?;
     let mut info = LinkInfo::default();
     let mut ask = InfoByFd {
-        bpf_fd: u32::try_from(fd.as_raw_fd()).ok()?,
+        bpf_fd: number(&fd).ok()?,
         info_len: size_of::<LinkInfo>() as u32,
         info: (&raw mut info) as u64,
     };
-    if bpf(BPF_OBJ_GET_INFO_BY_FD, &mut ask) != 0 {
-        return None;
-    }
-    Some(PinnedTcx {
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut ask).ok()?;
+    Some(Pinned {
         program: info.prog_id,
         ifindex: IfIndex::try_from(info.ifindex).ok(),
     })
 }
 
-fn bpf<T>(command: libc::c_int, attributes: &mut T) -> libc::c_long {
+/// Opens what is pinned there.
+pub(super) fn open(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut get = Obj {
+        pathname: path.as_ptr() as u64,
+        ..Obj::default()
+    };
+    bpf(BPF_OBJ_GET, &mut get).and_then(owned)
+}
+
+/// Pins a link, which then outlives us.
+pub(super) fn pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut pin = Obj {
+        pathname: path.as_ptr() as u64,
+        bpf_fd: number(link)?,
+        ..Obj::default()
+    };
+    bpf(BPF_OBJ_PIN, &mut pin).map(drop)
+}
+
+/// Attaches a program to the XDP hook of an interface's driver.
+pub(super) fn attach_xdp(program: BorrowedFd<'_>, ifindex: IfIndex) -> io::Result<OwnedFd> {
+    let mut create = LinkCreate {
+        prog_fd: number(&program)?,
+        target_ifindex: ifindex.get(),
+        attach_type: BPF_XDP,
+        flags: XDP_FLAGS_DRV_MODE,
+    };
+    bpf(BPF_LINK_CREATE, &mut create).and_then(owned)
+}
+
+/// Puts another program into a link, in place of whatever it holds.
+pub(super) fn replace(link: &OwnedFd, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut update = LinkUpdate {
+        link_fd: number(link)?,
+        new_prog_fd: number(&program)?,
+        flags: 0,
+        old_prog_fd: 0,
+    };
+    bpf(BPF_LINK_UPDATE, &mut update).map(drop)
+}
+
+/// Takes the link that is pinned there, if one is, off its interface at once. One that is only unpinned goes some time later.
+pub(super) fn detach(path: &Path) {
+    let Ok(link) = open(path) else { return };
+    let detached = number(&link).and_then(|link_fd| {
+        let mut detach = LinkDetach { link_fd };
+        bpf(BPF_LINK_DETACH, &mut detach)
+    });
+    if let Err(error) = detached {
+        tracing::debug!(%error, "detach a link: it goes with its pin");
+    }
+}
+
+fn number(fd: &impl AsRawFd) -> io::Result<u32> {
+    u32::try_from(fd.as_raw_fd()).map_err(io::Error::other)
+}
+
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just opened it for us, and nobody else knows of it.
+    #[expect(unsafe_code, reason = "the descriptor comes from a raw system call")]
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attributes` is of the kernel's layout for the command and as long as we say; what it points at outlives the call.
     #[expect(unsafe_code, reason = "no safe wrapper gives a link's interface")]
-    unsafe {
+    let answer = unsafe {
         libc::syscall(
             libc::SYS_bpf,
             command,
             std::ptr::from_mut(attributes),
             size_of::<T>(),
         )
+    };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
     }
+    Ok(answer)
 }

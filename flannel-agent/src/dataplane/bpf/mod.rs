@@ -7,6 +7,7 @@ mod link;
 mod pins;
 mod pods;
 mod probe;
+mod xdp;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -78,6 +79,8 @@ pub struct Bpf {
     /// Entries that a full scan or our own writes found in use: what a quick look needs to read.
     used_subnets: BTreeSet<u32>,
     used_nodes: BTreeSet<NodeId>,
+    /// The program of native XDP that was loaded, once one was wanted.
+    xdp: Option<&'static str>,
     /// Whether a subnet was pointed elsewhere since the last grace period.
     moved: bool,
     /// Whether there was nothing of an earlier run.
@@ -198,6 +201,7 @@ impl Bpf {
             node_capacity,
             used_subnets: BTreeSet::new(),
             used_nodes: BTreeSet::new(),
+            xdp: None,
             moved: false,
             fresh,
         })
@@ -290,6 +294,7 @@ impl Bpf {
             nodes,
             node_capacity: self.node_capacity,
             attached,
+            xdp: self.xdp_attachment(uplink),
             ..BpfState::default()
         })
     }

@@ -21,10 +21,11 @@ use flannel_core::{
     mark,
     plan::{Hook, Node},
     pods::Pod,
+    xdp::Sample,
 };
 use ipnet::Ipv4Net;
 
-use super::{BpfError, attach, join, pods::PodMap};
+use super::{BpfError, attach, join, link, pods::PodMap};
 
 const BPFFS: &str = "/sys/fs/bpf";
 /// Directory of the maps, before the layout version.
@@ -56,6 +57,8 @@ pub struct Totals {
     pub fast_decap: Counter,
     /// Between two pods of this node, around the stack.
     pub fast_local: Counter,
+    /// Stripped by native XDP. They are among the others too.
+    pub xdp: Counter,
     /// Packets that the gate sent through the stack with a tag.
     pub gate_tagged: u64,
     /// Packets found untouched behind the stack.
@@ -108,6 +111,11 @@ impl Instance {
         } else {
             join(&self.dir, hook.as_str())
         }
+    }
+
+    /// Where the link of native XDP is pinned.
+    pub(super) fn xdp_link(&self) -> PathBuf {
+        join(&self.dir, mark::PIN_XDP_DECAP)
     }
 
     /// The hooks of pod veths at which something of ours may be.
@@ -216,6 +224,8 @@ impl Instance {
             path.parent() == Some(&self.dir) && name.is_some_and(mark::is_our_link_pin)
         };
         let links: Vec<&PathBuf> = contents.iter().filter(is_link).collect();
+        // What XDP strips needs `from_wire`.
+        link::detach(&self.xdp_link());
         // Links first: a program must not run on maps that are going away.
         for path in links.into_iter().chain(&contents) {
             let removed = if path.is_dir() {
@@ -296,25 +306,36 @@ impl Instance {
         attach::is_attached(&self.link(hook, index), index)
     }
 
+    /// Whether our pinned link of native XDP holds its program at this interface.
+    pub fn is_xdp_attached(&self, index: IfIndex) -> bool {
+        attach::is_attached(&self.xdp_link(), index)
+    }
+
+    /// What shows whether native XDP runs.
+    pub(super) fn xdp_sample(&self) -> Result<Sample, BpfError> {
+        let counters: PerCpuArray<_, Counter> = self.open("counters")?;
+        // Stripped packets are read last: each has been, or will be, received too.
+        let received = sum(&counters, CounterId::BpfDecap)?
+            .packets
+            .wrapping_add(sum(&counters, CounterId::FastDecap)?.packets);
+        Ok(Sample {
+            received,
+            stripped: sum(&counters, CounterId::XdpDecap)?.packets,
+        })
+    }
+
     /// The counters.
     pub fn totals(&self) -> Result<Totals, BpfError> {
         let counters: PerCpuArray<_, Counter> = self.open("counters")?;
         let reasons: PerCpuArray<_, u64> = self.open("reasons")?;
-        let sum = |id: CounterId| -> Result<Counter, BpfError> {
-            let values = counters
-                .get(&(id as u32), 0)
-                .map_err(|source| BpfError::read("counters", id as u32, source))?;
-            Ok(values.iter().fold(Counter::default(), |sum, one| Counter {
-                packets: sum.packets.wrapping_add(one.packets),
-                bytes: sum.bytes.wrapping_add(one.bytes),
-            }))
-        };
+        let sum = |id| sum(&counters, id);
         let mut totals = Totals {
             encap: sum(CounterId::BpfEncap)?,
             decap: sum(CounterId::BpfDecap)?,
             fast_encap: sum(CounterId::FastEncap)?,
             fast_decap: sum(CounterId::FastDecap)?,
             fast_local: sum(CounterId::FastLocal)?,
+            xdp: sum(CounterId::XdpDecap)?,
             gate_tagged: sum(CounterId::GateTagged)?.packets,
             gate_confirmed: sum(CounterId::GateConfirmed)?.packets,
             gate_refuted: sum(CounterId::GateRefuted)?.packets,
@@ -349,6 +370,17 @@ impl Instance {
         };
         M::try_from(map).map_err(|source| BpfError::read(name, 0, source))
     }
+}
+
+/// A counter over all CPUs.
+fn sum(counters: &PerCpuArray<MapData, Counter>, id: CounterId) -> Result<Counter, BpfError> {
+    let values = counters
+        .get(&(id as u32), 0)
+        .map_err(|source| BpfError::read("counters", id as u32, source))?;
+    Ok(values.iter().fold(Counter::default(), |sum, one| Counter {
+        packets: sum.packets.wrapping_add(one.packets),
+        bytes: sum.bytes.wrapping_add(one.bytes),
+    }))
 }
 
 /// Whether a bpf file system is mounted where it belongs.

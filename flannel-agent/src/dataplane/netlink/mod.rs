@@ -2,6 +2,7 @@
 
 mod device;
 mod filters;
+mod headroom;
 mod monitor;
 mod pods;
 mod underlay;

@@ -14,7 +14,7 @@ use rtnetlink::{
     Error as RtError, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
-        link::{LinkFlags, LinkLayerType, LinkMessage},
+        link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
         neighbour::{NeighbourFlags, NeighbourState},
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric},
     },
@@ -105,6 +105,20 @@ impl Netlink {
     /// Whether an interface speaks Ethernet and resolves neighbours.
     pub async fn is_ethernet(&self, index: IfIndex) -> Result<bool, NetlinkError> {
         Ok(self.ethernet_links().await?.contains_key(&index))
+    }
+
+    /// What an interface is to the kernel (`IFLA_INFO_KIND`); `None` for hardware, which has no word for it.
+    pub async fn kind_of(&self, index: IfIndex) -> Result<Option<String>, NetlinkError> {
+        let link = self.link_by_index(index.get()).await?;
+        let attributes = link.iter().flat_map(|link| &link.attributes);
+        let infos = attributes.filter_map(|attribute| match attribute {
+            LinkAttribute::LinkInfo(infos) => Some(infos),
+            _ => None,
+        });
+        Ok(infos.flatten().find_map(|info| match info {
+            LinkInfo::Kind(kind) => Some(kind.to_string()),
+            _ => None,
+        }))
     }
 
     async fn ethernet_links(&self) -> Result<BTreeMap<IfIndex, (VtepMac, u32)>, NetlinkError> {

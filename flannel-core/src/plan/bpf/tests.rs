@@ -54,7 +54,7 @@ proptest! {
         let [a, b, c, d, e, f, g, h, ..] = bytes;
         let config = Config {
             layout: if known { LAYOUT_VERSION } else { layout },
-            flags: if known { flags & 0xf } else { flags },
+            flags: if known { flags & 0x1f } else { flags },
             network,
             subnet_shift: if known { subnet_shift % 40 } else { subnet_shift },
             subnet_count,
@@ -107,6 +107,7 @@ fn subnets_that_no_entry_can_hold() {
         decap_flags: 0,
         alone: false,
         decap_gso: false,
+        xdp: false,
         gate: Gate::default(),
         ring_shift: 0,
         own_index: None,
@@ -178,7 +179,7 @@ fn settings() -> impl Strategy<Value = Settings> {
         index(),
         any::<(u16, u16)>(),
         any::<(u32, u32)>(),
-        any::<(bool, bool)>(),
+        any::<(bool, bool, bool)>(),
         option::of((index(), any::<u32>(), mac())),
         (gate(), any::<u32>(), option::of(0..NO_SUBNET)),
     )
@@ -206,6 +207,7 @@ fn settings() -> impl Strategy<Value = Settings> {
                     decap_flags: flags.1,
                     alone: able.0,
                     decap_gso: able.1,
+                    xdp: able.2,
                     gate,
                     ring_shift,
                     own_index,
