@@ -340,13 +340,23 @@ fn reports_without_a_daemon() {
                 .contains("the agent is not running"),
             "{dead}"
         );
-        for part in ["datapath", "device", "counters"] {
+        for part in ["datapath", "device"] {
             assert_eq!(dead[part], alive[part], "{part} with {flags:?}");
         }
+        assert_eq!(of_ipv4(&dead), of_ipv4(&alive), "{flags:?}");
         assert_eq!(dead["lease"]["subnet"], "10.244.1.0/24");
         assert_eq!(rig.peers(0), peers);
         assert_eq!(peers[0]["subnet"], "10.244.2.0/24", "{peers}");
         assert_eq!(peers[0]["vtep"], "192.168.77.12", "{peers}");
         assert_eq!(peers[0]["kernel_complete"], true, "{peers}");
     }
+}
+
+/// What eBPF has counted but for what is not IPv4: the kernel's own router solicitations come when they will.
+fn of_ipv4(status: &serde_json::Value) -> serde_json::Value {
+    let mut counters = status["counters"].clone();
+    if let Some(left) = counters["not_carried"].as_array_mut() {
+        left.retain(|entry| entry["reason"] != "not_ipv4");
+    }
+    counters
 }

@@ -3,21 +3,24 @@
 mod gate_rig;
 mod rig;
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    time::Duration,
+};
 
 use anyhow::{Context as _, ensure};
 use flannel_testkit::{
-    Capture, LabOptions, Netns, Offloads, RawSocket,
+    Capture, Netns, RawSocket,
     json::{ip_json, link},
     packet::{Inner, L4, checksum},
     send_ip,
     services::Flavour,
     set_socket_option,
-    traffic::{self, Amount, TcpPair},
+    traffic::TcpPair,
     try_eventually,
 };
 use gate_rig::{
-    DNS, Extra, Gate, Mode, Vip,
+    DNS, Gate, Mode,
     Who::{A, A2, B},
     cases::{Case, in_all_modes},
 };
@@ -38,6 +41,7 @@ const CASES: &[Case] = &[
     ("TTL, DSCP and ECN", marks),
     ("hops of a traceroute", hops),
     ("UDP segmentation", segmentation),
+    ("multicast and broadcast", groups),
     ("a path that becomes narrow", narrow_path),
 ];
 
@@ -310,78 +314,37 @@ fn narrow_path(gate: &mut Gate) -> anyhow::Result<()> {
     pair.close()
 }
 
-/// Pods of another size, and uplinks without offloads: the usual traffic.
-fn usual(gate: &Gate) -> anyhow::Result<()> {
-    let server = gate.serve(B);
-    let near = gate.serve(A2);
-    let names = gate.udp(B, DNS);
-    for target in [
-        server.address,
-        near.address,
-        Vip::Remote.address(),
-        Vip::Local.address(),
-    ] {
-        let mut pair = TcpPair::connect(gate.ns(A), target, &[&server, &near])?;
-        for bytes in [1, 1000, 60_000, 2 << 20, 1] {
-            pair.exchange(bytes)
-                .with_context(|| format!("{bytes} bytes to {target}"))?;
-        }
-        pair.close()?;
+/// Groups and broadcasts are for the bridge: they reach the pods of the node, and nobody else, whatever is fast beside them.
+fn groups(gate: &mut Gate) -> anyhow::Result<()> {
+    const PORT: u16 = 7000;
+    let group = Ipv4Addr::new(239, 1, 2, 3);
+    let pods = [A, A2, B];
+    let all = pods.map(|who| gate.udp_anywhere(who, PORT));
+    for (end, who) in all.iter().zip(pods) {
+        end.socket().join_multicast_v4(&group, &gate.ip(who))?;
     }
+    let near = gate.udp(A2, DNS);
+    let far = gate.udp(B, DNS);
     let client = gate.udp(A, 0);
-    for bytes in [1, 1000, 1372, 1373, 1422, 1423, 5000] {
-        client.ask(names.address, &[&names], bytes)?;
-        client.ask(Vip::RemoteUdp.address(), &[&names], bytes)?;
+    client.socket().set_broadcast(true)?;
+    client.socket().set_multicast_loop_v4(false)?;
+    // Enough for routers to let it leave the node.
+    client.socket().set_multicast_ttl_v4(8)?;
+    let subnet = gate.rig.node(0).subnet;
+    for _ in 0..3 {
+        for to in [group, subnet.host(255), Ipv4Addr::BROADCAST] {
+            client.ask(near.address, &[&near], 100)?;
+            client.ask(far.address, &[&far], 100)?;
+            client.send(SocketAddrV4::new(to, PORT), 3, 700)?;
+            let from = all[1].receive(3, 700).with_context(|| format!("to {to}"))?;
+            ensure!(from == client.address, "{to}: seen as {from}");
+            let twice = all[1].has_some(Duration::from_millis(20))?;
+            let elsewhere = all[2].has_some(Duration::ZERO)?;
+            ensure!(
+                !twice && !elsewhere,
+                "{to}: twice {twice}, elsewhere {elsewhere}"
+            );
+        }
     }
-    drop((server, near));
-    traffic::tcp_transfer(gate.ns(B), gate.ip(B), gate.ns(A), Amount::Bytes(20 << 20))?;
-    for mode in gate.modes {
-        let fast = gate.fast(0);
-        ensure!(
-            mode == Mode::Off || (fast.encap > 50 && fast.local > 10),
-            "{fast:?}"
-        );
-    }
-    Ok(())
-}
-
-fn other_lab(extra: Extra<'_>) {
-    if !flannel_testkit::privileged() {
-        return;
-    }
-    for mode in Mode::ALL {
-        let gate = Gate::with([mode; 3], Flavour::Iptables, extra);
-        usual(&gate).unwrap_or_else(|error| panic!("{mode:?}: {error:#}"));
-        gate.assert_no_invalid("at the end");
-    }
-}
-
-#[test]
-fn uplinks_without_offloads() {
-    other_lab(Extra {
-        lab: LabOptions {
-            offloads: Offloads::Off,
-            ..LabOptions::default()
-        },
-        ..Extra::default()
-    });
-}
-
-#[test]
-fn smaller_pods() {
-    other_lab(Extra {
-        pod_mtu: Some(1400),
-        ..Extra::default()
-    });
-}
-
-#[test]
-fn jumbo_frames() {
-    other_lab(Extra {
-        lab: LabOptions {
-            mtu: 9001,
-            ..LabOptions::default()
-        },
-        ..Extra::default()
-    });
+    all[0].take_all()
 }

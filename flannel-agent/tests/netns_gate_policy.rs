@@ -354,6 +354,13 @@ fn shaping(gate: &mut Gate) -> anyhow::Result<()> {
         });
         shaped?;
     }
+    let fast = gate.rig.status(1)["fast_path"].clone();
+    let left = rig::list(&fast["excluded"]).iter();
+    let mut names = left.map(|pod| pod["interface"].as_str().unwrap_or_default());
+    ensure!(
+        names.any(|name| name == device) || gate.modes[1] == Mode::Off,
+        "{fast}"
+    );
     node.exec(["tc", "qdisc", "del", "dev", &device, "root"])?;
     Ok(())
 }

@@ -20,20 +20,23 @@ use rig::{NET_CONF, PATIENCE, Rig, list};
 enum Carrier {
     /// The kernel's device: what the others are measured against.
     Kernel,
-    /// eBPF with the kernel's device under it.
+    /// eBPF with the kernel's device under it, for every packet that comes out of the stack.
     Bpf,
+    /// The same, and around the stack what that has let pass.
+    Around,
     /// eBPF alone.
     BpfAlone,
 }
 
 impl Carrier {
-    const ALL: [Self; 3] = [Self::Kernel, Self::Bpf, Self::BpfAlone];
+    const ALL: [Self; 4] = [Self::Kernel, Self::Bpf, Self::Around, Self::BpfAlone];
 
     fn flags(self) -> &'static [&'static str] {
         match self {
             Self::Kernel => &["--datapath=kernel"],
-            Self::Bpf => &["--datapath=bpf"],
-            Self::BpfAlone => &["--datapath=bpf", "--bpf-device=veth"],
+            Self::Bpf => &["--datapath=bpf", "--bpf-fast-path=off"],
+            Self::Around => &["--datapath=bpf", "--bpf-fast-path=established"],
+            Self::BpfAlone => &["--datapath=bpf", "--bpf-device=veth", "--bpf-fast-path=off"],
         }
     }
 }

@@ -9,14 +9,14 @@ mod wire_rig;
 
 use std::{collections::BTreeMap, net::UdpSocket, ops::Range};
 
-use flannel_common::Direction;
-use flannel_testkit::{Capture, LabOptions, Offloads, privileged, traffic::Amount};
+use flannel_common::{Direction, counter::CounterId};
+use flannel_testkit::{Capture, LabOptions, Offloads, eventually, privileged, traffic::Amount};
 use matrix::{exchange_everything, transfer};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
 };
-use rig::{Counters, DEVICE, NET_CONF, Rig};
+use rig::{Counters, DEVICE, NET_CONF, PATIENCE, Rig, list};
 use wire_rig::{End, kernel_end, plain_kernel_end, reasons, start_with_peer};
 
 /// Interleaved rounds of bulk TCP, two runs each.
@@ -46,6 +46,20 @@ fn assert_encapsulated_by_bpf(rig: &Rig, node: usize, before: Counters) {
     assert!(sent > 300, "{sent} packets encapsulated");
 }
 
+/// Every packet passes the stack.
+const OFF: &str = "--bpf-fast-path=off";
+/// What the stack has let pass goes around it.
+const FAST: &str = "--bpf-fast-path=established";
+
+/// Packets of the node that went around its stack to another node and from one, none unless asked for.
+fn assert_bypassed(rig: &Rig, node: usize, flags: &[&str]) {
+    for id in [CounterId::FastEncap, CounterId::FastDecap] {
+        let packets = rig.packets(node, id);
+        assert_eq!(packets > 20, flags.contains(&FAST), "{packets} of {id:?}");
+        assert!(packets > 20 || packets == 0, "{packets} of {id:?}");
+    }
+}
+
 /// All traffic between a node of ours with these flags and a kernel node; then a look at who carried it.
 fn with_a_kernel_node(flags: &[&str], offloads: Offloads) {
     if !privileged() {
@@ -55,6 +69,9 @@ fn with_a_kernel_node(flags: &[&str], offloads: Offloads) {
     let (kernel, theirs) = kernel_end(&rig, 1);
     start_with_peer(&mut rig, 0, flags, &kernel);
     let ours = End::of(&rig, 0);
+    if flags.contains(&FAST) {
+        wait_for_pods(&rig, 0);
+    }
     let before = rig.device_counters(0);
     let wire = Capture::start(rig.lab().underlay(), &rig.node(0).port, "udp port 8472")
         .expect("a capture of the wire");
@@ -65,7 +82,8 @@ fn with_a_kernel_node(flags: &[&str], offloads: Offloads) {
     let alone = flags.contains(&"--bpf-device=veth");
     assert_encapsulated_by_bpf(&rig, 0, before);
     let left = reasons(&rig, 0, Direction::Decap);
-    let decap = rig.counters(0).decap;
+    let decap = rig.packets(0, CounterId::BpfDecap);
+    assert_bypassed(&rig, 0, flags);
     if alone {
         assert_eq!(left, BTreeMap::new(), "nobody else decapsulates");
         assert!(decap > 300, "{decap} packets decapsulated");
@@ -80,30 +98,49 @@ fn with_a_kernel_node(flags: &[&str], offloads: Offloads) {
 
 #[test]
 fn a_kernel_node_understands_us_and_we_it() {
-    with_a_kernel_node(&["--datapath=bpf"], Offloads::Default);
+    with_a_kernel_node(&["--datapath=bpf", OFF], Offloads::Default);
 }
 
 #[test]
 fn a_kernel_node_and_us_without_offloads() {
-    with_a_kernel_node(&["--datapath=bpf"], Offloads::Off);
+    with_a_kernel_node(&["--datapath=bpf", OFF], Offloads::Off);
 }
 
 #[test]
 fn a_kernel_node_and_us_on_clsact() {
     with_a_kernel_node(
-        &["--datapath=bpf", "--bpf-attach=clsact"],
+        &["--datapath=bpf", "--bpf-attach=clsact", OFF],
         Offloads::Default,
     );
 }
 
 #[test]
+fn a_kernel_node_and_us_around_the_stack() {
+    with_a_kernel_node(&["--datapath=bpf", FAST], Offloads::Default);
+}
+
+#[test]
+fn a_kernel_node_and_us_around_the_stack_without_offloads() {
+    let flags = ["--datapath=bpf", "--bpf-attach=clsact", FAST];
+    with_a_kernel_node(&flags, Offloads::Off);
+}
+
+#[test]
 fn a_kernel_node_and_us_without_a_vxlan_device() {
-    with_a_kernel_node(&["--datapath=bpf", "--bpf-device=veth"], Offloads::Default);
+    let flags = ["--datapath=bpf", "--bpf-device=veth", OFF];
+    with_a_kernel_node(&flags, Offloads::Default);
 }
 
 #[test]
 fn a_kernel_node_and_us_without_a_vxlan_device_without_offloads() {
-    with_a_kernel_node(&["--datapath=bpf", "--bpf-device=veth"], Offloads::Off);
+    let flags = ["--datapath=bpf", "--bpf-device=veth", OFF];
+    with_a_kernel_node(&flags, Offloads::Off);
+}
+
+#[test]
+fn a_kernel_node_and_us_around_the_stack_without_a_vxlan_device() {
+    let flags = ["--datapath=bpf", "--bpf-device=veth", FAST];
+    with_a_kernel_node(&flags, Offloads::Default);
 }
 
 /// All traffic between two nodes of ours with these flags each.
@@ -120,6 +157,11 @@ fn two_of_ours(flags: [&[&str]; 2], offloads: Offloads) {
         rig.add_pod(node);
     }
     rig.wait_converged();
+    for (node, flags) in flags.into_iter().enumerate() {
+        if flags.contains(&FAST) {
+            wait_for_pods(&rig, node);
+        }
+    }
     let before = [0, 1].map(|node| rig.device_counters(node));
     exchange_everything(&End::of(&rig, 0), &End::of(&rig, 1), offloads);
     for (node, flags) in flags.into_iter().enumerate() {
@@ -142,31 +184,34 @@ fn two_of_ours(flags: [&[&str]; 2], offloads: Offloads) {
             assert_eq!(gso > 0, offloads == Offloads::Default);
         }
         assert!(rig.counters(node).decap > 300, "{:?}", rig.counters(node));
+        assert_bypassed(&rig, node, flags);
     }
 }
 
 #[test]
 fn two_nodes_of_ours() {
-    two_of_ours(
-        [&["--datapath=bpf"], &["--datapath=bpf"]],
-        Offloads::Default,
-    );
+    two_of_ours([&["--datapath=bpf", OFF]; 2], Offloads::Default);
 }
 
 #[test]
 fn two_nodes_of_ours_without_offloads() {
-    two_of_ours([&["--datapath=bpf"], &["--datapath=bpf"]], Offloads::Off);
+    two_of_ours([&["--datapath=bpf", OFF]; 2], Offloads::Off);
+}
+
+#[test]
+fn two_nodes_of_ours_around_the_stack() {
+    two_of_ours([&["--datapath=bpf", FAST]; 2], Offloads::Default);
+}
+
+#[test]
+fn two_nodes_of_ours_around_the_stack_without_offloads() {
+    two_of_ours([&["--datapath=bpf", FAST]; 2], Offloads::Off);
 }
 
 #[test]
 fn two_nodes_of_ours_one_without_a_vxlan_device() {
-    two_of_ours(
-        [
-            &["--datapath=bpf"],
-            &["--datapath=bpf", "--bpf-device=veth"],
-        ],
-        Offloads::Default,
-    );
+    let alone = ["--datapath=bpf", "--bpf-device=veth", OFF];
+    two_of_ours([&["--datapath=bpf", FAST], &alone], Offloads::Default);
 }
 
 /// Keeps this thread and those it starts on one CPU. A veth queues packets on the CPU that sends them: a sender that moves
@@ -185,13 +230,13 @@ fn median(mut values: Vec<u32>) -> u32 {
 
 /// Segments sent again in bulk TCP between our node and a kernel node, against those between two kernel nodes: runs of both
 /// in turn, so that both see the same machine, in both directions.
-fn compare_retransmissions(offloads: Offloads) {
+fn compare_retransmissions(offloads: Offloads, fast_path: &str) {
     if !privileged() {
         return;
     }
     let mut rig = Rig::with(lab(4, offloads), NET_CONF);
     let (kernel, theirs) = kernel_end(&rig, 1);
-    start_with_peer(&mut rig, 0, &["--datapath=bpf"], &kernel);
+    start_with_peer(&mut rig, 0, &["--datapath=bpf", fast_path], &kernel);
     let ours = End::of(&rig, 0);
     let pair = [2, 3].map(|node| plain_kernel_end(&rig, node));
     pair[0]
@@ -218,12 +263,14 @@ fn compare_retransmissions(offloads: Offloads) {
 
 #[test]
 fn no_more_retransmissions_than_the_kernel() {
-    compare_retransmissions(Offloads::Default);
+    compare_retransmissions(Offloads::Default, OFF);
+    compare_retransmissions(Offloads::Default, FAST);
 }
 
 #[test]
 fn no_more_retransmissions_than_the_kernel_without_offloads() {
-    compare_retransmissions(Offloads::Off);
+    compare_retransmissions(Offloads::Off, OFF);
+    compare_retransmissions(Offloads::Off, FAST);
 }
 
 /// Starts the agent of node 0 over again with other flags.
@@ -232,6 +279,15 @@ fn restart(rig: &mut Rig, flags: &[&str]) {
     rig.start_agent(0, flags);
     rig.wait_ready(0);
     rig.wait_converged();
+}
+
+/// Waits until packets can go around the stack of a node for its pod.
+fn wait_for_pods(rig: &Rig, node: usize) {
+    eventually(PATIENCE, "the gate knows the pod", || {
+        let pods = rig.map_dump(node, "pods");
+        let known = list(&pods).len() == 1;
+        known.then_some(()).ok_or_else(|| format!("{pods}"))
+    });
 }
 
 /// Sends the same packets by the kernel's data path and with each of these flags, to one kernel node.
@@ -267,10 +323,22 @@ fn compare_frames(ports: Range<u16>, all_flags: &[&[&str]]) {
                 .expect("remove the device");
         }
         restart(&mut rig, flags);
+        if flags.contains(&FAST) {
+            wait_for_pods(&rig, 0);
+            // The stack sees one packet of every flow.
+            frames::send_all(&rig, 0, dst, &host);
+        }
         let before = rig.counters(0).encap;
+        let around = rig.packets(0, CounterId::FastEncap);
         let by_us = frames::send_all(&rig, 0, dst, &host);
         let carried = rig.counters(0).encap - before;
         assert!(carried >= by_us.len(), "{carried} by eBPF with {flags:?}");
+        let around = rig.packets(0, CounterId::FastEncap) - around;
+        if flags.contains(&FAST) {
+            assert!(around > 1_600, "{around} around the stack with {flags:?}");
+        } else {
+            assert_eq!(around, 0, "{flags:?}");
+        }
         by_us.assert_equals_kernel(&by_kernel, &ports);
     }
     assert!(by_kernel.source_ports() > usize::from(ports.end - ports.start).min(1_000) / 2);
@@ -279,14 +347,17 @@ fn compare_frames(ports: Range<u16>, all_flags: &[&[&str]]) {
 #[test]
 fn frames_equal_the_kernels() {
     let flags = [
-        &["--datapath=bpf"][..],
-        &["--datapath=bpf", "--bpf-attach=clsact"],
-        &["--datapath=bpf", "--bpf-device=veth"],
+        &["--datapath=bpf", OFF][..],
+        &["--datapath=bpf", "--bpf-attach=clsact", OFF],
+        &["--datapath=bpf", FAST],
+        &["--datapath=bpf", "--bpf-attach=clsact", FAST],
+        &["--datapath=bpf", "--bpf-device=veth", OFF],
+        &["--datapath=bpf", "--bpf-device=veth", FAST],
     ];
     compare_frames(32_768..61_000, &flags);
 }
 
 #[test]
 fn source_ports_are_the_kernels_in_another_range() {
-    compare_frames(20_000..20_501, &[&["--datapath=bpf"]]);
+    compare_frames(20_000..20_501, &[&["--datapath=bpf", FAST]]);
 }

@@ -24,6 +24,10 @@ pub(crate) fn header<T: Copy>(ctx: &TcContext, offset: usize) -> Option<T> {
 ///
 /// `size_of::<T>()` bytes at `from` are readable, and every bit pattern is a valid `T`.
 #[inline(always)]
+#[expect(
+    clippy::cast_ptr_alignment,
+    reason = "unaligned loads are what this function is for"
+)]
 pub(crate) unsafe fn load<T: Copy>(from: *const u8) -> T {
     let mut value = MaybeUninit::<T>::uninit();
     let to: *mut u8 = value.as_mut_ptr().cast();

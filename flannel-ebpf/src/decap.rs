@@ -167,9 +167,11 @@ struct Landing {
 /// The Ethernet header of an IPv4 packet that the host delivers to the pod.
 #[inline(always)]
 fn frame_header(pod: &PodRecord) -> [u8; EthHdr::LEN] {
-    let [a, b, c, d, e, f] = copy(&pod.mac);
-    let [g, h, i, j, k, l] = copy(&pod.gateway_mac);
-    [a, b, c, d, e, f, g, h, i, j, k, l, 0x08, 0x00]
+    let (to, from) = (copy(&pod.mac), copy(&pod.gateway_mac));
+    [
+        to[0], to[1], to[2], to[3], to[4], to[5], from[0], from[1], from[2], from[3], from[4],
+        from[5], 0x08, 0x00,
+    ]
 }
 
 /// Gives a frame without outer headers the addresses and the hop limit that it has when the host delivers it.

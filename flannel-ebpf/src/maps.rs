@@ -86,7 +86,7 @@ pub(crate) fn count_reason(direction: Direction, reason: DropReason) {
 #[inline(always)]
 pub(crate) fn pod(address: [u8; 4]) -> Option<&'static PodRecord> {
     // SAFETY: the record is only read. One that is replaced meanwhile stays whole until the program has ended (RCU).
-    unsafe { PODS.get(&address) }
+    unsafe { PODS.get(address) }
 }
 
 #[inline(always)]
@@ -114,7 +114,7 @@ pub(crate) fn is_translated(pair: &NatKey) -> bool {
 #[inline(always)]
 pub(crate) fn put_translated(pair: &NatKey) {
     // A full table forgets the oldest; a failure means that the flow is judged without it.
-    let _full = NAT_TUPLES.insert(pair, &1, 0);
+    let _full = NAT_TUPLES.insert(pair, 1, 0);
 }
 
 #[inline(always)]

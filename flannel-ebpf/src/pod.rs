@@ -31,7 +31,7 @@ pub(crate) fn try_from_pod(ctx: &TcContext, config: &Config) -> Result<Verdict, 
     // A pod may have numbered its packets, and so may whoever sent this one through another hook of ours.
     match plain_ipv4(ctx) {
         Some((eth, inner)) => match subnet_index(config, inner.ip.dst_addr) {
-            Some(index) if index == config.own_index => to_neighbour(ctx, config, &eth, &inner),
+            Some(index) if index == config.own_index => Ok(to_neighbour(ctx, config, &eth, &inner)),
             Some(index) => to_peer(ctx, config, index, &eth, &inner),
             None => Ok(slow(ctx)),
         },
@@ -60,13 +60,10 @@ fn to_peer(
     if inner.ip.ttl <= 1 || mac_bits(&eth.dst_addr) != mac_bits(&pod.gateway_mac) {
         return Ok(slow(ctx));
     }
-    match wrap(ctx, config, index, &inner.ip, pod, Some(&case)) {
-        Some(outcome) => outcome,
-        None => {
-            gate::tag(ctx, config, &case);
-            Ok(Verdict::NOT_OURS)
-        }
-    }
+    wrap(ctx, config, index, &inner.ip, pod, Some(&case)).unwrap_or_else(|| {
+        gate::tag(ctx, config, &case);
+        Ok(Verdict::NOT_OURS)
+    })
 }
 
 /// Encapsulates for the peer with that subnet. `None`: the stack must do it, the packet is as it was.
@@ -114,14 +111,9 @@ fn wrap(
 
 /// To another pod of this node, over the bridge.
 #[inline(always)]
-fn to_neighbour(
-    ctx: &TcContext,
-    config: &Config,
-    eth: &EthHdr,
-    inner: &Inner,
-) -> Result<Verdict, DropReason> {
+fn to_neighbour(ctx: &TcContext, config: &Config, eth: &EthHdr, inner: &Inner) -> Verdict {
     let Some((target, case)) = neighbours(ctx, eth, inner) else {
-        return Ok(slow(ctx));
+        return slow(ctx);
     };
     // SAFETY: a read of a context field, which the verifier turns into a checked load.
     let gso_size = unsafe { (*ctx.skb.skb).gso_size };
@@ -129,9 +121,9 @@ fn to_neighbour(
     let too_long = gso_size == 0 && ctx.len() - ETH_LEN as u32 > target.mtu;
     if too_long || !gate::is_fast(ctx, config, &case, target.ifindex) {
         gate::tag(ctx, config, &case);
-        return Ok(Verdict::NOT_OURS);
+        return Verdict::NOT_OURS;
     }
-    Ok(hand_over(ctx, target))
+    hand_over(ctx, target)
 }
 
 #[inline(always)]

@@ -21,7 +21,7 @@ use std::{
 
 use flannel_common::{counter::CounterId, flow::mode};
 use flannel_testkit::{
-    LabOptions, Netns, Pod, eventually,
+    LabOptions, Netns, Node, Pod, eventually,
     services::{Flavour, HostPort, Policy, Service, Services, Transport},
     traffic::{TcpPair, TcpServer, UdpEnd},
 };
@@ -49,9 +49,12 @@ pub(crate) enum Mode {
     Off,
     Established,
     Syn,
+    /// As the agent decides, which is [`Mode::Established`] unless something on the node speaks against it.
+    Auto,
 }
 
 impl Mode {
+    /// Those that do not depend on the node.
     pub(crate) const ALL: [Mode; 3] = [Mode::Off, Mode::Established, Mode::Syn];
 
     pub(crate) fn flag(self) -> &'static str {
@@ -59,13 +62,14 @@ impl Mode {
             Mode::Off => "--bpf-fast-path=off",
             Mode::Established => "--bpf-fast-path=established",
             Mode::Syn => "--bpf-fast-path=syn",
+            Mode::Auto => "--bpf-fast-path=auto",
         }
     }
 
     fn raw(self) -> u32 {
         match self {
             Mode::Off => mode::OFF,
-            Mode::Established => mode::ESTABLISHED,
+            Mode::Established | Mode::Auto => mode::ESTABLISHED,
             Mode::Syn => mode::SYN,
         }
     }
@@ -153,13 +157,15 @@ impl Fast {
 }
 
 /// What a lab differs in from the usual one.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Extra<'a> {
     /// More flags for every agent.
     pub(crate) flags: &'a [&'a str],
     /// Instead of the MTU of the subnet file.
     pub(crate) pod_mtu: Option<u32>,
     pub(crate) lab: LabOptions,
+    /// What every node gets before its agent.
+    pub(crate) prepare: Option<&'a dyn Fn(&Node)>,
 }
 
 /// Three nodes, their agents, pods and Services, and a host outside.
@@ -222,6 +228,9 @@ impl Gate {
                     .expect("the rules of kube-proxy")
             })
             .collect();
+        if let Some(prepare) = extra.prepare {
+            rig.lab().nodes().iter().for_each(prepare);
+        }
         let flags: Vec<String> = extra.flags.iter().map(ToString::to_string).collect();
         for (node, mode) in modes.iter().enumerate() {
             start_agent(&mut rig, node, *mode, &flags);
@@ -298,6 +307,12 @@ impl Gate {
         UdpEnd::bind(self.ns(who), self.ip(who), port).expect("bind")
     }
 
+    /// A socket that takes datagrams for any address of the pod, groups and broadcasts among them.
+    #[track_caller]
+    pub(crate) fn udp_anywhere(&self, who: Who, port: u16) -> UdpEnd {
+        UdpEnd::bind(self.ns(who), Ipv4Addr::UNSPECIFIED, port).expect("bind")
+    }
+
     /// Connects pod to pod.
     #[track_caller]
     pub(crate) fn connect(&self, from: Who, server: &TcpServer) -> TcpPair {
@@ -357,11 +372,7 @@ impl Gate {
         let mode = self.modes[node];
         let what = format!("the gate of node {node} is in mode {mode:?}");
         eventually(PATIENCE, &what, || {
-            let config = self.rig.config_bytes(node);
-            let raw = u32_at(&config, MODE_AT);
-            if raw != mode.raw() {
-                return Err(format!("the mode is {raw}"));
-            }
+            self.has_mode(node, mode)?;
             if mode == Mode::Off {
                 return Ok(());
             }
@@ -378,6 +389,14 @@ impl Gate {
                 Err(format!("unknown pods: {missing:?}, known: {known:?}"))
             }
         });
+    }
+
+    /// Whether the maps of a node say this mode; else which one they say.
+    pub(crate) fn has_mode(&self, node: usize, mode: Mode) -> Result<(), String> {
+        match u32_at(&self.rig.config_bytes(node), MODE_AT) {
+            raw if raw == mode.raw() => Ok(()),
+            raw => Err(format!("the mode is {raw}")),
+        }
     }
 
     /// The addresses in the map `pods`.

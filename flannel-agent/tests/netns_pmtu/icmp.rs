@@ -155,10 +155,12 @@ fn errors_are_those_of_the_kernels_device() {
         return;
     }
     let kernel = outcomes(Carrier::Kernel);
-    let bpf = outcomes(Carrier::Bpf);
-    assert_eq!(bpf.len(), kernel.len());
-    for (bpf, kernel) in bpf.iter().zip(&kernel) {
-        assert_eq!(bpf, kernel);
+    for carrier in [Carrier::Bpf, Carrier::Around] {
+        let bpf = outcomes(carrier);
+        assert_eq!(bpf.len(), kernel.len());
+        for (bpf, kernel) in bpf.iter().zip(&kernel) {
+            assert_eq!(bpf, kernel, "{carrier:?}");
+        }
     }
     // The yardstick itself.
     let refused = |len: usize| too_big(len, 1450);
@@ -249,6 +251,7 @@ fn the_node_itself_learns_the_path_as_from_the_kernels_device() {
     let learns = [Ok(()), Ok(()), Err(true), Err(true), Ok(())];
     assert_eq!(all[0], learns, "the kernel's device");
     assert_eq!(all[1], learns, "eBPF above it");
+    assert_eq!(all[2], learns, "eBPF above it, and around the stack");
     let knows = [Ok(()), Err(true), Err(true), Err(true), Ok(())];
-    assert_eq!(all[2], knows, "eBPF alone");
+    assert_eq!(all[3], knows, "eBPF alone");
 }

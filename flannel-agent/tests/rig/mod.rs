@@ -22,6 +22,7 @@ use std::{
     time::Duration,
 };
 
+use flannel_common::counter::CounterId;
 use flannel_testkit::{
     AgentProcess, Lab, LabOptions, Netns, Node, Pod, Subnet, eventually,
     json::bpftool_json,
@@ -427,6 +428,12 @@ impl Rig {
     pub(crate) fn map_info(&self, node: usize, map: &str) -> Value {
         let pin = self.map_pin(node, map).display().to_string();
         bpftool_json(self.ns(node), &["map", "show", "pinned", &pin]).expect("show a map")
+    }
+
+    /// One of the programs' counters, in packets, from the map through `bpftool`.
+    #[track_caller]
+    pub(crate) fn packets(&self, node: usize, id: CounterId) -> u64 {
+        per_cpu(&self.map_dump(node, "counters")[id as usize])
     }
 
     /// Packets that eBPF has carried, through the stack or around it, from the maps through `bpftool`.
