@@ -142,6 +142,7 @@ impl Overlay {
             "--subnet-file",
             &subnet_file(node).display().to_string(),
             "--datapath=bpf",
+            "--bpf-fast-path=established",
             &format!("--bpf-attach={}", self.way.attach.as_str()),
             &format!("--bpf-device={}", self.way.device),
         ];
@@ -215,6 +216,13 @@ impl Overlay {
             status["device"]
         );
         println!("{}: {}", node.name, status["counters"]);
+        let fast = &status["fast_path"];
+        let past = |way: &str| fast["counters"][way]["bytes"].as_u64().unwrap_or(0);
+        println!("{}: {fast}", node.name);
+        ensure!(
+            fast["mode"] == "established" && past("encap") > 0 && past("decap") > 0,
+            "nothing went past the stack: {fast}"
+        );
         let count = |way: &str| status["counters"][way]["bytes"].as_u64().unwrap_or(0);
         Ok((count("encap"), count("decap")))
     }

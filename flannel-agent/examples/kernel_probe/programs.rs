@@ -1,6 +1,6 @@
 //! The programs by themselves: does the verifier take them, and what do they do to a packet?
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use aya::{
     Ebpf, Pod,
     maps::Array,
@@ -59,7 +59,11 @@ fn room() -> anyhow::Result<Room> {
     })
     .context("load the programs")?;
     let room = bpf.room();
+    let obstacle = bpf.gate_obstacle().map(str::to_owned);
     bpf.discard();
+    if let Some(obstacle) = obstacle {
+        bail!("the programs of the flow gate: {obstacle}");
+    }
     Ok(room)
 }
 
