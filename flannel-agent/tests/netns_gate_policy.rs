@@ -203,7 +203,7 @@ fn drop_rule(gate: &mut Gate) -> anyhow::Result<()> {
 
 /// With agents that do not run the lease alone must do.
 fn drop_rule_unnoticed(gate: &mut Gate) -> anyhow::Result<()> {
-    if gate.modes[0] == Mode::Syn {
+    if gate.modes[0] != Mode::Established {
         return Ok(());
     }
     let server = gate.serve(B);
@@ -227,6 +227,10 @@ fn drop_rule_unnoticed(gate: &mut Gate) -> anyhow::Result<()> {
 
 /// It sees every packet that is forwarded, and lets pass what belongs to a known connection, until it changes its mind.
 fn queue_agent(gate: &mut Gate) -> anyhow::Result<()> {
+    // Its rule is the same beside either kind of rules, and the way back to `syn` is long.
+    if (gate.modes[1], gate.flavour) == (Mode::Syn, Flavour::Nftables) {
+        return Ok(());
+    }
     let server = gate.serve(B);
     let udp = gate.udp(B, DNS);
     let ip = gate.ip(B).to_string();

