@@ -1,6 +1,6 @@
 //! Where and how a thread runs.
 
-use std::io;
+use std::{io, thread, time::Duration};
 
 use nix::{
     sched::{CpuSet, sched_setaffinity},
@@ -22,10 +22,16 @@ pub fn on_cpu(cpu: usize) -> io::Result<()> {
     Ok(())
 }
 
+/// How long a CPU rests before a real-time thread takes it. Ordinary tasks that wait for it run then; if they had to wait for most of a
+/// second, the kernel would give them 50 ms in the middle of a measurement (the fair server of `kernel/sched/deadline.c`, and
+/// `sched_rt_runtime_us` before Linux 6.12).
+const REST: Duration = Duration::from_millis(30);
+
 /// Keeps this thread on one CPU, ahead of everything that is not real-time: its share of the CPU is then all of it, and the
 /// rate at which it works is the inverse of the cost.
 pub fn fifo_on_cpu(cpu: usize) -> io::Result<()> {
     on_cpu(cpu)?;
+    thread::sleep(REST);
     let param = libc::sched_param {
         sched_priority: PRIORITY,
     };
