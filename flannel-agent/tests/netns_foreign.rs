@@ -13,8 +13,9 @@ use flannel_testkit::{Node, Pod, eventually, privileged};
 use rig::{PATIENCE, Rig, dump, dump::Dump, stranger};
 
 /// By which the agent's own objects are known in a dump.
-const OURS: [&str; 9] = [
+const OURS: [&str; 10] = [
     "flannel.1",
+    "flannel-hr.1",
     "flannelp.1",
     "to_overlay",
     "from_wire",

@@ -81,3 +81,23 @@ fn cleanup_removes_it() {
     assert!(headroom(&rig, 0).is_none());
     assert!(link(rig.ns(0), "cni0").is_ok());
 }
+
+#[test]
+fn a_bridge_with_big_tcp_is_left_alone() {
+    if !privileged() {
+        return;
+    }
+    let mut rig = Rig::start(2, &["--bpf-fast-path=established"]);
+    wait(&rig, 0, true);
+    rig.stop_agent(0);
+    let ip = |line: &str| rig.ns(0).ip(line).expect("ip");
+    ip(&format!("link del {NAME}"));
+    ip("link set cni0 gso_max_size 180000");
+    rig.start_agent(0, &["--bpf-fast-path=established"]);
+    rig.wait_ready(0);
+    rig.ping(0, 1).expect("pods reach each other");
+    rig.wait_carried();
+    assert!(headroom(&rig, 0).is_none());
+    let bridge = link(rig.ns(0), "cni0").expect("the bridge");
+    assert_eq!(bridge["gso_max_size"], 180_000, "{bridge}");
+}

@@ -3,7 +3,7 @@
 //! Outer headers need 50 bytes in front of a packet. A pod's socket leaves room for Ethernet alone, so that every datagram is copied
 //! when it is encapsulated. A bridge tells the largest need of its ports to all of them (`update_headroom` in
 //! `net/bridge/br_if.c`), and a veth tells its peer (`veth_set_rx_headroom`): a vxlan device among the ports, which is never set
-//! up and carries nothing, has the pods' sockets leave the room at once.
+//! up and carries nothing, has the pods' sockets leave the room at once. Its price: the bridge's `tso_max_size` is then 64 KiB.
 
 use crate::addr::IfIndex;
 

@@ -22,13 +22,23 @@ impl Dataplane {
             .as_ref()
             .is_some_and(|settings| !settings.gate.is_off());
         let bridge = self.pod_sources().and_then(|sources| sources.bridge);
-        let wanted = bridge.filter(|_| open).map(|bridge| Wanted {
+        let mut wanted = bridge.filter(|_| open).map(|bridge| Wanted {
             bridge: bridge.index,
             mtu: bridge.mtu,
         });
         if open && bridge.is_none() {
             // Not read yet, or no bridge yet.
             return;
+        }
+        if let Some(bridge) = wanted.map(|wanted| wanted.bridge) {
+            match self.net.is_big_tcp(bridge).await {
+                Ok(false) => {}
+                Ok(true) => wanted = None,
+                Err(error) => {
+                    tracing::debug!(error = chain(&error), "look at the bridge");
+                    return;
+                }
+            }
         }
         let there = match self.net.headroom(*vni).await {
             Ok(there) => there,

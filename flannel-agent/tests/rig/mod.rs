@@ -97,6 +97,23 @@ impl Rig {
             self.add_pod(node);
         }
         self.wait_converged();
+        self.wait_carried();
+    }
+
+    /// Waits until every pod is on the fast path, on nodes where that is on: it comes to a pod a moment after the pod.
+    #[track_caller]
+    pub(crate) fn wait_carried(&self) {
+        for node in self.agents.keys() {
+            let pods = self.pods.get(node).map_or(0, Vec::len) as u64;
+            eventually(PATIENCE, &format!("node {node} carries its pods"), || {
+                let fast = &self.status(*node)["fast_path"];
+                let carried = fast["pods"].as_u64().unwrap_or(0);
+                if fast.is_null() || fast["mode"] == "off" || carried >= pods {
+                    return Ok(());
+                }
+                Err(format!("{carried} of {pods} pods: {fast}"))
+            });
+        }
     }
 
     pub(crate) fn lab(&self) -> &Lab {

@@ -15,6 +15,9 @@ use super::{
     device::{index_of, mtu_of},
 };
 
+/// `GSO_LEGACY_MAX_SIZE` in `include/linux/netdevice.h`.
+const LEGACY_MAX_SIZE: u32 = 65_536;
+
 impl Netlink {
     /// Looks for the device. One of another kind or making that has its name is not seen.
     pub async fn headroom(&self, vni: Vni) -> Result<Option<There>, NetlinkError> {
@@ -40,6 +43,18 @@ impl Netlink {
             index: index_of(&link, &name)?,
             bridge,
             mtu: mtu_of(&link),
+        }))
+    }
+
+    /// Whether an interface sends packets above 64 KiB (BIG TCP). A bridge with the device among its ports could not any more: it takes the
+    /// smallest `tso_max_size` of them (`br_set_gso_limits` in `net/bridge/br_if.c`).
+    pub async fn is_big_tcp(&self, index: IfIndex) -> Result<bool, NetlinkError> {
+        let link = self.link_by_index(index.get()).await?;
+        Ok(link.is_some_and(|link| {
+            link.attributes.iter().any(|attribute| match attribute {
+                LinkAttribute::GsoMaxSize(bytes) => *bytes > LEGACY_MAX_SIZE,
+                _ => false,
+            })
         }))
     }
 
