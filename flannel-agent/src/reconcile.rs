@@ -280,6 +280,8 @@ impl Loop {
                 troubles.insert(format!("look at the kernel: {}", chain(&error)));
                 break;
             }
+            // Again: a hook that is found missing means another epoch, which is to be in place before the hook is.
+            self.gate.set(&mut self.desired, self.dataplane.seen());
             let (seen, sources) = (self.dataplane.seen(), self.dataplane.pod_sources());
             self.gate.learn(&mut self.desired, seen, sources);
             let mut plan = plan(&self.desired, seen);

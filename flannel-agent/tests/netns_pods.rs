@@ -261,6 +261,7 @@ fn programs_come_back_and_cleanup_takes_them_away() {
         let mut rig = start(attach);
         let pod = rig.pod(0).clone();
         settled(&rig, 0, &[&pod]);
+        let before = epoch(&rig);
         if attach.ends_with("tcx") {
             for name in pinned(&rig, 0) {
                 let pin = rig.instance(0).join(name).display().to_string();
@@ -283,6 +284,8 @@ fn programs_come_back_and_cleanup_takes_them_away() {
         }
         assert_eq!(at(&rig, 0, &pod).concat(), Vec::<String>::new());
         eventually(PATIENCE, "the programs are back", || guarded(&rig, 0, &pod));
+        // They have missed packets: what was known before counts for nothing.
+        assert!(epoch(&rig) > before, "{before}");
         rig.stop_agent(0);
         let done = rig.cli(0, &["cleanup"]);
         assert_eq!(done.status.code(), Some(0), "{done:?}");
@@ -293,6 +296,13 @@ fn programs_come_back_and_cleanup_takes_them_away() {
         let tc = rig.ns(0).exec(["tc", "qdisc", "show"]).unwrap();
         assert!(!tc.contains("clsact"), "{tc}");
     }
+}
+
+/// The flow gate's epoch as the map has it.
+fn epoch(rig: &Rig) -> u32 {
+    let at = std::mem::offset_of!(flannel_common::Config, epoch);
+    let bytes = rig.config_bytes(0)[at..at + 4].try_into().unwrap();
+    u32::from_ne_bytes(bytes)
 }
 
 /// A pod that has said nothing yet: only the cache knows it.

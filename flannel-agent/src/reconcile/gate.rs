@@ -99,15 +99,17 @@ impl Gatekeeper {
     /// must be proven again. A pod's hooks that went with the pod have missed nothing.
     fn count_losses(&mut self, seen: &Observed) {
         let Some(bpf) = &seen.bpf else { return };
-        let now: BTreeSet<(Hook, IfIndex)> = bpf
-            .attached
-            .iter()
-            .map(|(hook, there)| (*hook, there.ifindex))
-            .chain(
-                bpf.pod_hooks
-                    .iter()
-                    .flat_map(|(ifindex, hooks)| hooks.keys().map(|hook| (*hook, *ifindex))),
-            )
+        let base = bpf.attached.iter();
+        let base = base.map(|(hook, there)| (*hook, there.ifindex, there.current));
+        // A pin outlives what it held: such a hook is listed, and not current.
+        let on_pods = bpf.pod_hooks.iter().flat_map(|(ifindex, hooks)| {
+            hooks
+                .iter()
+                .map(|(hook, current)| (*hook, *ifindex, *current))
+        });
+        let now: BTreeSet<(Hook, IfIndex)> = base
+            .chain(on_pods)
+            .filter_map(|(hook, ifindex, current)| current.then_some((hook, ifindex)))
             .collect();
         let lost = |(hook, ifindex): &(Hook, IfIndex)| {
             !hook.is_per_pod()
@@ -152,15 +154,10 @@ impl Gatekeeper {
             changed
         });
         let decision = self.watch.decisions.borrow();
-        // One that nobody has looked at yet may be shaped: it waits.
-        let unjudged = |veth: &IfIndex| {
-            let judged = decision.judged.as_ref();
-            judged.is_some_and(|judged| !judged.contains(veth))
-        };
         let excluded: BTreeSet<IfIndex> = sources
             .ports
             .keys()
-            .filter(|port| decision.excluded.contains_key(port) || unjudged(port))
+            .filter(|port| decision.holds_back(**port))
             .copied()
             .collect();
         drop(decision);

@@ -89,6 +89,14 @@ pub struct Decision {
     pub fingerprint: u64,
 }
 
+impl Decision {
+    /// Whether a pod veth stays with the stack: for good, or until it was looked at.
+    pub fn holds_back(&self, veth: IfIndex) -> bool {
+        let judged = self.judged.as_ref();
+        self.excluded.contains_key(&veth) || judged.is_some_and(|judged| !judged.contains(&veth))
+    }
+}
+
 /// A kernel setting of connection tracking.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sysctl {

@@ -258,6 +258,7 @@ fn shaping_costs_one_pod_or_all() {
         let decision = decide(Choice::Auto, &signals);
         assert_eq!(decision.mode, GateMode::Established);
         assert_eq!(decision.excluded[&pod], format!("qdisc {qdisc} on veth1"));
+        assert!(decision.holds_back(pod));
         signals.devices = BTreeMap::from([(pod, shaped(Role::Shared, qdisc))]);
         let decision = decide(Choice::Auto, &signals);
         assert_eq!(decision.mode, GateMode::Off);
@@ -265,8 +266,17 @@ fn shaping_costs_one_pod_or_all() {
     }
     for qdisc in ["noqueue", "fq_codel", "clsact", "ingress"] {
         signals.devices = BTreeMap::from([(pod, shaped(Role::Pod, qdisc))]);
-        assert_eq!(decide(Choice::Auto, &signals).excluded, BTreeMap::new());
+        let decision = decide(Choice::Auto, &signals);
+        assert_eq!(decision.excluded, BTreeMap::new());
+        assert!(!decision.holds_back(pod));
+        let unseen = IfIndex::try_from(8).expect("index");
+        assert!(decision.holds_back(unseen), "nobody has looked at it");
     }
+    // Where nothing can be looked at and that does not matter, nobody waits for it.
+    signals.unreadable = vec!["traffic control".to_owned()];
+    assert!(
+        !decide(Choice::Established, &signals).holds_back(IfIndex::try_from(8).expect("index"))
+    );
 }
 
 #[test]
