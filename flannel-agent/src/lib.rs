@@ -20,6 +20,7 @@ pub mod dataplane;
 mod device;
 mod fastpath;
 pub mod files;
+pub mod health;
 pub mod leases;
 mod preflight;
 mod reconcile;

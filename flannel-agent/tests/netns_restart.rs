@@ -18,7 +18,9 @@ use serde_json::Value;
 /// 1 kHz.
 const EVERY: Duration = Duration::from_millis(1);
 /// The longest time for which a TCP stream may stand still.
-const STALL: Duration = Duration::from_millis(200);
+const STALL: Duration = Duration::from_secs(1);
+/// What the stream sends, in bytes a second: less than overflows a queue on its way.
+const RATE: u32 = 10_000_000;
 const MAPS: [&str; 5] = ["config", "subnets", "nodes", "counters", "reasons"];
 
 /// Both kinds of traffic from the pod of node 0 to the pod of node 1.
@@ -34,7 +36,7 @@ impl Traffic {
         Traffic {
             ping: FloodPing::start(&a.ns, b.ip, EVERY).unwrap(),
             back: FloodPing::start(&b.ns, a.ip, EVERY).unwrap(),
-            tcp: TcpFlow::start(&b.ns, b.ip, &a.ns).unwrap(),
+            tcp: TcpFlow::start_paced(&b.ns, b.ip, &a.ns, RATE).unwrap(),
         }
     }
 

@@ -9,6 +9,12 @@ use clap::{
 };
 use flannel_core::{acquire::Identity, addr::Vni, fastpath::Choice, iface::Wanted, xdp};
 
+mod firewall;
+mod serving;
+
+pub use firewall::{FirewallArgs, RulesetChoice};
+pub use serving::{LogFormat, ServingArgs};
+
 use crate::leases::{DEFAULT_PREFIX, DEFAULT_TTL, DirOptions, EtcdOptions, StoreConfig};
 
 /// Carries pod traffic between nodes in VXLAN, with eBPF where the kernel can and with the kernel's own device where it cannot.
@@ -112,6 +118,12 @@ pub struct Args {
         value_name = "MINUTES"
     )]
     pub subnet_lease_renew_margin: u16,
+
+    #[command(flatten)]
+    pub firewall: FirewallArgs,
+
+    #[command(flatten)]
+    pub serving: ServingArgs,
 
     /// What carries the traffic.
     #[arg(long, env = "FLANNELD_DATAPATH", value_enum, default_value_t = DatapathChoice::Auto, value_name = "CHOICE")]
@@ -390,6 +402,15 @@ impl Args {
             public_ip,
             public_ipv6: None,
         }
+    }
+}
+
+/// Go's `strconv.ParseBool`.
+fn boolean(text: &str) -> Result<bool, &'static str> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err("write true or false"),
     }
 }
 

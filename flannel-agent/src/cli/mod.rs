@@ -14,7 +14,10 @@ use std::{ffi::OsString, process::ExitCode};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use tokio_util::sync::CancellationToken;
 
-pub use args::{Args, AttachChoice, Command, DatapathChoice, DeviceChoice, FastPathChoice, Output};
+pub use args::{
+    Args, AttachChoice, Command, DatapathChoice, DeviceChoice, FastPathChoice, FirewallArgs,
+    LogFormat, Output, RulesetChoice, ServingArgs,
+};
 
 use crate::{app, telemetry};
 

@@ -54,7 +54,7 @@ pub fn tcp_transfer(
         Amount::For(time) => Some(Instant::now() + time),
         Amount::Bytes(_) => None,
     };
-    transfer(server_ns, server_ip, client_ns, |sent| match amount {
+    transfer(server_ns, server_ip, client_ns, None, |sent| match amount {
         Amount::Bytes(all) => usize::try_from(all - sent).unwrap_or(CHUNK).min(CHUNK),
         Amount::For(_) if end.is_some_and(|end| Instant::now() >= end) => 0,
         Amount::For(_) => CHUNK,
@@ -69,11 +69,30 @@ pub struct TcpFlow {
 }
 
 impl TcpFlow {
-    /// Starts to send from the client to `server_ip`; whether that works is known at the end.
+    /// Starts to send from the client to `server_ip`, as fast as it goes; whether that works is known at the end.
     pub fn start(
         server_ns: &Netns,
         server_ip: Ipv4Addr,
         client_ns: &Netns,
+    ) -> anyhow::Result<TcpFlow> {
+        Self::begin(server_ns, server_ip, client_ns, None)
+    }
+
+    /// Like [`TcpFlow::start`], at no more than `rate` bytes a second: what is lost then was not lost in an overflowing queue.
+    pub fn start_paced(
+        server_ns: &Netns,
+        server_ip: Ipv4Addr,
+        client_ns: &Netns,
+        rate: u32,
+    ) -> anyhow::Result<TcpFlow> {
+        Self::begin(server_ns, server_ip, client_ns, Some(rate))
+    }
+
+    fn begin(
+        server_ns: &Netns,
+        server_ip: Ipv4Addr,
+        client_ns: &Netns,
+        rate: Option<u32>,
     ) -> anyhow::Result<TcpFlow> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
@@ -81,7 +100,7 @@ impl TcpFlow {
         let thread = std::thread::Builder::new()
             .name(format!("tcp {}", client_ns.name()))
             .spawn(move || {
-                transfer(&server, server_ip, &client, |_| {
+                transfer(&server, server_ip, &client, rate, |_| {
                     if stopped.load(Ordering::Relaxed) {
                         0
                     } else {
@@ -116,6 +135,7 @@ fn transfer(
     server_ns: &Netns,
     server_ip: Ipv4Addr,
     client_ns: &Netns,
+    rate: Option<u32>,
     left: impl Fn(u64) -> usize,
 ) -> anyhow::Result<TcpStats> {
     let listener = server_ns
@@ -132,6 +152,14 @@ fn transfer(
     );
     let (server, _) = listener.accept()?;
     client.set_write_timeout(Some(STALL))?;
+    if let Some(rate) = rate {
+        socket::set_socket_option(
+            &client,
+            libc::SOL_SOCKET,
+            libc::SO_MAX_PACING_RATE,
+            rate.cast_signed(),
+        )?;
+    }
     server.set_read_timeout(Some(STALL))?;
     let start = Instant::now();
     let (sent, got) = std::thread::scope(|scope| {

@@ -1,0 +1,42 @@
+//! Flags about what others read of the agent: health endpoints and log lines.
+
+use std::net::IpAddr;
+
+use clap::{Args as Group, ValueEnum};
+
+/// Flags about health endpoints and logs.
+#[derive(Clone, Debug, Group)]
+pub struct ServingArgs {
+    /// Address to serve /healthz and /readyz at.
+    #[arg(
+        long,
+        env = "FLANNELD_HEALTHZ_IP",
+        default_value = "0.0.0.0",
+        value_name = "IP"
+    )]
+    pub healthz_ip: IpAddr,
+
+    /// Port to serve /healthz and /readyz at; 0 is not to.
+    #[arg(
+        long,
+        env = "FLANNELD_HEALTHZ_PORT",
+        default_value_t = 0,
+        value_name = "PORT"
+    )]
+    pub healthz_port: u16,
+
+    /// Shape of log lines.
+    #[arg(long, env = "FLANNELD_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT", global = true)]
+    pub log_format: LogFormat,
+}
+
+/// `--log-format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Time, level, message and fields.
+    Text,
+    /// As upstream's: `I0716 00:42:46.596796       1 app.rs:474] message`.
+    Klog,
+    /// One JSON object a line.
+    Json,
+}

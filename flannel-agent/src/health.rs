@@ -1,0 +1,108 @@
+//! What this node still lacks, for whoever asks: `/readyz`, systemd's status line, `status`.
+//!
+//! Every part of the agent reports here; nothing here decides anything.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use tokio::sync::watch;
+
+/// A part of the agent that the node needs before pods can talk, in the order in which they come about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// The interface that carries the overlay.
+    Uplink,
+    /// The network configuration.
+    Config,
+    /// This node's lease.
+    Lease,
+    /// The tunnel device, routes, neighbours and programs.
+    Datapath,
+    /// The rules in iptables or nftables.
+    Firewall,
+    /// `subnet.env`.
+    SubnetFile,
+}
+
+impl Part {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Uplink,
+        Self::Config,
+        Self::Lease,
+        Self::Datapath,
+        Self::Firewall,
+        Self::SubnetFile,
+    ];
+
+    /// Its name in `/readyz?verbose`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Uplink => "uplink",
+            Self::Config => "network-config",
+            Self::Lease => "lease",
+            Self::Datapath => "datapath",
+            Self::Firewall => "firewall",
+            Self::SubnetFile => "subnet-file",
+        }
+    }
+}
+
+/// What every part lacks: parts in place are absent.
+pub type Lacking = BTreeMap<Part, String>;
+
+/// Where parts report, and what others read. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Board(Arc<watch::Sender<Lacking>>);
+
+impl Default for Board {
+    fn default() -> Self {
+        let lacking = Part::ALL.map(|part| (part, "not yet".to_owned()));
+        Self(Arc::new(watch::Sender::new(lacking.into())))
+    }
+}
+
+impl Board {
+    /// The part is in place.
+    pub fn settle(&self, part: Part) {
+        self.0
+            .send_if_modified(|lacking| lacking.remove(&part).is_some());
+    }
+
+    /// The part is not in place, and this is why.
+    pub fn lack(&self, part: Part, why: impl Into<String>) {
+        let why = why.into();
+        self.0.send_if_modified(|lacking| {
+            let changed = lacking.get(&part) != Some(&why);
+            if changed {
+                lacking.insert(part, why);
+            }
+            changed
+        });
+    }
+
+    /// Follows the board.
+    pub fn watch(&self) -> watch::Receiver<Lacking> {
+        self.0.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_lacks_until_it_is_settled() {
+        let board = Board::default();
+        let seen = board.watch();
+        for part in Part::ALL {
+            assert!(seen.borrow().contains_key(&part), "{part:?}");
+            board.clone().settle(part);
+        }
+        assert_eq!(*seen.borrow(), Lacking::new());
+        board.lack(Part::Lease, "lost");
+        assert_eq!(
+            seen.borrow().get(&Part::Lease).map(String::as_str),
+            Some("lost")
+        );
+    }
+}
