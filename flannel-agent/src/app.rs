@@ -30,7 +30,9 @@ use crate::{
     device::{Site, Up},
     fastpath,
     files::{self, FileError},
+    health::{self, Board, Part, Pulse},
     leases::{ErrorKind, LeaseError, Offer, Store, View},
+    notify,
     preflight::Capabilities,
     reconcile::{Gatekeeper, Loop, Readiness, XdpKeeper},
     state::{Mode, State},
@@ -131,9 +133,30 @@ impl StartError {
 
 /// Runs until cancelled.
 pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartError> {
+    let (board, pulse) = (Board::default(), Pulse::default());
+    // First of all: whoever probes us wants to know what we are waiting for.
+    if let Some(address) = args.serving.healthz() {
+        health::serve(address, board.clone(), cancel.clone());
+    }
+    let telling = tokio::spawn(notify::attend(&board, pulse.clone(), cancel.clone()));
+    let outcome = live(args, &board, pulse, cancel.clone()).await;
+    cancel.cancel();
+    if let Err(error) = telling.await {
+        tracing::error!(%error, "the task that informs the service manager ended");
+    }
+    outcome
+}
+
+async fn live(
+    args: &Args,
+    board: &Board,
+    pulse: Pulse,
+    cancel: CancellationToken,
+) -> Result<(), StartError> {
     args.check().map_err(StartError::Flags)?;
     let net = Netlink::open()?;
     let uplink = choose_uplink(args, &net).await?;
+    board.settle(Part::Uplink);
     files::check_writable(&args.subnet_file)?;
     if let Some(dir) = &args.lease_dir {
         files::check_lease_dir(dir)?;
@@ -141,7 +164,7 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     let store = Store::open(&args.store()).await?;
     tracing::info!(store = store.describe(), "lease store");
     let Some(conf) = cancel
-        .run_until_cancelled(net_conf(&store))
+        .run_until_cancelled(net_conf(&store, board))
         .await
         .transpose()?
     else {
@@ -160,6 +183,7 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
         origin: store.describe(),
         source,
     })?;
+    board.settle(Part::Config);
     for warning in conf
         .warnings
         .iter()
@@ -211,9 +235,13 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
         attrs,
         previous,
     };
-    let Some(held) = store.acquire_until(&offer, &cancel).await.transpose()? else {
+    let tell = |trouble: &str| board.lack(Part::Lease, trouble);
+    let held = store.acquire_telling(&offer, &cancel, tell).await;
+    let Some(held) = held.transpose()? else {
         return Ok(());
     };
+    board.settle(Part::Lease);
+    board.settle(Part::Firewall);
     set_own(&mut desired, &held.lease.key);
 
     let state = State {
@@ -252,7 +280,12 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
         let cancel = cancel.clone();
         tokio::spawn(async move { cancel.run_until_cancelled(keep).await });
     }
-    let ready = Readiness::new(args.subnet_file.clone());
+    let ready = Readiness::new(
+        args.subnet_file.clone(),
+        args.firewall.ip_masq,
+        board.clone(),
+        pulse,
+    );
     let kernel_only = (state.datapath.mode == Mode::Kernel)
         .then(|| format!("eBPF is not in use: {}", state.datapath.reason));
     let xdp = XdpKeeper::new(
@@ -302,7 +335,7 @@ async fn choose_uplink(args: &Args, net: &Netlink) -> Result<Uplink, StartError>
 }
 
 /// The network configuration. A store that cannot be reached, or has none yet, is asked again; a wrong one is an error.
-async fn net_conf(store: &Store) -> Result<NetConf, StartError> {
+async fn net_conf(store: &Store, board: &Board) -> Result<NetConf, StartError> {
     let mut reported = None;
     loop {
         match store.net_conf().await {
@@ -330,6 +363,7 @@ async fn net_conf(store: &Store) -> Result<NetConf, StartError> {
             }
             Err(error) if error.kind() == ErrorKind::Retry => {
                 let text = chain(&error);
+                board.lack(Part::Config, text.as_str());
                 if !error.is_logged() && reported.as_ref() != Some(&text) {
                     tracing::warn!(error = text, "no network config yet, trying again");
                     reported = Some(text);

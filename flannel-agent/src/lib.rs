@@ -22,6 +22,7 @@ mod fastpath;
 pub mod files;
 pub mod health;
 pub mod leases;
+mod notify;
 mod preflight;
 mod reconcile;
 pub mod state;
