@@ -58,7 +58,7 @@ fn wait_readyz(rig: &Rig, status: u16, text: &str) -> String {
 
 /// All TCP ports that somebody listens at.
 fn listening(rig: &Rig) -> String {
-    rig.ns(0).exec("ss", &["-Hltn"]).expect("ss")
+    rig.ns(0).exec(["ss", "-Hltn"]).expect("ss")
 }
 
 fn ready() -> Answer {
