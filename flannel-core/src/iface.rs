@@ -9,8 +9,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use crate::addr::IfIndex;
 
 mod error;
+mod follow;
 
 pub use error::{Family, IfaceError};
+pub use follow::{follow, is_same};
 
 /// A network interface as the kernel reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
