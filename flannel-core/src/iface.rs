@@ -10,9 +10,11 @@ use crate::addr::IfIndex;
 
 mod error;
 mod follow;
+mod pattern;
 
 pub use error::{Family, IfaceError};
 pub use follow::{follow, is_same};
+pub use pattern::{BadPattern, Pattern};
 
 /// A network interface as the kernel reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +66,10 @@ pub struct Routes {
 pub struct Wanted {
     /// `--iface`: names or addresses, tried in order.
     pub ifaces: Vec<String>,
+    /// `--iface-regex`: tried in order, on addresses first and then on names.
+    pub patterns: Vec<Pattern>,
+    /// `--iface-can-reach`.
+    pub can_reach: Option<IpAddr>,
     /// `--public-ip`.
     pub public_ip: Option<Ipv4Addr>,
     /// `--public-ipv6`.

@@ -51,6 +51,7 @@ fn wanted(ifaces: &[&str], public_ip: &str, public_ipv6: &str) -> Wanted {
         ifaces: ifaces.iter().map(ToString::to_string).collect(),
         public_ip: public_ip.parse().ok(),
         public_ipv6: public_ipv6.parse().ok(),
+        ..Wanted::default()
     }
 }
 
@@ -385,7 +386,7 @@ proptest! {
         need_v4: bool,
         need_v6: bool,
     ) {
-        let wanted = Wanted { ifaces, public_ip, public_ipv6: None };
+        let wanted = Wanted { ifaces, public_ip, ..Wanted::default() };
         if let Ok(uplink) = select(&links, &routes(default_v4, default_v6), &wanted, need_v4, need_v6) {
             let link = links.iter().find(|link| link.index == uplink.index && link.up && link.mtu != 0);
             prop_assert!(link.is_some());
