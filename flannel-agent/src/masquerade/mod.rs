@@ -7,9 +7,13 @@ mod iptables;
 mod nftables;
 mod programs;
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, fs, time::Duration};
 
-use flannel_core::masquerade::{Request, iptables::Moment, nft::Ruleset};
+use flannel_core::{
+    config::NetConf,
+    masquerade::{Request, iptables::Moment, nft::Ruleset},
+    subnet_env,
+};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tokio::{
     sync::mpsc,
@@ -19,6 +23,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    cli::{Args, RulesetChoice},
     fastpath::netfilter,
     health::{Board, Part},
 };
@@ -69,6 +74,36 @@ pub struct Wanted {
 }
 
 impl Wanted {
+    /// What the flags ask for, of a node with these networks. The earlier ones are read from the subnet file.
+    pub(crate) fn from_args(
+        args: &Args,
+        conf: &NetConf,
+        network: Ipv4Net,
+        subnet: Ipv4Net,
+    ) -> Self {
+        let text = fs::read_to_string(&args.subnet_file).unwrap_or_default();
+        let previous = subnet_env::parse_previous(&text);
+        let flags = &args.firewall;
+        Self {
+            nftables: conf.enable_nftables,
+            ruleset: match flags.nftables_ruleset {
+                RulesetChoice::Upstream => Ruleset::Upstream,
+                RulesetChoice::Correct => Ruleset::Correct,
+            },
+            masq: flags.ip_masq,
+            random_fully: !flags.ip_masq_fully_random_disable,
+            forward: flags.iptables_forward_rules,
+            blackhole: flags.ip_blackhole_route,
+            resync: Duration::from_secs(flags.iptables_resync.into()),
+            v4: Some(Nets {
+                network,
+                subnet,
+                previous: previous.network.zip(previous.subnet),
+            }),
+            v6: None,
+        }
+    }
+
     /// What each of the families wants, as far as the node has it.
     fn requests(&self) -> [Option<Request>; 2] {
         let request = |network, subnet, previous| Request {
