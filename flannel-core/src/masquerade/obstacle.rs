@@ -1,0 +1,1 @@
+//! Rules of others that stop what ours accept.
