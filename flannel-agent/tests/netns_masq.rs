@@ -68,11 +68,23 @@ fn iptables_rules_are_upstreams_to_the_byte() {
         variant.make_preferred(&ns);
         let kept = Kept::start(&ns, wanted());
         assert_eq!(kept.lacking(), None);
-        assert_eq!(tables_of(&variant.save(&ns, 4)), tables_of(SAVED_V4), "{variant:?}");
-        assert_eq!(tables_of(&variant.save(&ns, 6)), tables_of(SAVED_V6), "{variant:?}");
+        assert_eq!(
+            tables_of(&variant.save(&ns, 4)),
+            tables_of(SAVED_V4),
+            "{variant:?}"
+        );
+        assert_eq!(
+            tables_of(&variant.save(&ns, 6)),
+            tables_of(SAVED_V6),
+            "{variant:?}"
+        );
         // Nothing is taken away at the end.
         kept.stop();
-        assert_eq!(tables_of(&variant.save(&ns, 4)), tables_of(SAVED_V4), "{variant:?}");
+        assert_eq!(
+            tables_of(&variant.save(&ns, 4)),
+            tables_of(SAVED_V4),
+            "{variant:?}"
+        );
     }
 }
 
@@ -81,7 +93,11 @@ fn tables_of(text: &str) -> Vec<String> {
     let mut tables: Vec<String> = text
         .split_inclusive("COMMIT\n")
         .map(str::to_owned)
-        .filter(|table| table.lines().any(|line| line.starts_with("-A") || line.contains(" - [")))
+        .filter(|table| {
+            table
+                .lines()
+                .any(|line| line.starts_with("-A") || line.contains(" - ["))
+        })
         .collect();
     tables.sort();
     tables

@@ -83,7 +83,11 @@ impl Connections {
             let now = self.opened();
             (now >= until).then_some(()).ok_or_else(|| {
                 let failures = self.shared.failures.lock().expect("no panic");
-                format!("{now} of {until}, {} failed: {:?}", failures.len(), failures.first())
+                format!(
+                    "{now} of {until}, {} failed: {:?}",
+                    failures.len(),
+                    failures.first()
+                )
             })
         });
     }
@@ -93,7 +97,10 @@ impl Connections {
         self.shared.stop.store(true, Ordering::Relaxed);
         // The server waits for one more.
         let address = self.address;
-        drop(self.outside.run(|| TcpStream::connect_timeout(&address, LIMIT)));
+        drop(
+            self.outside
+                .run(|| TcpStream::connect_timeout(&address, LIMIT)),
+        );
         for thread in self.threads {
             thread.join().expect("no panic");
         }
@@ -108,10 +115,7 @@ impl Connections {
     }
 }
 
-fn spawn(
-    shared: &Arc<Shared>,
-    work: impl FnOnce(&Shared) + Send + 'static,
-) -> JoinHandle<()> {
+fn spawn(shared: &Arc<Shared>, work: impl FnOnce(&Shared) + Send + 'static) -> JoinHandle<()> {
     let shared = Arc::clone(shared);
     std::thread::spawn(move || work(&shared))
 }

@@ -121,7 +121,8 @@ pub(crate) struct Variant {
     pub(crate) backend: &'static str,
 }
 
-pub(crate) const VARIANTS: [Variant; 2] = [Variant { backend: "nft" }, Variant { backend: "legacy" }];
+pub(crate) const VARIANTS: [Variant; 2] =
+    [Variant { backend: "nft" }, Variant { backend: "legacy" }];
 
 impl Variant {
     /// Puts a rule there for each family, which says that the node uses this variant.
@@ -165,7 +166,8 @@ impl Variant {
 
 /// What nft shows with handles: another number for every rule that was ever made.
 pub(crate) fn handles(ns: &Netns) -> String {
-    ns.exec(["nft", "-a", "list", "ruleset"]).expect("list rules")
+    ns.exec(["nft", "-a", "list", "ruleset"])
+        .expect("list rules")
 }
 
 /// Puts text in place of `10.5.6.0/24` and so on of [`wanted`] in golden texts.
