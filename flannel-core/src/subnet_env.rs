@@ -305,7 +305,7 @@ mod tests {
                 mtu,
                 ip_masq,
             };
-            let expected = Previous { subnet: Some(subnet), ipv6_subnet: Some(subnet6), warnings: vec![] };
+            let expected = Previous { network: Some(subnet), ipv6_network: Some(subnet6), subnet: Some(subnet), ipv6_subnet: Some(subnet6), warnings: vec![] };
             prop_assert_eq!(parse_previous(&env.render()), expected);
         }
 

@@ -5,6 +5,7 @@
 mod blackhole;
 mod iptables;
 mod nftables;
+mod obstacles;
 mod programs;
 
 use std::{collections::BTreeSet, fs, time::Duration};
@@ -34,6 +35,9 @@ const COALESCE: Duration = Duration::from_millis(50);
 const REST: Duration = Duration::from_millis(500);
 /// The longest.
 const MAX_REST: Duration = Duration::from_secs(5);
+
+/// How often to look for rules of others that drop what ours accept.
+const OBSTACLES: Duration = Duration::from_secs(30);
 
 /// Networks of one address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,6 +191,8 @@ pub async fn start(wanted: Wanted, board: Board, cancel: CancellationToken) -> K
         nftables: nftables::Nftables::default(),
         said: BTreeSet::new(),
         seen: None,
+        obstacles: BTreeSet::new(),
+        looked: None,
     };
     cancel
         .run_until_cancelled(keeping.pass(Moment::Start))
@@ -206,6 +212,9 @@ struct Keeping {
     said: BTreeSet<Trouble>,
     /// The generation of the nftables rules at the last look that found everything in place.
     seen: Option<u32>,
+    /// What drops pods' packets, and when that was looked for.
+    obstacles: BTreeSet<Trouble>,
+    looked: Option<Instant>,
 }
 
 impl Keeping {
@@ -262,6 +271,17 @@ impl Keeping {
         if self.wanted.blackhole {
             troubles.extend(blackhole::pass(&self.wanted.requests()).await);
         }
+        if self
+            .looked
+            .is_none_or(|looked| looked.elapsed() >= OBSTACLES)
+        {
+            self.looked = Some(Instant::now());
+            self.obstacles = obstacles::look(&self.wanted.requests())
+                .await
+                .into_iter()
+                .collect();
+        }
+        troubles.extend(self.obstacles.iter().cloned());
         self.report(troubles);
     }
 

@@ -194,7 +194,7 @@ fn frame(listed: &str) -> String {
 
 /// The network of whoever else has filled the table: the one that all its accepting and masquerading rules are about.
 fn other_network(family: Family, listed: &str, request: &Request) -> Option<String> {
-    let mut other = None;
+    let mut other: Option<IpNet> = None;
     for line in listed.lines().map(str::trim) {
         let Some(rest) = line.strip_prefix(family.as_str()) else {
             continue;
@@ -208,7 +208,10 @@ fn other_network(family: Family, listed: &str, request: &Request) -> Option<Stri
             if request.networks().any(|own| own == network) {
                 return None;
             }
-            other.get_or_insert(network);
+            let is_wider = other.is_none_or(|other| network.prefix_len() < other.prefix_len());
+            if is_wider && network.to_string() != multicast(&network) {
+                other = Some(network);
+            }
         }
     }
     other.map(|network| network.to_string())
