@@ -9,6 +9,7 @@ use clap::{
 };
 use flannel_core::{acquire::Identity, addr::Vni, fastpath::Choice, iface::Wanted, xdp};
 
+mod check;
 mod firewall;
 mod serving;
 
@@ -210,6 +211,21 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Checks whether this node is fit, before the daemon has ever run, while it runs or while it is down. Changes nothing.
+    #[command(
+        after_help = "Exit codes: 0 nothing failed; 1 a check failed; 2 a bad flag or value."
+    )]
+    Check {
+        /// Form of the answer.
+        #[arg(short, long, value_enum, default_value_t = Output::Table, value_name = "FORM")]
+        output: Output,
+        /// Send no packets to other nodes.
+        #[arg(long)]
+        no_peers: bool,
+        /// How long to wait for the lease store and for other nodes, in seconds, 1 to 600.
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=600), value_name = "SECONDS")]
+        timeout: u32,
+    },
     /// Prints the version.
     Version,
 }
@@ -313,6 +329,7 @@ impl Args {
                 arg.hide_env_values(true)
             }
         });
+        let command = check::offer(command);
         let arguments = normalize_go_flags(arguments);
         let odd = arguments
             .iter()
@@ -327,7 +344,10 @@ impl Args {
                 ),
                 _ => error,
             })?;
-        Self::from_arg_matches_mut(&mut matches)
+        let behind = matches.clone();
+        let mut args = Self::from_arg_matches_mut(&mut matches)?;
+        check::merge(&mut args, &behind)?;
+        Ok(args)
     }
 
     /// The environment variable that a complaint is about, if it was not the command line.
@@ -385,6 +405,14 @@ impl Args {
                 ttl: DEFAULT_TTL,
             }),
         }
+    }
+
+    /// Whether a flag or variable says which lease store to use.
+    pub fn names_store(&self) -> bool {
+        let default = EtcdOptions::default();
+        self.lease_dir.is_some()
+            || self.etcd_endpoints != default.endpoints
+            || self.etcd_prefix != default.prefix
     }
 
     /// Which uplink the flags ask for.

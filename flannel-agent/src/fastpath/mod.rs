@@ -4,7 +4,7 @@
 
 mod devices;
 mod netfilter;
-mod rules;
+pub(crate) mod rules;
 mod sysctls;
 
 use std::{
