@@ -14,6 +14,7 @@
 )]
 
 pub mod app;
+mod check;
 pub mod cli;
 mod datapath;
 pub mod dataplane;
