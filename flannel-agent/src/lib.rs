@@ -14,6 +14,7 @@
 )]
 
 pub mod app;
+mod bridge_netfilter;
 pub mod cli;
 mod datapath;
 pub mod dataplane;

@@ -30,7 +30,7 @@ use crate::{
     files,
     leases::View,
     state::State,
-    telemetry::chain,
+    telemetry::{chain, one_line},
 };
 
 use agenda::Agenda;
@@ -69,12 +69,12 @@ impl Readiness {
 
 /// The one owner of the kernel's state.
 #[derive(Debug)]
-pub(crate) struct Loop {
+pub(crate) struct Loop<'a> {
     dataplane: Dataplane,
     desired: Desired,
     views: watch::Receiver<View>,
     state: State,
-    ready: Readiness,
+    ready: &'a mut Readiness,
     /// What was last said about trouble, so that each trouble is one line.
     said: BTreeSet<String>,
     peer_problems: Vec<PeerProblem>,
@@ -91,13 +91,13 @@ pub(crate) struct Loop {
     notify: Option<mpsc::Sender<Change>>,
 }
 
-impl Loop {
+impl<'a> Loop<'a> {
     pub(crate) fn new(
         dataplane: Dataplane,
         desired: Desired,
         views: watch::Receiver<View>,
         state: State,
-        ready: Readiness,
+        ready: &'a mut Readiness,
         gate: Gatekeeper,
         xdp: XdpKeeper,
     ) -> Self {
@@ -395,7 +395,11 @@ impl Loop {
                 }
                 return;
             }
-            tracing::info!(file = %self.ready.subnet_file.display(), subnet = self.state.subnet.map(tracing::field::display), "wrote subnet file");
+            tracing::info!(
+                subnet = self.state.subnet.map(tracing::field::display),
+                "Wrote subnet file to {}",
+                one_line(&self.ready.subnet_file.display().to_string())
+            );
             self.ready.written = Some(text);
         }
         if !self.ready.notified {
