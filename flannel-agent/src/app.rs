@@ -101,7 +101,7 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
         return Ok(());
     };
     let mut settings = follow::start(args, &node.net, &setting, &cancel);
-    let mut ready = Readiness::new(args.subnet_file.clone());
+    let mut ready = Readiness::new(args.subnet_file.clone(), args.firewall.ip_masq);
     let mut first = true;
     loop {
         let sources = (leasing.views(), &mut settings);

@@ -52,15 +52,18 @@ const REOPEN: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct Readiness {
     subnet_file: PathBuf,
+    /// Whether flannel masquerades, for `subnet.env`.
+    ip_masq: bool,
     /// The text last written to `subnet.env`.
     written: Option<String>,
     notified: bool,
 }
 
 impl Readiness {
-    pub(crate) fn new(subnet_file: PathBuf) -> Self {
+    pub(crate) fn new(subnet_file: PathBuf, ip_masq: bool) -> Self {
         Self {
             subnet_file,
+            ip_masq,
             written: None,
             notified: false,
         }
@@ -384,7 +387,7 @@ impl<'a> Loop<'a> {
             ipv6_network: None,
             ipv6_subnet: None,
             mtu: self.state.mtu,
-            ip_masq: false,
+            ip_masq: self.ready.ip_masq,
         };
         let text = env.render();
         if self.ready.written.as_ref() != Some(&text) {

@@ -28,6 +28,7 @@ use crate::{
     fastpath,
     health::Board,
     leases::{Offer, View},
+    masquerade,
     reconcile::{Gatekeeper, Loop, Readiness, XdpKeeper},
     state::{Mode, State},
 };
@@ -235,6 +236,11 @@ impl Node<'_> {
             );
             let ends = session.clone();
             tokio::spawn(async move { ends.run_until_cancelled(keep).await });
+        }
+        if let Some(own) = state.subnet {
+            // Before `subnet.env`, as upstream has it, and before the fast path looks at the rules.
+            let wanted = masquerade::Wanted::from_args(self.args, conf, checked.network, own);
+            masquerade::start(wanted, self.board.clone(), session.clone()).await;
         }
         let kernel_only = (state.datapath.mode == Mode::Kernel)
             .then(|| format!("eBPF is not in use: {}", state.datapath.reason));
