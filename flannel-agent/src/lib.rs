@@ -14,6 +14,7 @@
 )]
 
 pub mod app;
+mod bridge_netfilter;
 mod check;
 pub mod cli;
 mod datapath;
