@@ -62,7 +62,10 @@ impl Pinger {
         let mut buffer = vec![0; 65_536];
         loop {
             // An ICMP error for an earlier packet ends a receive as well: the next one may succeed.
-            let Ok(length) = timeout_at(until, self.socket.recv(&mut buffer)).await.ok()? else {
+            let Ok(length) = timeout_at(until, self.socket.recv(&mut buffer))
+                .await
+                .ok()?
+            else {
                 continue;
             };
             let packet = buffer.get(..length).unwrap_or_default();

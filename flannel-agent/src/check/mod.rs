@@ -13,9 +13,7 @@ use std::time::Duration;
 
 use flannel_core::{
     addr::Vni,
-    check::{
-        Agent, Network, Observations, Report, Rules, UplinkSeen, judge, targets,
-    },
+    check::{Agent, Network, Observations, Report, Rules, UplinkSeen, judge, targets},
     iface, mark,
 };
 use tokio::time::Instant;

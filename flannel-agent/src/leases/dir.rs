@@ -19,7 +19,8 @@ use tokio::{sync::watch, time::Instant};
 use tracing::debug;
 
 use super::{
-    Held, LeaseError, Offer, Outcome, Snapshot, View, addresses, is_ours, log_acquired, log_decision, pick,
+    Held, LeaseError, Offer, Outcome, Snapshot, View, addresses, is_ours, log_acquired,
+    log_decision, pick,
     retry::Backoff,
     table::{Raw, Reported, Table, overlap},
 };
