@@ -27,24 +27,20 @@ pub(super) fn look(survey: &Survey, ours: &str, headroom: &str) -> Sockets {
     Sockets { udp: udp(), vxlan }
 }
 
-/// The bound UDP sockets. One without an inode has no file: the kernel's own.
+/// The bound UDP sockets, those of tunnel devices included.
 fn udp() -> Vec<UdpSocket> {
     let mut found: Vec<(Option<Ipv4Addr>, u16, u64)> = Vec::new();
     for (file, is_v4) in [("/proc/self/net/udp", true), ("/proc/self/net/udp6", false)] {
         let text = fs::read_to_string(file).unwrap_or_default();
         found.extend(text.lines().skip(1).filter_map(|line| socket(line, is_v4)));
     }
-    let mut owners = BTreeMap::new();
-    if found.iter().any(|(_, _, inode)| *inode != 0) {
-        owners = owners_of_sockets();
-    }
+    let owners = owners_of_sockets();
     found
         .into_iter()
         .map(|(local, port, inode)| UdpSocket {
             local,
             port,
             owner: match owners.get(&inode) {
-                _ if inode == 0 => Owner::Kernel,
                 Some(pid) => Owner::Process {
                     pid: *pid,
                     name: fs::read_to_string(format!("/proc/{pid}/comm"))

@@ -28,8 +28,6 @@ pub struct UdpSocket {
 /// Whose a socket is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Owner {
-    /// The kernel's, for a tunnel device.
-    Kernel,
     /// A process.
     Process {
         /// Its number.
@@ -37,7 +35,7 @@ pub enum Owner {
         /// Its name.
         name: String,
     },
-    /// A process that this one may not see.
+    /// No process that can be seen has it: the kernel's own, or a process in another container.
     Unknown,
 }
 
@@ -78,33 +76,6 @@ pub(super) fn judge(seen: &Observations) -> Finding {
             ),
         );
     }
-    let at_port = |socket: &&UdpSocket| socket.port == port && socket.local.is_some();
-    let foreign = sockets
-        .udp
-        .iter()
-        .filter(at_port)
-        .find(|socket| match &socket.owner {
-            Owner::Kernel => false,
-            // eBPF alone has a socket of the agent's for fragments.
-            Owner::Process { pid, .. } => seen.agent.pid != Some(*pid),
-            Owner::Unknown => true,
-        });
-    if let Some(socket) = foreign {
-        let who = match &socket.owner {
-            Owner::Process { pid, name } => format!("{name}, pid {pid}"),
-            Owner::Kernel | Owner::Unknown => "a process that cannot be seen from here".into(),
-        };
-        return Finding::fail(
-            NAME,
-            format!("UDP port {port} belongs to {who}: {ours} hears nothing"),
-            "stop that program, or set another Port in the network configuration of all nodes",
-        );
-    }
-    let has_kernel = sockets
-        .udp
-        .iter()
-        .filter(at_port)
-        .any(|socket| socket.owner == Owner::Kernel);
     let shares: Vec<&str> = sockets
         .vxlan
         .iter()
@@ -114,33 +85,54 @@ pub(super) fn judge(seen: &Observations) -> Finding {
     let is_vxlan_up = seen.overlay.device.as_ref().is_some_and(|device| {
         device.up && matches!(device.kind, ObservedKind::Vxlan { port: has, .. } if has == port)
     });
-    match (is_vxlan_up, has_kernel) {
-        (true, true) if shares.is_empty() => {
+    let at_port: Vec<&UdpSocket> = sockets
+        .udp
+        .iter()
+        .filter(|socket| socket.port == port && socket.local.is_some())
+        .collect();
+    let foreign = at_port.iter().find(|socket| match &socket.owner {
+        // eBPF alone has a socket of the agent's for fragments.
+        Owner::Process { pid, .. } => seen.agent.pid != Some(*pid),
+        Owner::Unknown => !is_vxlan_up && shares.is_empty(),
+    });
+    if let Some(socket) = foreign {
+        let who = match &socket.owner {
+            Owner::Process { pid, name } => format!("{name}, pid {pid}"),
+            Owner::Unknown => "the kernel or a process that cannot be seen from here".into(),
+        };
+        return Finding::fail(
+            NAME,
+            format!("UDP port {port} belongs to {who}: {ours} hears nothing"),
+            "stop that program, or set another Port in the network configuration of all nodes",
+        );
+    }
+    match (is_vxlan_up, at_port.is_empty()) {
+        (true, false) if shares.is_empty() => {
             Finding::ok(NAME, format!("UDP port {port} belongs to {ours}"))
         }
-        (true, true) => Finding::ok(
+        (true, false) => Finding::ok(
             NAME,
             format!(
                 "UDP port {port} belongs to {ours}, and to {} with another VNI",
                 shares.join(", ")
             ),
         ),
-        (true, false) => Finding::fail(
+        (true, true) => Finding::fail(
             NAME,
-            format!("{ours} is up without its socket on UDP port {port}"),
+            format!("{ours} is up without a socket on UDP port {port}"),
             format!("ip link set {ours} down, then up, and see dmesg"),
         ),
-        (false, true) if shares.is_empty() => Finding::ok(
+        (false, false) if shares.is_empty() => Finding::ok(
             NAME,
-            format!("UDP port {port} belongs to a tunnel device of the kernel"),
+            format!("UDP port {port} belongs to the agent, for packets in fragments"),
         ),
-        (false, true) => Finding::ok(
+        (false, false) => Finding::ok(
             NAME,
             format!(
                 "UDP port {port} is shared with {}, which has another VNI",
                 shares.join(", ")
             ),
         ),
-        (false, false) => Finding::ok(NAME, format!("UDP port {port} is free")),
+        (false, true) => Finding::ok(NAME, format!("UDP port {port} is free")),
     }
 }
