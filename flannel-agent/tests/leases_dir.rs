@@ -380,9 +380,9 @@ async fn a_changed_configuration_is_seen_once_it_differs() {
     let flag = elsewhere.path().join("net-conf.json");
     for (rescan, named) in [
         // By inotify alone, and without it: a directory that is no more cannot be watched.
-        (Duration::from_secs(3600), "config"),
+        (Duration::from_hours(1), "config"),
         (Duration::from_millis(50), "config"),
-        (Duration::from_secs(3600), "flag"),
+        (Duration::from_hours(1), "flag"),
     ] {
         let options = DirOptions {
             rescan,
