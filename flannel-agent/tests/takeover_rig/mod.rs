@@ -153,11 +153,9 @@ impl Cluster {
 
     /// Adds a pod with the MTU of the node's `subnet.env`.
     pub(crate) fn add_pod(&mut self, node: usize) {
-        let text = fs::read_to_string(&self.nodes[node].subnet_file).expect("subnet.env");
-        let mtu = text
-            .lines()
-            .find_map(|line| line.strip_prefix("FLANNEL_MTU="))
-            .and_then(|mtu| mtu.parse().ok())
+        let mtu = self
+            .subnet_env(node, "FLANNEL_MTU")
+            .parse()
             .expect("FLANNEL_MTU");
         let subnet = self.nodes[node].subnet;
         let pod = self.lab.node(node).add_pod(subnet, 2, mtu).expect("a pod");
@@ -192,6 +190,21 @@ impl Cluster {
     pub(crate) fn take_over(&mut self, node: usize, flags: &[&str]) {
         self.start_agent(node, flags);
         self.wait_log(node, "flannel is ready");
+        // On a node that nobody ran on it has drawn one.
+        self.nodes[node].subnet = self
+            .subnet_env(node, "FLANNEL_SUBNET")
+            .parse()
+            .expect("FLANNEL_SUBNET");
+    }
+
+    /// A value of the node's `subnet.env`.
+    #[track_caller]
+    fn subnet_env(&self, node: usize, name: &str) -> String {
+        let text = fs::read_to_string(&self.nodes[node].subnet_file).expect("subnet.env");
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+            .unwrap_or_else(|| panic!("no {name} in {text:?}"))
+            .to_owned()
     }
 
     #[track_caller]
