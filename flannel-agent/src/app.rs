@@ -12,7 +12,7 @@ use std::{path::Path, time::Duration};
 use flannel_core::{
     addr::VtepMac,
     config::NetConf,
-    iface::{self, Uplink},
+    iface::{self, Note, Selection, Uplink},
     lease::SubnetKey,
     plan::{Desired, ObservedKind},
     subnet_env,
@@ -21,6 +21,7 @@ use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    bridge_netfilter,
     cli::Args,
     dataplane::netlink::Netlink,
     device::Up,
@@ -29,7 +30,7 @@ use crate::{
     leases::{ErrorKind, Store},
     preflight::Capabilities,
     reconcile::Readiness,
-    telemetry::chain,
+    telemetry::{chain, one_line},
 };
 
 pub use error::StartError;
@@ -46,8 +47,14 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     args.check().map_err(StartError::Flags)?;
     let board = Board::default();
     let net = Netlink::open()?;
-    let uplink = find_uplink(args, &net).await?;
-    announce_uplink(&uplink);
+    let Selection { uplink, notes } = find_uplink(args, &net).await?;
+    for note in notes {
+        match note {
+            Note::Info(text) => tracing::info!("{}", one_line(&text)),
+            Note::Warning(text) => tracing::warn!("{text}"),
+        }
+    }
+    announce_uplink(args, &uplink);
     board.settle(Part::Uplink);
     files::check_writable(&args.subnet_file)?;
     if let Some(dir) = &args.lease_dir {
@@ -71,6 +78,7 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     if !Capabilities::effective().may_configure() {
         return Err(StartError::NoPrivilege);
     }
+    bridge_netfilter::ensure(&setting.conf).await;
     let identity = setting.identity();
     let Some(mac) = cancel
         .run_until_cancelled(choose_mac(&net, &store, &name, &identity))
@@ -136,7 +144,7 @@ async fn set_up_again(
     loop {
         let newest = settings.borrow_and_update().clone();
         if newest.uplink != setting.uplink {
-            announce_uplink(&newest.uplink);
+            announce_uplink(node.args, &newest.uplink);
         }
         *setting = newest;
         match cancel.run_until_cancelled(node.bring_up(setting)).await? {
@@ -161,27 +169,31 @@ async fn set_up_again(
     }
 }
 
-/// Which interface the flags ask for, among those that are there now.
-pub(crate) async fn find_uplink(args: &Args, net: &Netlink) -> Result<Uplink, StartError> {
-    let found = net.uplinks().await?;
-    Ok(iface::select(
+/// Which interface the flags ask for, among those that are there now, and how it was found.
+pub(crate) async fn find_uplink(args: &Args, net: &Netlink) -> Result<Selection, StartError> {
+    let wanted = args.wanted();
+    let found = net.uplinks(&wanted).await?;
+    Ok(iface::choose(
         &found.links,
         &found.routes,
-        &args.wanted(),
+        &wanted,
         true,
         false,
     )?)
 }
 
-fn announce_uplink(uplink: &Uplink) {
+/// Says which uplink it is, in upstream's lines.
+fn announce_uplink(args: &Args, uplink: &Uplink) {
+    let mut lines = uplink.announcement(&args.wanted()).into_iter();
     tracing::info!(
-        interface = uplink.name,
-        address = uplink.address.map(tracing::field::display),
-        public_ip = uplink.public_ip.map(tracing::field::display),
         mtu = uplink.mtu,
         reason = uplink.reason,
-        "uplink"
+        "{}",
+        lines.next().unwrap_or_default()
     );
+    for line in lines {
+        tracing::info!("{line}");
+    }
 }
 
 /// The network configuration, as text and as read. A store that cannot be reached, or has none yet, is asked again; a wrong one is
@@ -195,10 +207,9 @@ async fn net_conf(store: &Store, board: &Board) -> Result<(String, NetConf), Sta
                     origin: store.describe(),
                     source,
                 })?;
-                tracing::info!(
-                    backend = conf.backend.type_as_written,
-                    "found network config"
-                );
+                for line in conf.announcement() {
+                    tracing::info!("{}", one_line(&line));
+                }
                 return Ok((text, conf));
             }
             Err(error) if error.kind() == ErrorKind::Retry => {

@@ -14,6 +14,8 @@
 )]
 
 pub mod app;
+mod bridge_netfilter;
+mod check;
 pub mod cli;
 mod datapath;
 pub mod dataplane;

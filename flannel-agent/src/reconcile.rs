@@ -30,7 +30,7 @@ use crate::{
     files,
     leases::View,
     state::State,
-    telemetry::chain,
+    telemetry::{chain, one_line},
 };
 
 use agenda::Agenda;
@@ -398,7 +398,11 @@ impl<'a> Loop<'a> {
                 }
                 return;
             }
-            tracing::info!(file = %self.ready.subnet_file.display(), subnet = self.state.subnet.map(tracing::field::display), "wrote subnet file");
+            tracing::info!(
+                subnet = self.state.subnet.map(tracing::field::display),
+                "Wrote subnet file to {}",
+                one_line(&self.ready.subnet_file.display().to_string())
+            );
             self.ready.written = Some(text);
         }
         if !self.ready.notified {

@@ -110,7 +110,10 @@ fn neither_a_second_address_nor_another_default_route_moves_the_overlay() {
     );
     assert_eq!(after, before);
     assert_eq!(
-        rig.agent(0).log().matches("INFO uplink ").count(),
+        rig.agent(0)
+            .log()
+            .matches("INFO Using interface with name ")
+            .count(),
         1,
         "{}",
         rig.agent(0).log()
@@ -197,7 +200,10 @@ fn an_uplink_without_an_address_is_waited_for() {
     rig.wait_converged();
     pings(&rig);
     assert_eq!(
-        rig.agent(0).log().matches("INFO uplink ").count(),
+        rig.agent(0)
+            .log()
+            .matches("INFO Using interface with name ")
+            .count(),
         1,
         "{}",
         rig.agent(0).log()

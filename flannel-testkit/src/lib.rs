@@ -39,6 +39,7 @@ mod state;
 mod subnet;
 mod sweep;
 pub mod traffic;
+pub mod upstream;
 
 pub use agent::AgentProcess;
 pub use capture::{Capture, Captured, Direction};
@@ -52,3 +53,4 @@ pub use node::{Node, Pod, mac_for, mac_text};
 pub use pcap::Packet;
 pub use socket::{RawSocket, send_ip, send_raw, set_socket_option};
 pub use subnet::Subnet;
+pub use upstream::Upstream;

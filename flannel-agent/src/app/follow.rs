@@ -111,7 +111,7 @@ impl Follower {
 
     /// The uplink as it is now, or another one if it has been unusable for long.
     async fn find(&self, current: &Uplink) -> Result<Uplink, StartError> {
-        let found = self.net.uplinks().await?;
+        let found = self.net.uplinks(&self.wanted).await?;
         let followed = iface::follow(&found.links, &found.routes, &self.wanted, current);
         let given_up = self
             .unusable

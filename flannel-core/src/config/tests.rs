@@ -38,6 +38,7 @@ fn the_usual_config() {
             vxlan: VxlanConf {
                 vni: Vni::DEFAULT,
                 port: 8472,
+                port_as_written: 0,
                 mtu: None,
                 gbp: false,
                 learning: false,

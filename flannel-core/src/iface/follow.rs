@@ -32,13 +32,7 @@ pub fn follow(
             && link.addrs.iter().any(|addr| Some(addr.ip) == address)
     };
     let found = match links.iter().find(has_it) {
-        Some(link) => Table {
-            links: links.iter().collect(),
-            wanted: &public,
-            need_v4,
-            need_v6,
-        }
-        .uplink(
+        Some(link) => Table::new(links, &public, need_v4, need_v6).uplink(
             link,
             current.address,
             current.address_v6,
@@ -87,6 +81,7 @@ mod tests {
             name: name.into(),
             mtu: 1500,
             up: true,
+            kind: None,
             addrs: ips.iter().map(addr).collect(),
         }
     }
