@@ -1,7 +1,7 @@
-use proptest::prelude::*;
-
 use super::*;
 use crate::addr::Mtu;
+
+mod properties;
 
 fn parse(json: &str) -> NetConf {
     NetConf::parse(json).unwrap_or_else(|error| panic!("{json}: {error}"))
@@ -289,27 +289,27 @@ fn network_errors_name_the_value_and_the_fix() {
         ),
         (
             r#""Network":"fd00::/48","#,
-            "Network is \"fd00::/48\": invalid IPv4 CIDR format, write one such as 10.244.0.0/16",
+            "invalid IPv4 CIDR format: Network is \"fd00::/48\", write one such as 10.244.0.0/16",
         ),
         (
             r#""Network":"10.5.0.0","#,
-            "Network is \"10.5.0.0\": invalid IPv4 CIDR format, write one such as 10.244.0.0/16",
+            "invalid IPv4 CIDR format: Network is \"10.5.0.0\", write one such as 10.244.0.0/16",
         ),
         (
             r#""Network":"10.5.0.0/29","#,
-            "Network is 10.5.0.0/29: network is too small. Minimum useful network prefix is /28",
+            "network is too small. Minimum useful network prefix is /28: Network is 10.5.0.0/29",
         ),
         (
             r#""Network":"10.5.0.0/16","SubnetLen":31,"#,
-            "SubnetLen is 31: SubnetLen must be less than /31",
+            "SubnetLen must be less than /31: SubnetLen is 31",
         ),
         (
             r#""Network":"10.5.0.0/32","SubnetLen":30,"#,
-            "SubnetLen is 30: network must be able to accommodate at least four subnets, use at least 34 with 10.5.0.0/32",
+            "network must be able to accommodate at least four subnets: SubnetLen is 30, use at least 34 with 10.5.0.0/32",
         ),
         (
             r#""Network":"10.5.0.0/16","SubnetLen":17,"#,
-            "SubnetLen is 17: network must be able to accommodate at least four subnets, use at least 18 with 10.5.0.0/16",
+            "network must be able to accommodate at least four subnets: SubnetLen is 17, use at least 18 with 10.5.0.0/16",
         ),
         (
             r#""Network":"10.5.0.0/16","SubnetLen":"24","#,
@@ -321,15 +321,15 @@ fn network_errors_name_the_value_and_the_fix() {
         ),
         (
             r#""Network":"10.5.0.0/16","SubnetMin":"10.6.0.0","#,
-            "SubnetMin is 10.6.0.0: SubnetMin is not in the range of the Network, use an address inside 10.5.0.0/16",
+            "SubnetMin is not in the range of the Network: SubnetMin is 10.6.0.0, use an address inside 10.5.0.0/16",
         ),
         (
             r#""Network":"10.5.0.0/16","SubnetMax":"10.6.0.0","#,
-            "SubnetMax is 10.6.0.0: SubnetMax is not in the range of the Network, use an address inside 10.5.0.0/16",
+            "SubnetMax is not in the range of the Network: SubnetMax is 10.6.0.0, use an address inside 10.5.0.0/16",
         ),
         (
             r#""Network":"10.5.0.0/16","SubnetMin":"10.5.1.7","#,
-            "SubnetMin is 10.5.1.7: SubnetMin is not on a SubnetLen boundary: 10.5.1.7, use 10.5.1.0 for subnets of /24",
+            "SubnetMin is not on a SubnetLen boundary: 10.5.1.7: SubnetMin is 10.5.1.7, use 10.5.1.0 for subnets of /24",
         ),
         (
             r#""Network":"10.5.0.0/16","SubnetMax":"x","#,
@@ -353,19 +353,43 @@ fn network_errors_name_the_value_and_the_fix() {
         ),
         (
             r#""Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/125","#,
-            "IPv6Network is fd00::/125: IPv6Network is too small. Minimum useful network prefix is /124",
+            "IPv6Network is too small. Minimum useful network prefix is /124: IPv6Network is fd00::/125",
         ),
         (
             r#""Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48","IPv6SubnetLen":127,"#,
-            "IPv6SubnetLen is 127: SubnetLen must be less than /127",
+            "SubnetLen must be less than /127: IPv6SubnetLen is 127",
         ),
         (
             r#""Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48","IPv6SubnetMin":"fd01::","#,
-            "IPv6SubnetMin is fd01::: IPv6SubnetMin is not in the range of the IPv6Network, use an address inside fd00::/48",
+            "IPv6SubnetMin is not in the range of the IPv6Network: IPv6SubnetMin is fd01::, use an address inside fd00::/48",
+        ),
+        (
+            r#""Network":"10.5.0.0/16","SubnetMax":"10.5.9.1","#,
+            "SubnetMax is not on a SubnetLen boundary: 10.5.9.1: SubnetMax is 10.5.9.1, use 10.5.9.0 for subnets of /24",
+        ),
+        (
+            r#""EnableIPv6":true,"Network":"10.5.0.0/16","IPv6Network":"fd00::/48","IPv6SubnetLen":49,"#,
+            "network must be able to accommodate at least four subnets: IPv6SubnetLen is 49, use at least 50 with fd00::/48",
+        ),
+        (
+            r#""EnableIPv6":true,"Network":"10.5.0.0/16","IPv6Network":"fd00::/48","IPv6SubnetMax":"fd01::","#,
+            "IPv6SubnetMax is not in the range of the IPv6Network: IPv6SubnetMax is fd01::, use an address inside fd00::/48",
+        ),
+        (
+            r#""EnableIPv6":true,"Network":"10.5.0.0/16","IPv6Network":"fd00::/48","IPv6SubnetMin":"fd00::7","#,
+            "IPv6SubnetMin is not on a SubnetLen boundary: fd00::7: IPv6SubnetMin is fd00::7, use fd00:: for subnets of /64",
+        ),
+        (
+            r#""EnableIPv6":true,"Network":"10.5.0.0/16","IPv6Network":"fd00::/48","IPv6SubnetMax":"fd00::7","#,
+            "IPv6SubnetMax is not on a SubnetLen boundary: fd00::7: IPv6SubnetMax is fd00::7, use fd00:: for subnets of /64",
+        ),
+        (
+            r#""IPv6Network":"fd00\n::/48","#,
+            "invalid CIDR address: fd00\\n::/48: IPv6Network is \"fd00\\n::/48\", write one such as fd00:10:244::/48",
         ),
         (
             r#""IPv6Network":"10.0.0.0/8","#,
-            "IPv6Network is \"10.0.0.0/8\": invalid IPv6 CIDR format, write one such as fd00:10:244::/48",
+            "invalid CIDR address: 10.0.0.0/8: IPv6Network is \"10.0.0.0/8\", write one such as fd00:10:244::/48",
         ),
     ];
     for (text, expected) in cases {
@@ -459,48 +483,6 @@ fn tunnel_mtu_of_a_link() {
     assert!(mtu_warnings(&conf(dual, 1500), 1500)[0].contains("at most 1480"));
 }
 
-proptest! {
-    #[test]
-    fn parsing_never_panics(text in ".*", bytes: Vec<u8>) {
-        let _conf = NetConf::parse(&text);
-        let _conf = NetConf::parse(&String::from_utf8_lossy(&bytes));
-    }
-
-    /// Whatever the numbers, an accepted range is usable.
-    #[test]
-    fn an_accepted_range_holds_together(
-        base: u32,
-        prefix in 0u8..=32,
-        len in 0u64..40,
-        min in proptest::option::of(any::<Ipv4Addr>()),
-        max in proptest::option::of(any::<Ipv4Addr>()),
-        link in 0u32..=65_585,
-    ) {
-        let base = Ipv4Addr::from(base);
-        let mut json = format!(r#"{{"Network":"{base}/{prefix}","SubnetLen":{len},"Backend":{{"Type":"vxlan"}}"#);
-        let align = |ip: Ipv4Addr| Ipv4Net::new(ip, u8::try_from(len.min(32)).unwrap()).unwrap().network();
-        if let Some(ip) = min {
-            json.extend([format!(r#","SubnetMin":"{}""#, align(ip))]);
-        }
-        if let Some(ip) = max {
-            json.extend([format!(r#","SubnetMax":"{}""#, align(ip))]);
-        }
-        json.push('}');
-        if let Ok(conf) = NetConf::parse(&json) {
-            let v4 = conf.ipv4.unwrap();
-            prop_assert!(v4.min <= v4.max);
-            for base in [v4.min, v4.max] {
-                let subnet = Ipv4Net::new(base, v4.subnet_len).unwrap();
-                prop_assert_eq!(subnet.network(), base);
-                prop_assert!(v4.network.contains(&subnet));
-            }
-            if let Ok(mtu) = tunnel_mtu(&conf, link) {
-                prop_assert_eq!(mtu.get() + OVERHEAD_V4, link);
-            }
-        }
-    }
-}
-
 #[test]
 fn the_fast_path_is_a_key_of_the_backend() {
     let wanted = |key: &str| {
@@ -514,4 +496,30 @@ fn the_fast_path_is_a_key_of_the_backend() {
             Some(choice)
         );
     }
+}
+
+#[test]
+fn it_is_announced_in_upstreams_words() {
+    let lines = |backend: &str| {
+        parse(&format!(
+            r#"{{"Network":"10.5.0.0/16","Backend":{{{backend}}}}}"#
+        ))
+        .announcement()
+    };
+    assert_eq!(
+        lines(r#""type":"vxlan""#),
+        [
+            "Found network config - Backend type: vxlan",
+            "VXLAN config: VNI=1 Port=0 GBP=false Learning=false DirectRouting=false",
+        ]
+    );
+    assert_eq!(
+        lines(
+            r#""Type":"VXLAN","VNI":7,"Port":4789,"DirectRouting":true,"GBP":true,"Learning":true"#
+        ),
+        [
+            "Found network config - Backend type: VXLAN",
+            "VXLAN config: VNI=7 Port=4789 GBP=true Learning=true DirectRouting=true",
+        ]
+    );
 }
