@@ -259,7 +259,7 @@ fn backend(object: &Object, warnings: &mut Vec<String>) -> Result<Backend, Confi
         let kind = if kind.is_empty() {
             "\"\"".to_owned()
         } else {
-            type_as_written
+            type_as_written.escape_debug().to_string()
         };
         return Err(ConfigError::UnknownBackend { kind });
     }
