@@ -68,6 +68,18 @@ pub enum ConfigError {
         /// Why it cannot be used, and what can.
         fix: String,
     },
+    /// A key breaks a rule of upstream's, which is told in its words first.
+    #[error("{rule}: {key} is {value}{fix}")]
+    Rule {
+        /// Upstream's words.
+        rule: String,
+        /// The key.
+        key: &'static str,
+        /// The value found.
+        value: String,
+        /// What can be used, after a comma, where that is not plain from the rule.
+        fix: String,
+    },
     /// A family is enabled and has no network.
     #[error(
         "please define a correct {key} parameter in the flannel config, such as \"{key}\":\"{example}\""
@@ -247,7 +259,7 @@ fn backend(object: &Object, warnings: &mut Vec<String>) -> Result<Backend, Confi
         let kind = if kind.is_empty() {
             "\"\"".to_owned()
         } else {
-            type_as_written
+            type_as_written.escape_debug().to_string()
         };
         return Err(ConfigError::UnknownBackend { kind });
     }

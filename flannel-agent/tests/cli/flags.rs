@@ -1,10 +1,17 @@
 //! Flags and variables of flannel's: those it has, those it had, those it never had, and how they are written.
 
-use std::{collections::BTreeMap, fs, os::unix::process::CommandExt as _, process::Command};
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    fs,
+    os::unix::{ffi::OsStrExt as _, process::CommandExt as _},
+    path::Path,
+    process::Command,
+};
 
 use clap::CommandFactory as _;
 use flannel_agent::cli::Args;
-use flannel_testkit::{privileged, process};
+use flannel_testkit::{AgentProcess, privileged, process};
 
 use crate::{
     PATIENCE,
@@ -234,6 +241,16 @@ fn flags_that_lead_nowhere_say_what_to_write() {
     ] {
         place.assert_refused(name, needles, || place.run(&[], &[(name, value)]));
     }
+    place.assert_refused(
+        "a variable that is no text",
+        &["FLANNELD_IFACE", "UTF-8"],
+        || {
+            let mut command = place.node().ns.command(binary());
+            command.args(place.flags());
+            command.env("FLANNELD_IFACE", OsStr::from_bytes(b"eth\xff"));
+            process::finish(&mut command, PATIENCE).unwrap()
+        },
+    );
 }
 
 #[test]
@@ -333,4 +350,20 @@ fn under_flannels_name_it_speaks_of_itself_by_that() {
     )
     .unwrap();
     assert!(done.stdout.contains("Usage: flanneld "), "{}", done.stdout);
+
+    // The daemon is found under that name too.
+    let flags = place.flags();
+    let [leases, subnet_file] = [flags[0].as_str(), flags[1].as_str()];
+    let path = Path::new(&flanneld);
+    let mut agent = AgentProcess::spawn(place.node(), path, &[leases, subnet_file], &[]).unwrap();
+    agent.wait_log("flannel is ready", PATIENCE).unwrap();
+    let comm = fs::read_to_string(format!("/proc/{}/comm", agent.pid())).unwrap();
+    assert_eq!(comm, "flanneld\n");
+    let status = place.run(&["status", "-o", "json"], &[]);
+    assert_eq!(status.status.code(), Some(0), "{}", status.stdout);
+    let cleanup = place.run(&["cleanup"], &[]);
+    assert!(
+        cleanup.stderr.contains("an agent is running"),
+        "{cleanup:?}"
+    );
 }

@@ -32,11 +32,7 @@ impl Args {
             }
         });
         let command = check::offer(command);
-        let odd = read
-            .arguments
-            .iter()
-            .find(|argument| argument.to_str().is_none());
-        let odd = odd.cloned();
+        let odd = odd(&read.arguments, &command);
         let program = program(read.arguments.first());
         let mut matches =
             command
@@ -44,7 +40,7 @@ impl Args {
                 .map_err(|error| match odd {
                     Some(odd) if error.kind() == ErrorKind::InvalidUtf8 => Self::command().error(
                         ErrorKind::InvalidUtf8,
-                        format!("{} is not UTF-8: write it in UTF-8", odd.display()),
+                        format!("{odd} is not UTF-8: write it in UTF-8"),
                     ),
                     _ => error,
                 })?;
@@ -74,6 +70,18 @@ impl Args {
         let given = std::env::var_os(variable).is_some_and(|given| given.to_str() == Some(value));
         given.then(|| variable.to_string_lossy().into_owned())
     }
+}
+
+/// The first argument or variable that is not UTF-8. Of a variable only the name: it may be a password.
+fn odd(arguments: &[OsString], command: &Command) -> Option<String> {
+    let argument = arguments.iter().find(|given| given.to_str().is_none());
+    let argument = argument.map(|given| given.display().to_string());
+    argument.or_else(|| {
+        let variables = command.get_arguments().filter_map(|arg| arg.get_env());
+        let mut odd =
+            variables.filter(|name| std::env::var_os(name).is_some_and(|v| v.to_str().is_none()));
+        odd.next().map(|name| name.display().to_string())
+    })
 }
 
 /// The name under which the program was called, such as `flanneld` in a manifest of flannel's.

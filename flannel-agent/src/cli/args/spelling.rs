@@ -152,6 +152,7 @@ fn flag(text: &str) -> Option<(&str, Option<&str>)> {
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
+    use proptest::prelude::*;
 
     use super::*;
     use crate::cli::Args;
@@ -274,6 +275,26 @@ mod tests {
         ] {
             let error = read(given).expect_err("refused");
             assert!(error.contains(fix), "{given:?}: {error}");
+        }
+    }
+
+    proptest! {
+        /// Nothing is made up: what comes out is what was given, or is left out.
+        #[test]
+        fn any_arguments_are_rewritten_or_refused(
+            words in proptest::collection::vec(
+                prop_oneof![
+                    "-{0,3}[a-z=\\-\\.\"]{0,9}",
+                    "--?(iface|ip-masq|v|etcd-password|interface|log_dir|version|public-ip)(=[a-z0-9]{0,3})?",
+                    "(?s).{0,6}",
+                ],
+                0..8,
+            ),
+        ) {
+            let given: Vec<&str> = words.iter().map(String::as_str).collect();
+            if let Ok((left, _)) = read(&given) {
+                prop_assert!(left.split(' ').count() <= given.join(" ").split(' ').count() + 1);
+            }
         }
     }
 }
