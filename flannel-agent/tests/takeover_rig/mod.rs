@@ -12,7 +12,8 @@ use std::{
 };
 
 use flannel_testkit::{
-    AgentProcess, Etcd, Lab, LabOptions, Netns, Pod, Subnet, Upstream, eventually, json, process,
+    AgentProcess, Etcd, EtcdVersion, Lab, LabOptions, Netns, Pod, Subnet, Upstream, eventually,
+    json, process,
     traffic::{FloodPing, TcpFlow, UdpFlow},
     upstream::{LeaseStore, UpstreamConf},
 };
@@ -49,6 +50,8 @@ const HEADROOM: &str = "flannel-hr.";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StoreKind {
     Etcd,
+    /// etcd 3.5.
+    Etcd35,
     Dir,
 }
 
@@ -93,10 +96,15 @@ impl Cluster {
             ..LabOptions::default()
         })
         .expect("a lab");
-        let etcd = (kind == StoreKind::Etcd).then(|| {
+        let version = match kind {
+            StoreKind::Etcd => Some(EtcdVersion::System),
+            StoreKind::Etcd35 => Some(EtcdVersion::V3_5),
+            StoreKind::Dir => None,
+        };
+        let etcd = version.map(|version| {
             let host = lab.host("etcd", ETCD_HOST).expect("a host for etcd");
             let ip = Ipv4Addr::new(192, 168, 77, ETCD_HOST);
-            Etcd::start(Some(&host), ip).expect("etcd")
+            Etcd::start_version(Some(&host), ip, version).expect("etcd")
         });
         let lease_dir = lab.node(0).run_dir.join("leases");
         fs::create_dir_all(lease_dir.join("subnets")).expect("make the lease directory");
