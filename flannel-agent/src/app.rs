@@ -11,7 +11,7 @@ use std::{path::Path, time::Duration};
 
 use flannel_core::{
     addr::VtepMac,
-    config::NetConf,
+    config::{ConfigError, NetConf},
     iface::{self, Note, Selection, Uplink},
     lease::SubnetKey,
     plan::{Desired, ObservedKind},
@@ -62,7 +62,7 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     }
     let store = Store::open(&args.store()).await?;
     tracing::info!(store = store.describe(), "lease store");
-    let Some((_text, conf)) = cancel
+    let Some((text, conf)) = cancel
         .run_until_cancelled(net_conf(&store, &board))
         .await
         .transpose()?
@@ -100,7 +100,7 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     let Some(leasing) = Leasing::start(store, offer, &node.board, &cancel).await? else {
         return Ok(());
     };
-    let mut settings = follow::start(args, &node.net, &setting, &cancel);
+    let mut settings = follow::start(args, &node.net, &setting, text, &cancel);
     let mut ready = Readiness::new(args.subnet_file.clone(), args.firewall.ip_masq);
     let mut first = true;
     loop {
@@ -196,32 +196,50 @@ fn announce_uplink(args: &Args, uplink: &Uplink) {
     }
 }
 
-/// The network configuration, as text and as read. A store that cannot be reached, or has none yet, is asked again; a wrong one is
-/// an error.
+/// The network configuration, as text and as read. A store that cannot be reached, or has none yet, is asked again. A wrong one in a
+/// file is an error; in etcd it is waited for until somebody has mended it, as upstream does, but for a backend that is none of ours.
 async fn net_conf(store: &Store, board: &Board) -> Result<(String, NetConf), StartError> {
     let mut reported = None;
     loop {
-        match store.net_conf().await {
-            Ok(text) => {
-                let conf = NetConf::parse(&text).map_err(|source| StartError::Config {
-                    origin: store.describe(),
-                    source,
-                })?;
-                for line in conf.announcement() {
-                    tracing::info!("{}", one_line(&line));
+        let trouble = match store.net_conf().await {
+            Ok(text) => match NetConf::parse(&text) {
+                Ok(conf) => {
+                    for line in conf.announcement() {
+                        tracing::info!("{}", one_line(&line));
+                    }
+                    return Ok((text, conf));
                 }
-                return Ok((text, conf));
-            }
+                Err(source)
+                    if matches!(store, Store::Dir(_))
+                        || matches!(source, ConfigError::UnknownBackend { .. }) =>
+                {
+                    return Err(StartError::Config {
+                        origin: store.describe(),
+                        source,
+                    });
+                }
+                Err(source) => {
+                    let trouble = one_line(&source.to_string());
+                    if reported.as_ref() != Some(&trouble) {
+                        tracing::error!(
+                            store = store.describe(),
+                            "Couldn't fetch network config: {trouble}; waiting until it is mended"
+                        );
+                    }
+                    trouble
+                }
+            },
             Err(error) if error.kind() == ErrorKind::Retry => {
-                let text = chain(&error);
-                if !error.is_logged() && reported.as_ref() != Some(&text) {
-                    tracing::warn!(error = text, "no network config yet, trying again");
+                let trouble = chain(&error);
+                if !error.is_logged() && reported.as_ref() != Some(&trouble) {
+                    tracing::warn!("Couldn't fetch network config: {trouble}; trying again");
                 }
-                board.lack(Part::Config, text.clone());
-                reported = Some(text);
+                trouble
             }
             Err(error) => return Err(error.into()),
-        }
+        };
+        board.lack(Part::Config, trouble.clone());
+        reported = Some(trouble);
         sleep(STORE_RETRY).await;
     }
 }

@@ -15,6 +15,7 @@
 
 pub mod app;
 mod bridge_netfilter;
+mod check;
 pub mod cli;
 mod datapath;
 pub mod dataplane;

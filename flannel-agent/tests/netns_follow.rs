@@ -209,3 +209,86 @@ fn an_uplink_without_an_address_is_waited_for() {
         rig.agent(0).log()
     );
 }
+
+fn write_config(rig: &Rig, settings: &str) {
+    let text = format!(r#"{{"Network":"10.244.0.0/16","Backend":{{"Type":"vxlan"{settings}}}}}"#);
+    let file = rig.lease_dir().join("config");
+    let beside = rig.lease_dir().join("config.new");
+    std::fs::write(&beside, text).unwrap();
+    std::fs::rename(beside, file).unwrap();
+}
+
+#[test]
+fn another_network_configuration_is_applied_where_it_can_be() {
+    if !privileged() {
+        return;
+    }
+    let mut rig = Rig::start(2, &["--ip-masq"]);
+    let pid = rig.agent(0).pid();
+    let flood = FloodPing::start(&rig.pod(0).ns, rig.pod(1).ip, EVERY).unwrap();
+    let before = link(rig.ns(0), DEVICE).unwrap()["ifindex"].clone();
+    write_config(&rig, r#","MTU":1400,"BpfFastPath":"off""#);
+    eventually(PATIENCE, "MTU and fast path are applied", || {
+        let mtu = link(rig.ns(0), DEVICE).map_err(|error| format!("{error:#}"))?["mtu"].clone();
+        let env = rig.subnet_env(0, "FLANNEL_MTU");
+        let mode = rig.status(0)["fast_path"]["mode"].clone();
+        (mtu == 1350 && env == "1350" && mode == "off")
+            .then_some(())
+            .ok_or(format!("{mtu}, {env}, {mode}"))
+    });
+    // Neither of these can be: each is one line, and nothing else happens.
+    for (settings, line) in [
+        (r#","VNI":7"#, "Backend.VNI"),
+        (r#","Port":4789"#, "Backend.Port"),
+        (r#","MTU":-5"#, "Backend.MTU is -5"),
+    ] {
+        write_config(&rig, settings);
+        rig.agent(0).wait_log(line, PATIENCE).unwrap();
+    }
+    write_config(&rig, "");
+    eventually(PATIENCE, "and back", || {
+        let mtu = link(rig.ns(0), DEVICE).map_err(|error| format!("{error:#}"))?["mtu"].clone();
+        (mtu == 1450).then_some(()).ok_or(mtu.to_string())
+    });
+    rig.wait_converged();
+    assert_eq!(link(rig.ns(0), DEVICE).unwrap()["ifindex"], before);
+    assert_eq!(rig.agent(0).pid(), pid);
+    let flood = flood.stop().unwrap();
+    assert_eq!(flood.lost, 0, "{flood:?}");
+}
+
+/// From one firewall to the other while running: what masquerades is never gone, and the other's rules are.
+#[test]
+fn another_firewall_is_applied() {
+    if !privileged() {
+        return;
+    }
+    let rig = Rig::start(2, &["--ip-masq"]);
+    let rules = |rig: &Rig| {
+        let iptables = rig.ns(0).exec(["iptables-save", "-t", "nat"]).unwrap();
+        let tables = rig.ns(0).exec(["nft", "list", "tables"]).unwrap();
+        (
+            iptables.contains("FLANNEL-POSTRTG"),
+            tables.contains("flannel-ipv4"),
+        )
+    };
+    assert_eq!(rules(&rig), (true, false));
+    let file = rig.lease_dir().join("config");
+    let nftables =
+        r#"{"Network":"10.244.0.0/16","EnableNFTables":true,"Backend":{"Type":"vxlan"}}"#;
+    std::fs::write(&file, nftables).unwrap();
+    eventually(PATIENCE, "nftables masquerades", || {
+        let found = rules(&rig);
+        (found == (false, true))
+            .then_some(())
+            .ok_or(format!("{found:?}"))
+    });
+    write_config(&rig, "");
+    eventually(PATIENCE, "iptables masquerades", || {
+        let found = rules(&rig);
+        (found == (true, false))
+            .then_some(())
+            .ok_or(format!("{found:?}"))
+    });
+    pings(&rig);
+}

@@ -108,9 +108,14 @@ fn round_trip_by_etcd_and_iptables() {
 }
 
 #[test]
-fn round_trip_by_etcd_and_nftables_on_the_kernel_path() {
+fn round_trip_by_etcd_3_5_and_nftables_on_the_kernel_path() {
     let flags = ["--datapath=kernel"];
-    round_trip(StoreKind::Etcd, Firewall::Nftables, &flags, Carrier::Kernel);
+    round_trip(
+        StoreKind::Etcd35,
+        Firewall::Nftables,
+        &flags,
+        Carrier::Kernel,
+    );
 }
 
 #[test]

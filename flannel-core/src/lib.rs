@@ -14,6 +14,7 @@
 
 pub mod acquire;
 pub mod addr;
+pub mod check;
 pub mod config;
 pub mod datagram;
 pub mod farewell;

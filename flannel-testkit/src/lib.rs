@@ -44,7 +44,7 @@ pub mod upstream;
 pub use agent::AgentProcess;
 pub use capture::{Capture, Captured, Direction};
 pub use confine::{BpfCall, Capability, Confinement};
-pub use etcd::Etcd;
+pub use etcd::{Etcd, EtcdVersion};
 pub use eventually::{eventually, try_eventually};
 pub use kernel_node::KernelNode;
 pub use lab::{Lab, LabOptions, Offloads, privileged};

@@ -1,11 +1,14 @@
-//! Following what a setting is made from while the daemon runs: the uplink's address and MTU.
+//! Following what a setting is made from while the daemon runs: the uplink's address and MTU, and the network configuration.
 //!
 //! The uplink is chosen once. Afterwards its interface is followed, not the default route: a VPN that takes the default route for an
 //! hour must not take the overlay with it. Only when the interface cannot carry the overlay any more is another one looked for.
 
 use std::{sync::Arc, time::Duration};
 
-use flannel_core::iface::{self, Uplink, Wanted};
+use flannel_core::{
+    config::{self, NetConf},
+    iface::{self, Uplink, Wanted},
+};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep, timeout},
@@ -16,7 +19,8 @@ use super::{Setting, StartError};
 use crate::{
     cli::Args,
     dataplane::netlink::{self, Change, Netlink},
-    telemetry::chain,
+    leases::{Store, StoreConfig},
+    telemetry::{chain, one_line},
 };
 
 /// Changes that come together are looked at together: a DHCP client removes an address before it adds the next.
@@ -33,6 +37,7 @@ pub(super) fn start(
     args: &Args,
     net: &Netlink,
     setting: &Setting,
+    text: String,
     cancel: &CancellationToken,
 ) -> watch::Receiver<Setting> {
     let (settings, out) = watch::channel(setting.clone());
@@ -43,9 +48,88 @@ pub(super) fn start(
         settings: Arc::clone(&settings),
         unusable: None,
     };
-    let cancel = cancel.clone();
-    tokio::spawn(async move { cancel.run_until_cancelled(uplink.run()).await });
+    let conf = ConfFollower {
+        store: args.store(),
+        known: text,
+        settings,
+    };
+    let (one, other) = (cancel.clone(), cancel.clone());
+    tokio::spawn(async move { one.run_until_cancelled(uplink.run()).await });
+    tokio::spawn(async move { other.run_until_cancelled(conf.run()).await });
     out
+}
+
+/// Follows the network configuration.
+#[derive(Debug)]
+struct ConfFollower {
+    store: StoreConfig,
+    /// The text as it was last seen.
+    known: String,
+    settings: Arc<watch::Sender<Setting>>,
+}
+
+impl ConfFollower {
+    async fn run(mut self) {
+        // A connection of its own: the other one belongs to the lease.
+        let store = loop {
+            match Store::open(&self.store).await {
+                Ok(store) => break store,
+                Err(error) => {
+                    tracing::debug!(error = error.chain(), "open the store of the configuration");
+                    sleep(RESYNC).await;
+                }
+            }
+        };
+        loop {
+            let text = store.net_conf_after(&self.known).await;
+            self.take(&text, &store.describe());
+            self.known = text;
+        }
+    }
+
+    /// Applies what can be applied, and says what cannot.
+    fn take(&self, text: &str, origin: &str) {
+        const GOING_ON: &str = "going on with the network config as it was";
+        let new = match NetConf::parse(text) {
+            Ok(new) => new,
+            Err(error) => {
+                tracing::error!(
+                    error = one_line(&error.to_string()),
+                    "the network config has changed and cannot be used: {GOING_ON}"
+                );
+                return;
+            }
+        };
+        let setting = self.settings.borrow().clone();
+        let changed = Setting {
+            conf: new,
+            uplink: setting.uplink,
+        };
+        match config::change(&setting.conf, &changed.conf) {
+            config::Change::Same => {}
+            config::Change::Restart(reasons) => {
+                for reason in reasons {
+                    tracing::warn!(
+                        "the network config has changed: {reason}: restart the agent to take it up; {GOING_ON}"
+                    );
+                }
+            }
+            config::Change::Live => match changed.check(origin) {
+                Ok(_) => {
+                    tracing::info!("the network config has changed: applying it");
+                    for warning in changed.warnings() {
+                        tracing::warn!("{warning}");
+                    }
+                    self.settings
+                        .send_modify(|setting| setting.conf = changed.conf);
+                }
+                Err(error) => tracing::error!(
+                    error = one_line(&chain(&error)),
+                    "the network config has changed and cannot be used: {GOING_ON}"
+                ),
+            },
+        }
+    }
 }
 
 /// Follows the uplink.

@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use flannel_core::{acquire::Identity, addr::Vni, fastpath::Choice, iface::Wanted};
 
 mod bpf;
+mod check;
 mod effective;
 mod firewall;
 mod kube;
@@ -25,7 +26,7 @@ pub use serving::{LogFormat, ServingArgs};
 pub use store::EtcdArgs;
 pub use uplink::UplinkArgs;
 
-use crate::leases::{DirOptions, StoreConfig};
+use crate::leases::{DirOptions, EtcdOptions, StoreConfig};
 
 /// The program's name where nothing says otherwise.
 pub(super) const PROGRAM: &str = "flannel-agent";
@@ -193,6 +194,21 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Checks whether this node is fit, before the daemon has ever run, while it runs or while it is down. Changes nothing.
+    #[command(
+        after_help = "Exit codes: 0 nothing failed; 1 a check failed; 2 a bad flag or value."
+    )]
+    Check {
+        /// Form of the answer.
+        #[arg(short, long, value_enum, default_value_t = Output::Table, value_name = "FORM")]
+        output: Output,
+        /// Send no packets to other nodes.
+        #[arg(long)]
+        no_peers: bool,
+        /// How long to wait for the lease store and for other nodes, in seconds, 1 to 600.
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=600), value_name = "SECONDS")]
+        timeout: u32,
+    },
     /// Prints the version.
     Version,
 }
@@ -240,6 +256,14 @@ impl Args {
             }),
             None => StoreConfig::Etcd(self.etcd.options()),
         }
+    }
+
+    /// Whether a flag or variable says which lease store to use.
+    pub fn names_store(&self) -> bool {
+        let default = EtcdOptions::default();
+        self.lease_dir.is_some()
+            || self.etcd.etcd_endpoints != default.endpoints
+            || self.etcd.etcd_prefix != default.prefix
     }
 
     /// Which uplink the flags ask for.

@@ -4,6 +4,7 @@
 //! anything else.
 
 mod args;
+mod check;
 mod cleanup;
 mod peers;
 mod status;
@@ -64,6 +65,11 @@ async fn dispatch(args: Args) -> ExitCode {
             vni,
             force,
         }) => report(cleanup::run(&args, *dry_run, *vni, *force).await),
+        Some(Command::Check {
+            output,
+            no_peers,
+            timeout,
+        }) => report(check::run(&args, *output, *no_peers, *timeout).await),
         Some(Command::Version) => {
             table::line(env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

@@ -17,6 +17,15 @@ const PAUSE: Duration = Duration::from_millis(50);
 const LEGACY_TABLES: &str = "/proc/thread-self/net/ip_tables_names";
 /// Tables that iptables-nft makes.
 const BUILT_IN: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
+/// Programs that list the tables of each variant, and the word in their version by which the variant is known.
+const LEGACY_SAVE: &[(&str, Option<&str>)] = &[
+    ("iptables-legacy-save", None),
+    ("iptables-save", Some("legacy")),
+];
+const COMPAT_SAVE: &[(&str, Option<&str>)] = &[
+    ("iptables-nft-save", None),
+    ("iptables-save", Some("nf_tables")),
+];
 /// The table generation of a network namespace in which nft was never used.
 pub(crate) const UNUSED: u32 = 1;
 
@@ -33,15 +42,55 @@ pub(super) async fn read() -> (Firewall, Vec<String>) {
     attempt().await
 }
 
+/// The rules as the tools list them.
+#[derive(Debug, Default)]
+pub(crate) struct Listing {
+    /// `iptables-save` of the legacy tables.
+    pub(crate) legacy: Option<String>,
+    /// `iptables-save` of the tables in nftables.
+    pub(crate) compat: Option<String>,
+    /// `nft -j list ruleset`.
+    pub(crate) nft: Option<String>,
+    /// What could not be listed, one line each.
+    pub(crate) unreadable: Vec<String>,
+}
+
+/// Lists the rules, with the precautions of [`read`].
+pub(crate) async fn list() -> Listing {
+    let mut listing = Listing::default();
+    if !legacy_tables().is_empty() {
+        match dump(LEGACY_SAVE).await {
+            Ok(text) => listing.legacy = Some(text),
+            Err(error) => listing
+                .unreadable
+                .push(format!("iptables rules (legacy) cannot be listed: {error}")),
+        }
+    }
+    if netfilter::generation().is_some_and(|generation| generation > UNUSED) {
+        match run("nft", &["-j", "list", "ruleset"]).await {
+            Ok(text) => {
+                let tables = nft::ip_tables(&text).unwrap_or_default();
+                if tables
+                    .iter()
+                    .any(|table| BUILT_IN.contains(&table.as_str()))
+                {
+                    listing.compat = dump(COMPAT_SAVE).await.ok();
+                }
+                listing.nft = Some(text);
+            }
+            Err(error) => listing
+                .unreadable
+                .push(format!("nftables rules cannot be listed: {error}")),
+        }
+    }
+    listing
+}
+
 async fn attempt() -> (Firewall, Vec<String>) {
     let mut firewall = Firewall::default();
     let mut unreadable = Vec::new();
     if !legacy_tables().is_empty() {
-        let tried = &[
-            ("iptables-legacy-save", None),
-            ("iptables-save", Some("legacy")),
-        ];
-        match dump(tried).await {
+        match dump(LEGACY_SAVE).await {
             Ok(text) => firewall.chains.extend(iptables::parse(&text, "legacy")),
             Err(error) => {
                 unreadable.push(format!("iptables rules (legacy) cannot be listed: {error}"));
@@ -71,12 +120,8 @@ async fn read_nft(firewall: &mut Firewall) -> Result<(), String> {
         .iter()
         .any(|table| BUILT_IN.contains(&table.as_str()))
     {
-        let tried = &[
-            ("iptables-nft-save", None),
-            ("iptables-save", Some("nf_tables")),
-        ];
         // Without it nft's own listing must do, which shows extensions of iptables without what they ask.
-        match dump(tried).await {
+        match dump(COMPAT_SAVE).await {
             Ok(text) => {
                 elsewhere = iptables::tables(&text);
                 firewall.chains.extend(iptables::parse(&text, "nft"));

@@ -7,6 +7,7 @@
 )]
 
 mod connections;
+mod goldens;
 
 use std::{sync::mpsc, thread::JoinHandle, time::Duration};
 
@@ -19,6 +20,7 @@ use flannel_testkit::{Lab, LabOptions, Netns};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use connections::Connections;
+pub(crate) use goldens::{LISTED, SAVED_V4, SAVED_V6, tables_of};
 
 /// How long anything may take that is expected to happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -32,6 +34,9 @@ pub(crate) fn lab() -> Lab {
     Lab::new(options).expect("a lab")
 }
 
+/// The period of [`wanted`].
+pub(crate) const RESYNC: Duration = Duration::from_secs(1);
+
 /// What node a of the samples is to have: 10.5.0.0/16 and fd05::/48, both with all rules.
 pub(crate) fn wanted() -> Wanted {
     Wanted {
@@ -41,9 +46,25 @@ pub(crate) fn wanted() -> Wanted {
         random_fully: true,
         forward: true,
         blackhole: false,
-        resync: Duration::from_secs(1),
+        resync: RESYNC,
         v4: Some(nets("10.5.0.0/16", "10.5.6.0/24")),
         v6: Some(nets("fd05::/48", "fd05:0:0:13::/64")),
+    }
+}
+
+pub(crate) fn in_nftables() -> Wanted {
+    Wanted {
+        nftables: true,
+        ..wanted()
+    }
+}
+
+/// An instance of flannel with another network.
+pub(crate) fn another() -> Wanted {
+    Wanted {
+        v4: Some(nets("10.12.0.0/16", "10.12.1.0/24")),
+        v6: Some(nets("fd12::/48", "fd12:0:0:1::/64")),
+        ..wanted()
     }
 }
 
@@ -121,8 +142,9 @@ pub(crate) struct Variant {
     pub(crate) backend: &'static str,
 }
 
-pub(crate) const VARIANTS: [Variant; 2] =
-    [Variant { backend: "nft" }, Variant { backend: "legacy" }];
+pub(crate) const NFT: Variant = Variant { backend: "nft" };
+pub(crate) const LEGACY: Variant = Variant { backend: "legacy" };
+pub(crate) const VARIANTS: [Variant; 2] = [NFT, LEGACY];
 
 impl Variant {
     /// Puts a rule there for each family, which says that the node uses this variant.
@@ -170,9 +192,8 @@ pub(crate) fn handles(ns: &Netns) -> String {
         .expect("list rules")
 }
 
-/// Puts text in place of `10.5.6.0/24` and so on of [`wanted`] in golden texts.
-pub(crate) fn sorted(text: &str) -> Vec<String> {
-    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
-    lines.sort();
-    lines
+/// Our nftables tables as nft shows them.
+pub(crate) fn flannels(ns: &Netns) -> String {
+    let script = "for t in 'ip flannel-ipv4' 'ip6 flannel-ipv6'; do nft list table $t 2>/dev/null; done; true";
+    ns.exec(["sh", "-c", script]).unwrap()
 }

@@ -12,7 +12,8 @@ use std::{
 };
 
 use flannel_testkit::{
-    AgentProcess, Etcd, Lab, LabOptions, Netns, Pod, Subnet, Upstream, eventually, json, process,
+    AgentProcess, Etcd, EtcdVersion, Lab, LabOptions, Netns, Pod, Subnet, Upstream, eventually,
+    json, process,
     traffic::{FloodPing, TcpFlow, UdpFlow},
     upstream::{LeaseStore, UpstreamConf},
 };
@@ -49,6 +50,8 @@ const HEADROOM: &str = "flannel-hr.";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StoreKind {
     Etcd,
+    /// etcd 3.5.
+    Etcd35,
     Dir,
 }
 
@@ -93,10 +96,15 @@ impl Cluster {
             ..LabOptions::default()
         })
         .expect("a lab");
-        let etcd = (kind == StoreKind::Etcd).then(|| {
+        let version = match kind {
+            StoreKind::Etcd => Some(EtcdVersion::System),
+            StoreKind::Etcd35 => Some(EtcdVersion::V3_5),
+            StoreKind::Dir => None,
+        };
+        let etcd = version.map(|version| {
             let host = lab.host("etcd", ETCD_HOST).expect("a host for etcd");
             let ip = Ipv4Addr::new(192, 168, 77, ETCD_HOST);
-            Etcd::start(Some(&host), ip).expect("etcd")
+            Etcd::start_version(Some(&host), ip, version).expect("etcd")
         });
         let lease_dir = lab.node(0).run_dir.join("leases");
         fs::create_dir_all(lease_dir.join("subnets")).expect("make the lease directory");
@@ -153,11 +161,9 @@ impl Cluster {
 
     /// Adds a pod with the MTU of the node's `subnet.env`.
     pub(crate) fn add_pod(&mut self, node: usize) {
-        let text = fs::read_to_string(&self.nodes[node].subnet_file).expect("subnet.env");
-        let mtu = text
-            .lines()
-            .find_map(|line| line.strip_prefix("FLANNEL_MTU="))
-            .and_then(|mtu| mtu.parse().ok())
+        let mtu = self
+            .subnet_env(node, "FLANNEL_MTU")
+            .parse()
             .expect("FLANNEL_MTU");
         let subnet = self.nodes[node].subnet;
         let pod = self.lab.node(node).add_pod(subnet, 2, mtu).expect("a pod");
@@ -192,6 +198,21 @@ impl Cluster {
     pub(crate) fn take_over(&mut self, node: usize, flags: &[&str]) {
         self.start_agent(node, flags);
         self.wait_log(node, "flannel is ready");
+        // On a node that nobody ran on it has drawn one.
+        self.nodes[node].subnet = self
+            .subnet_env(node, "FLANNEL_SUBNET")
+            .parse()
+            .expect("FLANNEL_SUBNET");
+    }
+
+    /// A value of the node's `subnet.env`.
+    #[track_caller]
+    fn subnet_env(&self, node: usize, name: &str) -> String {
+        let text = fs::read_to_string(&self.nodes[node].subnet_file).expect("subnet.env");
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+            .unwrap_or_else(|| panic!("no {name} in {text:?}"))
+            .to_owned()
     }
 
     #[track_caller]

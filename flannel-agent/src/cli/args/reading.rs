@@ -11,7 +11,7 @@ use clap::{
     error::{ContextKind, ContextValue, ErrorKind},
 };
 
-use super::{Args, PROGRAM, quotes, spelling};
+use super::{Args, PROGRAM, check, quotes, spelling};
 
 impl Args {
     /// Reads the command line, the first argument being the program's name, and the environment for what is not on it.
@@ -31,6 +31,7 @@ impl Args {
                 arg.hide_env_values(true)
             }
         });
+        let command = check::offer(command);
         let odd = odd(&read.arguments, &command);
         let program = program(read.arguments.first());
         let mut matches =
@@ -43,7 +44,9 @@ impl Args {
                     ),
                     _ => error,
                 })?;
+        let behind = matches.clone();
         let mut args = Self::from_arg_matches_mut(&mut matches)?;
+        check::merge(&mut args, &behind)?;
         warnings.extend(quotes::strip(&mut args));
         args.program = program;
         args.warnings = warnings;

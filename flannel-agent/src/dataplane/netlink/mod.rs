@@ -5,6 +5,7 @@ mod filters;
 mod headroom;
 mod monitor;
 mod pods;
+mod survey;
 mod underlay;
 mod uplinks;
 mod write;
@@ -15,6 +16,7 @@ use rtnetlink::{Error as RtError, Handle, new_connection};
 use thiserror::Error;
 
 pub use monitor::{Change, LinkChange, NeighbourChange, watch};
+pub use survey::Survey;
 pub use underlay::Underlay;
 pub use uplinks::Uplinks;
 
