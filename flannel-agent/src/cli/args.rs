@@ -407,14 +407,6 @@ impl Args {
         }
     }
 
-    /// Whether a flag or variable says which lease store to use.
-    pub fn names_store(&self) -> bool {
-        let default = EtcdOptions::default();
-        self.lease_dir.is_some()
-            || self.etcd_endpoints != default.endpoints
-            || self.etcd_prefix != default.prefix
-    }
-
     /// Which uplink the flags ask for.
     pub fn wanted(&self) -> Wanted {
         Wanted {
