@@ -162,6 +162,29 @@ fn a_healthy_node_passes_and_every_question_is_answered() {
 }
 
 #[test]
+fn every_way_to_carry_packets_passes() {
+    if !privileged() {
+        return;
+    }
+    for (flags, says) in [
+        (&["--datapath=kernel"][..], "as --datapath=kernel asks"),
+        (
+            &["--bpf-attach=clsact"],
+            "bpf, clsact: to_overlay, from_wire",
+        ),
+        (&["--bpf-device=veth"], "bpf, tcx: to_overlay, from_wire"),
+        (&["--bpf-xdp=native"], "bpf, tcx: to_overlay, from_wire"),
+    ] {
+        let mut rig = Rig::start(2, flags);
+        let answer = check(&rig, 0);
+        assert_healthy(&answer, &[]);
+        assert!(answer.0["datapath"].1.contains(says), "{:#?}", answer.0);
+        rig.stop_agent(0);
+        assert_healthy(&check(&rig, 0), &["agent"]);
+    }
+}
+
+#[test]
 fn a_node_whose_agent_is_down_is_judged_by_what_it_left() {
     if !privileged() {
         return;

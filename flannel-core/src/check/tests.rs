@@ -181,7 +181,7 @@ fn healthy() -> Observations {
         },
         sockets: Sockets {
             udp: vec![UdpSocket {
-                local: Some(Ipv4Addr::UNSPECIFIED),
+                takes_v4: true,
                 port: 8472,
                 owner: Owner::Unknown,
             }],
