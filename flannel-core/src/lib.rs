@@ -24,6 +24,7 @@ pub mod iface;
 mod json;
 pub mod lease;
 pub mod mark;
+pub mod masquerade;
 pub mod plan;
 pub mod pods;
 pub mod subnet;

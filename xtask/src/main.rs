@@ -1,7 +1,9 @@
 //! The commands of this workspace: `cargo xtask <command>`.
 
+mod archive;
 mod build_ebpf;
 mod cargo;
+mod etcd;
 mod kernels;
 mod labs;
 mod libtest;

@@ -46,11 +46,11 @@ pub(crate) async fn run(given: &Args, reach: Reach) -> Result<Report, NetlinkErr
     let (args, origin) = store::arguments(given, state.as_ref(), running);
     let net = Netlink::open()?;
     let survey = net.survey(BRIDGE).await?;
-    let uplinks = net.uplinks().await?;
+    let uplinks = net.uplinks(&args.wanted()).await?;
     let uplink = iface::select(&uplinks.links, &uplinks.routes, &args.wanted(), true, false)
         .map(|chosen| UplinkSeen {
             chosen,
-            asked_for: !args.iface.is_empty() || args.public_ip.is_some(),
+            asked_for: !args.uplink.iface.is_empty() || args.uplink.public_ip.is_some(),
         })
         .map_err(|error| chain(&error));
     let network = Network {

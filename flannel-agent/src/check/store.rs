@@ -43,8 +43,8 @@ pub(super) fn arguments(
         .and_then(|store| store.strip_prefix("etcd "))
         .and_then(|store| store.split_once(" prefix "))
     {
-        args.etcd_endpoints = endpoints.split(',').map(str::to_owned).collect();
-        prefix.clone_into(&mut args.etcd_prefix);
+        args.etcd.etcd_endpoints = endpoints.split(',').map(str::to_owned).collect();
+        prefix.clone_into(&mut args.etcd.etcd_prefix);
         return (args, "what the agent left");
     }
     (args, "defaults")
@@ -76,7 +76,7 @@ fn of_process(pid: u32) -> Option<Args> {
 
 /// Asks the store.
 pub(super) async fn look(args: &Args, origin: &'static str, deadline: Instant) -> StoreSeen {
-    let certificates = args.etcd_certfile.iter().chain(&args.etcd_cafile);
+    let certificates = args.etcd.etcd_certfile.iter().chain(&args.etcd.etcd_cafile);
     let certificates = certificates
         .filter(|_| args.lease_dir.is_none())
         .map(|path| certificate(path))
@@ -124,8 +124,8 @@ pub(super) async fn look(args: &Args, origin: &'static str, deadline: Instant) -
         };
     }
     if seen.net_conf.is_err() && args.lease_dir.is_none() {
-        for endpoint in &args.etcd_endpoints {
-            let asked = timeout_at(deadline, older_api(endpoint, &args.etcd_prefix));
+        for endpoint in &args.etcd.etcd_endpoints {
+            let asked = timeout_at(deadline, older_api(endpoint, &args.etcd.etcd_prefix));
             if asked.await.ok().flatten().is_some() {
                 seen.older_api = Some(endpoint.clone());
             }

@@ -3,7 +3,7 @@
 //! It only looks, but for two kernel settings (see `sysctls`). Whoever acts on the decision is the reconcile loop.
 
 mod devices;
-mod netfilter;
+pub(crate) mod netfilter;
 pub(crate) mod rules;
 mod sysctls;
 

@@ -1,20 +1,12 @@
 //! Reading the packet filter's rules with the tools that made them.
 
-use std::{
-    collections::BTreeSet,
-    env, fs,
-    path::{Path, PathBuf},
-    process::{Output, Stdio},
-    time::Duration,
-};
+use std::{collections::BTreeSet, fs, time::Duration};
 
 use flannel_core::fastpath::{Firewall, iptables, nft};
-use tokio::{
-    process::Command,
-    time::{sleep, timeout},
-};
+use tokio::time::sleep;
 
 use super::netfilter;
+use crate::program;
 
 /// The longest a listing may take; a node with a hundred thousand rules needs a few seconds.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -22,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(50);
 /// Names of the legacy tables of this network namespace. Reading it loads no module, which `iptables` does.
-const LEGACY_TABLES: &str = "/proc/net/ip_tables_names";
+const LEGACY_TABLES: &str = "/proc/thread-self/net/ip_tables_names";
 /// Tables that iptables-nft makes.
 const BUILT_IN: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
 /// Programs that list the tables of each variant, and the word in their version by which the variant is known.
@@ -35,7 +27,7 @@ const COMPAT_SAVE: &[(&str, Option<&str>)] = &[
     ("iptables-save", Some("nf_tables")),
 ];
 /// The table generation of a network namespace in which nft was never used.
-const UNUSED: u32 = 1;
+pub(crate) const UNUSED: u32 = 1;
 
 /// The rules, and what of them could not be read, one line each. Rules that change while they are listed make a listing fail: it is
 /// tried again.
@@ -143,13 +135,13 @@ async fn read_nft(firewall: &mut Firewall) -> Result<(), String> {
 
 /// The output of the first of these programs that there is and that is of the wanted variant.
 async fn dump(tried: &[(&str, Option<&str>)]) -> Result<String, String> {
-    for (program, variant) in tried {
-        if find(program).is_none() {
+    for (name, variant) in tried {
+        if program::find(name).is_none() {
             continue;
         }
         match variant {
-            Some(variant) if !run(program, &["--version"]).await?.contains(variant) => {}
-            _ => return run(program, &[]).await,
+            Some(variant) if !run(name, &["--version"]).await?.contains(variant) => {}
+            _ => return run(name, &[]).await,
         }
     }
     let names: Vec<&str> = tried.iter().map(|(program, _)| *program).collect();
@@ -157,35 +149,7 @@ async fn dump(tried: &[(&str, Option<&str>)]) -> Result<String, String> {
 }
 
 async fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
-    let path = find(program).ok_or_else(|| format!("install {program}"))?;
-    let child = Command::new(path)
-        .args(arguments)
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = timeout(PATIENCE, child)
+    program::run(program, arguments, "", PATIENCE)
         .await
-        .map_err(|_elapsed| format!("{program} took more than {PATIENCE:?}"))?
-        .map_err(|error| format!("run {program}: {error}"))?;
-    if !status.success() {
-        let said = String::from_utf8_lossy(&stderr);
-        let line = said.lines().next().unwrap_or("without a word");
-        return Err(format!("{program} ended with {status}: {line}"));
-    }
-    Ok(String::from_utf8_lossy(&stdout).into_owned())
-}
-
-/// Looks where administrators' programs are, too: a service's PATH may lack them.
-fn find(program: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let administrators = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
-    env::split_paths(&path)
-        .chain(administrators)
-        .map(|dir: PathBuf| dir.join(Path::new(program)))
-        .find(|path| path.is_file())
+        .map_err(|error| error.to_string())
 }

@@ -3,6 +3,7 @@
 //! `<dir>/subnets/<key>` holds the same JSON as etcd would under the same key, `<dir>/config` the network
 //! configuration. Files do not expire. Names that start with a dot are ours to write through and never leases.
 
+mod conf;
 mod files;
 mod keeper;
 
@@ -107,6 +108,10 @@ impl DirLeases {
         Err(LeaseError::NoNetConfFile {
             tried: tried.join(", "),
         })
+    }
+
+    pub(super) async fn net_conf_after(&self, known: &str) -> String {
+        conf::after(self, known).await
     }
 
     pub(super) async fn own_stored(&self, us: &Identity) -> Result<Option<Lease>, LeaseError> {

@@ -1,6 +1,7 @@
 //! The cases, and what they share.
 
 mod acquire;
+mod conf;
 mod connect;
 mod keep;
 mod outage;

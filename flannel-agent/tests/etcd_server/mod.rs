@@ -55,7 +55,7 @@ impl EtcdServer {
         let log = File::create(self.dir.path().join("etcd.log")).expect("etcd.log");
         let peer = format!("http://127.0.0.1:{}", self.peer_port);
         let url = self.url();
-        let mut command = Command::new("etcd");
+        let mut command = Command::new(crate::ETCD.program());
         command
             .arg("--data-dir")
             .arg(self.dir.path().join("data"))

@@ -38,7 +38,7 @@ impl Args {
     pub fn names_store(&self) -> bool {
         let default = EtcdOptions::default();
         self.lease_dir.is_some()
-            || self.etcd_endpoints != default.endpoints
-            || self.etcd_prefix != default.prefix
+            || self.etcd.etcd_endpoints != default.endpoints
+            || self.etcd.etcd_prefix != default.prefix
     }
 }

@@ -54,7 +54,7 @@ impl NetlinkError {
         }
     }
 
-    pub(super) fn new(what: impl Into<String>, error: &RtError) -> Self {
+    pub(crate) fn new(what: impl Into<String>, error: &RtError) -> Self {
         let what = what.into();
         match error {
             RtError::NetlinkError(message) => Self::Refused {
@@ -90,5 +90,10 @@ impl Netlink {
         let (connection, handle, _) = new_connection().map_err(NetlinkError::Open)?;
         tokio::spawn(connection);
         Ok(Self { handle })
+    }
+
+    /// The connection itself, for requests that live elsewhere.
+    pub(crate) fn handle(&self) -> &Handle {
+        &self.handle
     }
 }
