@@ -30,7 +30,7 @@ use crate::{
     files,
     leases::View,
     state::State,
-    telemetry::chain,
+    telemetry::{chain, one_line},
 };
 
 use agenda::Agenda;
@@ -52,15 +52,18 @@ const REOPEN: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct Readiness {
     subnet_file: PathBuf,
+    /// Whether flannel masquerades, for `subnet.env`.
+    ip_masq: bool,
     /// The text last written to `subnet.env`.
     written: Option<String>,
     notified: bool,
 }
 
 impl Readiness {
-    pub(crate) fn new(subnet_file: PathBuf) -> Self {
+    pub(crate) fn new(subnet_file: PathBuf, ip_masq: bool) -> Self {
         Self {
             subnet_file,
+            ip_masq,
             written: None,
             notified: false,
         }
@@ -69,12 +72,12 @@ impl Readiness {
 
 /// The one owner of the kernel's state.
 #[derive(Debug)]
-pub(crate) struct Loop {
+pub(crate) struct Loop<'a> {
     dataplane: Dataplane,
     desired: Desired,
     views: watch::Receiver<View>,
     state: State,
-    ready: Readiness,
+    ready: &'a mut Readiness,
     /// What was last said about trouble, so that each trouble is one line.
     said: BTreeSet<String>,
     peer_problems: Vec<PeerProblem>,
@@ -91,13 +94,13 @@ pub(crate) struct Loop {
     notify: Option<mpsc::Sender<Change>>,
 }
 
-impl Loop {
+impl<'a> Loop<'a> {
     pub(crate) fn new(
         dataplane: Dataplane,
         desired: Desired,
         views: watch::Receiver<View>,
         state: State,
-        ready: Readiness,
+        ready: &'a mut Readiness,
         gate: Gatekeeper,
         xdp: XdpKeeper,
     ) -> Self {
@@ -384,7 +387,7 @@ impl Loop {
             ipv6_network: None,
             ipv6_subnet: None,
             mtu: self.state.mtu,
-            ip_masq: false,
+            ip_masq: self.ready.ip_masq,
         };
         let text = env.render();
         if self.ready.written.as_ref() != Some(&text) {
@@ -395,7 +398,11 @@ impl Loop {
                 }
                 return;
             }
-            tracing::info!(file = %self.ready.subnet_file.display(), subnet = self.state.subnet.map(tracing::field::display), "wrote subnet file");
+            tracing::info!(
+                subnet = self.state.subnet.map(tracing::field::display),
+                "Wrote subnet file to {}",
+                one_line(&self.ready.subnet_file.display().to_string())
+            );
             self.ready.written = Some(text);
         }
         if !self.ready.notified {

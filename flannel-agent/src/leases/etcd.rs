@@ -25,7 +25,7 @@ use tokio::{sync::watch, time::Instant};
 
 use self::connection::Connection;
 use super::{
-    Held, LeaseError, Offer, View, is_ours,
+    Held, LeaseError, Offer, Snapshot, View, is_ours,
     table::{Raw, Reported, Table},
 };
 
@@ -205,6 +205,11 @@ impl EtcdLeases {
             .map(|stored| stored.lease)
             .find(|lease| is_ours(&lease.attrs, us));
         Ok(own)
+    }
+
+    pub(super) async fn snapshot(&self) -> Result<Snapshot, LeaseError> {
+        let listing = self.list().await?;
+        Ok(Table::from_list(&listing.keys, &self.reported).snapshot(Instant::now()))
     }
 
     pub(super) async fn acquire(&self, offer: &Offer) -> Result<Held, LeaseError> {

@@ -144,6 +144,14 @@ impl Store {
         }
     }
 
+    /// Reads the list of all leases, once.
+    pub async fn list(&self) -> Result<Snapshot, LeaseError> {
+        match self {
+            Store::Etcd(store) => store.snapshot().await,
+            Store::Dir(store) => store.snapshot().await,
+        }
+    }
+
     /// Takes a lease. A race lost against another node is tried again with a fresh list; every other failure,
     /// a full network included, is returned.
     pub async fn acquire(&self, offer: &Offer) -> Result<Held, LeaseError> {
