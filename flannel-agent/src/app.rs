@@ -1,135 +1,47 @@
-//! The daemon from start to stop: flags, uplink, configuration, rung, device, lease, loop.
+//! The daemon from start to stop: flags, uplink, configuration, lease, and then one session after another.
 //!
 //! Nothing on the node is changed before all that can be checked has been checked, and nothing is taken away at the end.
 
-use std::{net::Ipv4Addr, path::Path, time::Duration};
+mod error;
+mod follow;
+mod leasing;
+mod session;
+
+use std::{path::Path, time::Duration};
 
 use flannel_core::{
     addr::VtepMac,
-    config::{self, ConfigError, NetConf},
-    datagram::Receiver,
-    iface::{self, IfaceError, Uplink},
-    lease::{LeaseAttrs, SubnetKey},
-    mark::{self, MarkError},
-    plan::{Desired, DeviceKind, ObservedKind, Tunnel},
+    config::{ConfigError, NetConf},
+    iface::{self, Note, Selection, Uplink},
+    lease::SubnetKey,
+    plan::{Desired, ObservedKind},
     subnet_env,
 };
-use thiserror::Error;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    cli::{Args, EXIT_KERNEL, EXIT_STORE, EXIT_USAGE},
-    datapath,
-    dataplane::{
-        DataplaneError,
-        bpf::Instance,
-        fragments,
-        netlink::{Netlink, NetlinkError},
-    },
-    device::{Site, Up},
-    fastpath,
-    files::{self, FileError},
+    bridge_netfilter,
+    cli::Args,
+    dataplane::netlink::Netlink,
+    device::Up,
+    files,
     health::{self, Board, Part, Pulse},
-    leases::{ErrorKind, LeaseError, Offer, Store, View},
+    leases::{ErrorKind, Store},
     notify,
     preflight::Capabilities,
-    reconcile::{Gatekeeper, Loop, Readiness, XdpKeeper},
-    state::{Mode, State},
-    telemetry::chain,
+    reconcile::Readiness,
+    telemetry::{chain, one_line},
 };
+
+pub use error::StartError;
+use leasing::Leasing;
+use session::{Ended, Node, Setting};
 
 /// How long to wait before asking a store again that has no configuration yet, or no answer: upstream's second.
 const STORE_RETRY: Duration = Duration::from_secs(1);
-
-/// Why the daemon could not start.
-#[derive(Debug, Error)]
-pub enum StartError {
-    /// The interface to use cannot be told.
-    #[error(transparent)]
-    Iface(#[from] IfaceError),
-    /// The network configuration is wrong.
-    #[error("network configuration from {origin}: {source}")]
-    Config {
-        /// Which store it came from.
-        origin: String,
-        /// What is wrong.
-        source: ConfigError,
-    },
-    /// A configuration that this version cannot serve.
-    #[error("network configuration from {origin}: {reason}")]
-    Unsupported {
-        /// Which store it came from.
-        origin: String,
-        /// What and what to do.
-        reason: String,
-    },
-    /// A device name too long for the kernel.
-    #[error(transparent)]
-    Mark(#[from] MarkError),
-    /// A file that must be written and cannot.
-    #[error(transparent)]
-    File(#[from] FileError),
-    /// The lease store refuses.
-    #[error(transparent)]
-    Lease(#[from] LeaseError),
-    /// The kernel's own objects cannot be read.
-    #[error(transparent)]
-    Netlink(#[from] NetlinkError),
-    /// A change to the kernel failed.
-    #[error(transparent)]
-    Dataplane(#[from] DataplaneError),
-    /// Flags that ask for eBPF, and it cannot be.
-    #[error("{flag} was asked for, but {reason}")]
-    NoBpf {
-        /// What was asked for.
-        flag: &'static str,
-        /// Why not.
-        reason: String,
-    },
-    /// Flags that exclude each other.
-    #[error("{0}")]
-    Flags(&'static str),
-    /// Neither vxlan nor eBPF.
-    #[error(
-        "this node has no way to carry the overlay: {vxlan}; and {bpf}. Install the vxlan module (Debian: linux-modules or linux-image, \
-         Raspberry Pi on Ubuntu: linux-modules-extra-raspi) or let the agent use eBPF"
-    )]
-    NoPath {
-        /// Why no vxlan device.
-        vxlan: String,
-        /// Why no eBPF.
-        bpf: String,
-    },
-    /// No random bytes for a MAC address.
-    #[error("read /dev/urandom for a MAC address")]
-    Random(#[source] std::io::Error),
-    /// Not even netlink.
-    #[error("CAP_NET_ADMIN is missing: run as root, or add the capability")]
-    NoPrivilege,
-}
-
-impl StartError {
-    /// The process's exit code.
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::Iface(_)
-            | Self::Config { .. }
-            | Self::Unsupported { .. }
-            | Self::Mark(_)
-            | Self::Flags(_)
-            | Self::File(_) => EXIT_USAGE,
-            Self::Lease(error) if error.kind() == ErrorKind::Config => EXIT_USAGE,
-            Self::Lease(_) => EXIT_STORE,
-            Self::Netlink(_)
-            | Self::Dataplane(_)
-            | Self::NoBpf { .. }
-            | Self::NoPath { .. }
-            | Self::Random(_)
-            | Self::NoPrivilege => EXIT_KERNEL,
-        }
-    }
-}
+/// How long to wait before a node that could not be set up anew is tried again.
+const SET_UP_RETRY: Duration = Duration::from_secs(2);
 
 /// Runs until cancelled.
 pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartError> {
@@ -139,7 +51,7 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
         health::serve(address, board.clone(), cancel.clone());
     }
     let telling = tokio::spawn(notify::attend(&board, pulse.clone(), cancel.clone()));
-    let outcome = live(args, &board, pulse, cancel.clone()).await;
+    let outcome = live(args, board, pulse, cancel.clone()).await;
     cancel.cancel();
     if let Err(error) = telling.await {
         tracing::error!(%error, "the task that informs the service manager ended");
@@ -149,13 +61,20 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
 
 async fn live(
     args: &Args,
-    board: &Board,
+    board: Board,
     pulse: Pulse,
     cancel: CancellationToken,
 ) -> Result<(), StartError> {
     args.check().map_err(StartError::Flags)?;
     let net = Netlink::open()?;
-    let uplink = choose_uplink(args, &net).await?;
+    let Selection { uplink, notes } = find_uplink(args, &net).await?;
+    for note in notes {
+        match note {
+            Note::Info(text) => tracing::info!("{}", one_line(&text)),
+            Note::Warning(text) => tracing::warn!("{text}"),
+        }
+    }
+    announce_uplink(args, &uplink);
     board.settle(Part::Uplink);
     files::check_writable(&args.subnet_file)?;
     if let Some(dir) = &args.lease_dir {
@@ -163,40 +82,24 @@ async fn live(
     }
     let store = Store::open(&args.store()).await?;
     tracing::info!(store = store.describe(), "lease store");
-    let Some(conf) = cancel
-        .run_until_cancelled(net_conf(&store, board))
+    let Some((text, conf)) = cancel
+        .run_until_cancelled(net_conf(&store, &board))
         .await
         .transpose()?
     else {
         return Ok(());
     };
-    let family = conf
-        .ipv4
-        .ok_or_else(|| unsupported(&store, "EnableIPv4 is false: only IPv4 is supported yet"))?;
-    let public_ip = uplink
-        .public_ip
-        .ok_or_else(|| unsupported(&store, "the uplink has no IPv4 address"))?;
-    let local = uplink.local_v4().unwrap_or(public_ip);
-    let name = mark::device_name(conf.backend.vxlan.vni);
-    mark::check_name(&name)?;
-    let mtu = config::tunnel_mtu(&conf, uplink.mtu).map_err(|source| StartError::Config {
-        origin: store.describe(),
-        source,
-    })?;
     board.settle(Part::Config);
-    for warning in conf
-        .warnings
-        .iter()
-        .chain(&config::mtu_warnings(&conf, uplink.mtu))
-    {
+    let mut setting = Setting { conf, uplink };
+    let (origin, name) = (store.describe(), setting.check(&store.describe())?.device);
+    for warning in setting.warnings() {
         tracing::warn!("{warning}");
     }
     if !Capabilities::effective().may_configure() {
         return Err(StartError::NoPrivilege);
     }
-    let ethernet = net.is_ethernet(uplink.index).await?;
-    let uplink_kind = net.kind_of(uplink.index).await?;
-    let identity = Args::identity(Some(public_ip));
+    bridge_netfilter::ensure(&setting.conf).await;
+    let identity = setting.identity();
     let Some(mac) = cancel
         .run_until_cancelled(choose_mac(&net, &store, &name, &identity))
         .await
@@ -204,111 +107,45 @@ async fn live(
     else {
         return Ok(());
     };
-    // Checked to the end: from here on the node is changed.
-    let rung = datapath::choose(args, &conf, ethernet)?;
-    let tunnel = Tunnel {
-        name: name.clone(),
-        kind: vxlan(&conf, &uplink, local),
-        mtu,
-        mac: Some(mac),
-        address: None,
-        network: family.network,
-    };
-    let site = Site {
+    let node = Node {
         args,
-        conf: &conf,
-        uplink: &uplink,
-        net: &net,
-        local,
+        net,
+        origin,
+        mac,
+        board,
     };
-    let Up {
-        dataplane,
-        mut desired,
-        path,
-    } = site.bring_up(rung, tunnel).await?;
-
+    let mut up = node.bring_up(&setting).await?;
     let previous = previous_subnet(&args.subnet_file);
-    let attrs = LeaseAttrs::vxlan_v4(public_ip, conf.backend.vxlan.vni.get(), mac);
-    let offer = Offer {
-        conf: conf.clone(),
-        identity,
-        attrs,
-        previous,
-    };
-    let tell = |trouble: &str| board.lack(Part::Lease, trouble);
-    let held = store.acquire_telling(&offer, &cancel, tell).await;
-    let Some(held) = held.transpose()? else {
+    let offer = setting.offer(mac, previous);
+    let Some(leasing) = Leasing::start(store, offer, &node.board, &cancel).await? else {
         return Ok(());
     };
-    board.settle(Part::Lease);
-    board.settle(Part::Firewall);
-    set_own(&mut desired, &held.lease.key);
-
-    let state = State {
-        version: env!("CARGO_PKG_VERSION").into(),
-        pid: std::process::id(),
-        vni: conf.backend.vxlan.vni,
-        device: name,
-        uplink: uplink.name.clone(),
-        uplink_index: uplink.index,
-        public_ip,
-        vtep_mac: mac,
-        network: family.network,
-        subnet: held.lease.key.v4,
-        mtu: mtu.get(),
-        datapath: path,
-        store: store.describe(),
-        store_connected: true,
-        problems: Vec::new(),
-        subnet_file: args.subnet_file.clone(),
-        fast_path: None,
-    };
-    let (_offers, offers) = watch::channel(offer);
-    let (views_in, views) = watch::channel(View {
-        own: Some(held.lease.clone()),
-        ..View::default()
-    });
-    let keeper = tokio::spawn(store.run(held, offers, views_in, cancel.clone()));
-    datapath::retire(&net, &state).await;
-    if let DeviceKind::Veth { peer } = &desired.tunnel.kind {
-        let receiver = Receiver {
-            vni: conf.backend.vxlan.vni,
-            mac,
-        };
-        let port = conf.backend.vxlan.port;
-        let keep = fragments::keep(net, receiver, local, port, peer.clone());
-        let cancel = cancel.clone();
-        tokio::spawn(async move { cancel.run_until_cancelled(keep).await });
-    }
-    let ready = Readiness::new(
+    let mut settings = follow::start(args, &node.net, &setting, text, &cancel);
+    let mut ready = Readiness::new(
         args.subnet_file.clone(),
         args.firewall.ip_masq,
-        board.clone(),
+        node.board.clone(),
         pulse,
     );
-    let kernel_only = (state.datapath.mode == Mode::Kernel)
-        .then(|| format!("eBPF is not in use: {}", state.datapath.reason));
-    let xdp = XdpKeeper::new(
-        args.bpf_xdp.into(),
-        uplink_kind.as_deref(),
-        kernel_only.clone(),
-    );
-    let fast_path = fastpath::Watch {
-        choice: args.fast_path(conf.backend.fast_path),
-        unsupported: kernel_only.or_else(|| dataplane.gate_obstacle()),
-        network: family.network,
-        tunnel: state.device.clone(),
-        uplink: state.uplink.clone(),
-        instance: Instance::of(conf.backend.vxlan.vni).ok(),
-    };
-    let fast_path = fast_path.start(cancel.clone()).await;
-    let gate = Gatekeeper::new(fast_path, dataplane.epoch()?);
-    Loop::new(dataplane, desired, views, state, ready, gate, xdp)
-        .run(cancel)
-        .await;
-    if let Err(error) = keeper.await {
-        tracing::error!(%error, "the lease store's task ended");
+    let mut first = true;
+    loop {
+        let sources = (leasing.views(), &mut settings);
+        match node
+            .session(&setting, up, &mut ready, sources, &cancel)
+            .await
+        {
+            Ok(Ended::Cancelled) => break,
+            Ok(Ended::Outdated) => {}
+            Err(error) if first => return Err(error),
+            Err(error) => tracing::error!(error = chain(&error), "set the node up anew"),
+        }
+        first = false;
+        match set_up_again(&node, &mut setting, &mut settings, &leasing, &cancel).await {
+            Some(again) => up = again,
+            None => break,
+        }
     }
+    leasing.end().await;
     Ok(())
 }
 
@@ -320,77 +157,115 @@ pub(crate) fn set_own(desired: &mut Desired, key: &SubnetKey) {
         .and_then(|subnet| ipnet::Ipv4Net::new(subnet.network(), 32).ok());
 }
 
-async fn choose_uplink(args: &Args, net: &Netlink) -> Result<Uplink, StartError> {
-    let found = net.uplinks().await?;
-    let uplink = iface::select(&found.links, &found.routes, &args.wanted(), true, false)?;
+/// Sets the node up for the newest setting. What was in place goes on carrying traffic until that has worked. `None` when cancelled.
+async fn set_up_again(
+    node: &Node<'_>,
+    setting: &mut Setting,
+    settings: &mut watch::Receiver<Setting>,
+    leasing: &Leasing,
+    cancel: &CancellationToken,
+) -> Option<Up> {
+    let mut said = None;
+    loop {
+        let newest = settings.borrow_and_update().clone();
+        if newest.uplink != setting.uplink {
+            announce_uplink(node.args, &newest.uplink);
+        }
+        *setting = newest;
+        match cancel.run_until_cancelled(node.bring_up(setting)).await? {
+            Ok(up) => {
+                leasing.offer(setting.offer(node.mac, None));
+                return Some(up);
+            }
+            Err(error) => {
+                let text = chain(&error);
+                if said.as_ref() != Some(&text) {
+                    tracing::error!(error = text, "set the node up anew, trying again");
+                    node.board.lack(Part::Datapath, text.clone());
+                    said = Some(text);
+                }
+            }
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return None,
+            () = sleep(SET_UP_RETRY) => {}
+            Ok(()) = settings.changed() => {}
+        }
+    }
+}
+
+/// Which interface the flags ask for, among those that are there now, and how it was found.
+pub(crate) async fn find_uplink(args: &Args, net: &Netlink) -> Result<Selection, StartError> {
+    let wanted = args.wanted();
+    let found = net.uplinks(&wanted).await?;
+    Ok(iface::choose(
+        &found.links,
+        &found.routes,
+        &wanted,
+        true,
+        false,
+    )?)
+}
+
+/// Says which uplink it is, in upstream's lines.
+fn announce_uplink(args: &Args, uplink: &Uplink) {
+    let mut lines = uplink.announcement(&args.wanted()).into_iter();
     tracing::info!(
-        interface = uplink.name,
-        address = uplink.address.map(tracing::field::display),
-        public_ip = uplink.public_ip.map(tracing::field::display),
         mtu = uplink.mtu,
         reason = uplink.reason,
-        "uplink"
+        "{}",
+        lines.next().unwrap_or_default()
     );
-    Ok(uplink)
+    for line in lines {
+        tracing::info!("{line}");
+    }
 }
 
-/// The network configuration. A store that cannot be reached, or has none yet, is asked again; a wrong one is an error.
-async fn net_conf(store: &Store, board: &Board) -> Result<NetConf, StartError> {
+/// The network configuration, as text and as read. A store that cannot be reached, or has none yet, is asked again. A wrong one in a
+/// file is an error; in etcd it is waited for until somebody has mended it, as upstream does, but for a backend that is none of ours.
+async fn net_conf(store: &Store, board: &Board) -> Result<(String, NetConf), StartError> {
     let mut reported = None;
     loop {
-        match store.net_conf().await {
-            Ok(text) => {
-                let conf = NetConf::parse(&text).map_err(|source| StartError::Config {
-                    origin: store.describe(),
-                    source,
-                })?;
-                if conf.enable_ipv6 {
-                    return Err(unsupported(
-                        store,
-                        "EnableIPv6 is true: only IPv4 is supported yet, set it to false",
-                    ));
+        let trouble = match store.net_conf().await {
+            Ok(text) => match NetConf::parse(&text) {
+                Ok(conf) => {
+                    for line in conf.announcement() {
+                        tracing::info!("{}", one_line(&line));
+                    }
+                    return Ok((text, conf));
                 }
-                if conf.backend.vxlan.direct_routing {
-                    tracing::warn!(
-                        "Backend.DirectRouting is not supported yet: peers on the same link are reached by VXLAN too"
-                    );
+                Err(source)
+                    if matches!(store, Store::Dir(_))
+                        || matches!(source, ConfigError::UnknownBackend { .. }) =>
+                {
+                    return Err(StartError::Config {
+                        origin: store.describe(),
+                        source,
+                    });
                 }
-                tracing::info!(
-                    backend = conf.backend.type_as_written,
-                    "found network config"
-                );
-                return Ok(conf);
-            }
+                Err(source) => {
+                    let trouble = one_line(&source.to_string());
+                    if reported.as_ref() != Some(&trouble) {
+                        tracing::error!(
+                            store = store.describe(),
+                            "Couldn't fetch network config: {trouble}; waiting until it is mended"
+                        );
+                    }
+                    trouble
+                }
+            },
             Err(error) if error.kind() == ErrorKind::Retry => {
-                let text = chain(&error);
-                board.lack(Part::Config, text.as_str());
-                if !error.is_logged() && reported.as_ref() != Some(&text) {
-                    tracing::warn!(error = text, "no network config yet, trying again");
-                    reported = Some(text);
+                let trouble = chain(&error);
+                if !error.is_logged() && reported.as_ref() != Some(&trouble) {
+                    tracing::warn!("Couldn't fetch network config: {trouble}; trying again");
                 }
+                trouble
             }
             Err(error) => return Err(error.into()),
-        }
-        tokio::time::sleep(STORE_RETRY).await;
-    }
-}
-
-fn unsupported(store: &Store, reason: &str) -> StartError {
-    StartError::Unsupported {
-        origin: store.describe(),
-        reason: reason.into(),
-    }
-}
-
-fn vxlan(conf: &NetConf, uplink: &Uplink, local: Ipv4Addr) -> DeviceKind {
-    let vxlan = &conf.backend.vxlan;
-    DeviceKind::Vxlan {
-        vni: vxlan.vni,
-        port: vxlan.port,
-        lower: uplink.index,
-        local,
-        learning: vxlan.learning,
-        gbp: vxlan.gbp,
+        };
+        board.lack(Part::Config, trouble.clone());
+        reported = Some(trouble);
+        sleep(STORE_RETRY).await;
     }
 }
 
@@ -422,7 +297,7 @@ async fn choose_mac(
                 }
             }
         }
-        tokio::time::sleep(STORE_RETRY).await;
+        sleep(STORE_RETRY).await;
     };
     if let Some(data) = stored.and_then(|lease| lease.attrs.v4) {
         tracing::info!(mac = %data.mac, "the new device takes the MAC address of the stored lease");

@@ -14,6 +14,8 @@
 )]
 
 pub mod app;
+mod bridge_netfilter;
+mod check;
 pub mod cli;
 mod datapath;
 pub mod dataplane;
@@ -22,8 +24,10 @@ mod fastpath;
 pub mod files;
 pub mod health;
 pub mod leases;
+pub mod masquerade;
 mod notify;
 mod preflight;
+mod program;
 mod reconcile;
 pub mod state;
 mod telemetry;

@@ -3,6 +3,7 @@
 use std::fs;
 
 const CAP_NET_ADMIN: u32 = 12;
+const CAP_NET_RAW: u32 = 13;
 const CAP_SYS_ADMIN: u32 = 21;
 const CAP_BPF: u32 = 39;
 
@@ -15,6 +16,12 @@ impl Capabilities {
     pub(crate) fn effective() -> Self {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         Self(parse(&status).unwrap_or(u64::MAX))
+    }
+
+    /// Reads those of another process; `None` when that cannot be.
+    pub(crate) fn of(pid: u32) -> Option<Self> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        parse(&status).map(Self)
     }
 
     fn has(self, capability: u32) -> bool {
@@ -38,6 +45,16 @@ impl Capabilities {
     /// Whether the kernel's own objects may be changed.
     pub(crate) fn may_configure(self) -> bool {
         self.has(CAP_NET_ADMIN)
+    }
+
+    /// Whether packets of any protocol may be sent.
+    pub(crate) fn may_send_raw(self) -> bool {
+        self.has(CAP_NET_RAW)
+    }
+
+    /// Whether file systems may be mounted.
+    pub(crate) fn may_mount(self) -> bool {
+        self.has(CAP_SYS_ADMIN)
     }
 }
 

@@ -51,12 +51,12 @@ const REOPEN: Duration = Duration::from_secs(1);
 
 /// The one owner of the kernel's state.
 #[derive(Debug)]
-pub(crate) struct Loop {
+pub(crate) struct Loop<'a> {
     dataplane: Dataplane,
     desired: Desired,
     views: watch::Receiver<View>,
     state: State,
-    ready: Readiness,
+    ready: &'a mut Readiness,
     /// What was last said about trouble, so that each trouble is one line.
     said: BTreeSet<String>,
     peer_problems: Vec<PeerProblem>,
@@ -73,13 +73,13 @@ pub(crate) struct Loop {
     notify: Option<mpsc::Sender<Change>>,
 }
 
-impl Loop {
+impl<'a> Loop<'a> {
     pub(crate) fn new(
         dataplane: Dataplane,
         desired: Desired,
         views: watch::Receiver<View>,
         state: State,
-        ready: Readiness,
+        ready: &'a mut Readiness,
         gate: Gatekeeper,
         xdp: XdpKeeper,
     ) -> Self {

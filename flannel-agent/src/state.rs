@@ -149,8 +149,8 @@ impl State {
 
     /// Whether the process that wrote it still runs.
     pub fn is_running(&self) -> bool {
-        // The name guards against a process number that was used again.
+        // The name guards against a process number that was used again. In a manifest of flannel's the program has flannel's name.
         fs::read_to_string(format!("/proc/{}/comm", self.pid))
-            .is_ok_and(|comm| comm.trim_end() == "flannel-agent")
+            .is_ok_and(|comm| comm.starts_with("flannel"))
     }
 }

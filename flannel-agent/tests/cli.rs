@@ -4,6 +4,8 @@
 mod etcd;
 #[path = "cli/files.rs"]
 mod files;
+#[path = "cli/flags.rs"]
+mod flags;
 #[path = "cli/net_conf.rs"]
 mod net_conf;
 #[path = "cli/place.rs"]

@@ -370,3 +370,51 @@ async fn a_vanished_directory_changes_nothing_and_may_come_back() {
     let after = snapshot(&[("10.5.1.0-24", 1), ("10.5.3.0-24", 33)]);
     agent.until_leases("the peer came back", &after).await;
 }
+
+#[tokio::test]
+async fn a_changed_configuration_is_seen_once_it_differs() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = CONF.replace("vxlan", "VXLAN");
+    std::fs::write(dir.path().join("config"), CONF).unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let flag = elsewhere.path().join("net-conf.json");
+    for (rescan, named) in [
+        // By inotify alone, and without it: a directory that is no more cannot be watched.
+        (Duration::from_hours(1), "config"),
+        (Duration::from_millis(50), "config"),
+        (Duration::from_hours(1), "flag"),
+    ] {
+        let options = DirOptions {
+            rescan,
+            net_config_path: Some(flag.clone()),
+            ..DirOptions::new(dir.path())
+        };
+        if named == "flag" {
+            std::fs::remove_file(dir.path().join("config")).unwrap();
+            std::fs::write(&flag, CONF).unwrap();
+        }
+        let file = match named {
+            "flag" => flag.clone(),
+            _ => dir.path().join("config"),
+        };
+        let store = Store::open(&StoreConfig::Dir(options)).await.unwrap();
+        let waiting = tokio::spawn(async move { store.net_conf_after(CONF).await });
+        let linger = || tokio::time::sleep(Duration::from_millis(300));
+        linger().await;
+        // Written again with the same text, and gone for a while.
+        std::fs::write(&file, CONF).unwrap();
+        linger().await;
+        std::fs::rename(&file, file.with_extension("away")).unwrap();
+        linger().await;
+        assert!(!waiting.is_finished(), "{named}");
+        std::fs::rename(file.with_extension("away"), &file).unwrap();
+        linger().await;
+        assert!(!waiting.is_finished(), "{named}");
+        let scratch = file.with_extension("new");
+        std::fs::write(&scratch, &other).unwrap();
+        std::fs::rename(&scratch, &file).unwrap();
+        let text = tokio::time::timeout(PATIENCE, waiting).await;
+        assert_eq!(text.unwrap().unwrap(), other, "{named}");
+        std::fs::write(&file, CONF).unwrap();
+    }
+}

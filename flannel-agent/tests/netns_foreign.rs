@@ -13,7 +13,7 @@ use flannel_testkit::{Node, Pod, eventually, privileged};
 use rig::{PATIENCE, Rig, dump, dump::Dump, stranger};
 
 /// By which the agent's own objects are known in a dump.
-const OURS: [&str; 10] = [
+const OURS: [&str; 12] = [
     "flannel.1",
     "flannel-hr.1",
     "flannelp.1",
@@ -22,6 +22,8 @@ const OURS: [&str; 10] = [
     "from_overlay",
     "from_pod",
     "to_pod",
+    "FLANNEL-FWD",
+    "FLANNEL-POSTRTG",
     // Priority 0xF1A0.
     "61856",
     "files",
@@ -67,6 +69,7 @@ impl Strangers {
             "nft add rule ip other forward ip daddr 192.0.2.3 drop",
             "nft add table ip flannel-other",
             "iptables -t nat -A POSTROUTING -s 10.99.0.0/24 -j MASQUERADE",
+            "iptables -A FORWARD -s 10.99.0.0/24 -j ACCEPT",
         ] {
             // The program of the bytecode filter is one word.
             let words = line
@@ -278,6 +281,13 @@ fn cleanup_leaves_nothing_behind() {
     ] {
         eprintln!("with {flags:?}");
         let mut rig = Rig::new(2);
+        // Tables that are there stay when they are empty again: nobody can tell whose they are.
+        for chain in ["INPUT", "FORWARD", "OUTPUT"] {
+            for what in ["-A", "-D"] {
+                let words = ["iptables", what, chain, "-j", "ACCEPT"];
+                rig.ns(0).exec(words).unwrap();
+            }
+        }
         let first = Dump::of(rig.ns(0));
         rig.start_agent(0, flags);
         rig.wait_ready(0);

@@ -13,7 +13,7 @@ use flannel_testkit::{
     traffic::{self, TcpPair, TcpServer, UdpEnd},
 };
 use gate_rig::{
-    DNS, Fast, Gate, HOST_PORT, LOCAL_NODE_PORT, MAPPED, Mode, NODE_PORT, Vip,
+    DNS, Extra, Fast, Gate, HOST_PORT, LOCAL_NODE_PORT, MAPPED, Mode, NODE_PORT, Vip,
     Who::{self, A, A2, B, B2, C},
 };
 
@@ -388,6 +388,29 @@ fn nodes_in_different_modes() {
     mixed([Established, Off, Syn], Flavour::Iptables);
     mixed([Syn, Established, Off], Flavour::Nftables);
     mixed([Off, Syn, Established], Flavour::Iptables);
+}
+
+/// With flannel's own masquerade rules, as most clusters have them. Forwarded node ports that lead to another node's pod then have the
+/// address of the node's tunnel device, whoever masquerades.
+#[test]
+fn nodes_that_masquerade() {
+    if !privileged() {
+        return;
+    }
+    for (mode, flavour) in [
+        (Mode::Off, Flavour::Iptables),
+        (Mode::Auto, Flavour::Iptables),
+        (Mode::Auto, Flavour::Nftables),
+    ] {
+        let extra = Extra {
+            flags: &["--ip-masq"],
+            ..Extra::default()
+        };
+        let gate = Gate::with([mode; 3], flavour, extra);
+        holds(&gate);
+        let fast = gate.fast(0);
+        assert_eq!(fast.all() > 20, mode == Mode::Auto, "{fast:?}");
+    }
 }
 
 /// Without the gate everything that is translated behind the bypass fails: the suite sees it.

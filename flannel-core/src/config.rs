@@ -16,9 +16,11 @@ use crate::json::{Json, Object};
 use crate::lease::VXLAN;
 use crate::mark;
 
+mod change;
 mod mtu;
 mod range;
 
+pub use change::{Change, change};
 pub use mtu::{OVERHEAD_V4, OVERHEAD_V6, mtu_warnings, tunnel_mtu};
 pub(crate) use range::Address;
 
@@ -64,6 +66,18 @@ pub enum ConfigError {
         /// The value found.
         value: String,
         /// Why it cannot be used, and what can.
+        fix: String,
+    },
+    /// A key breaks a rule of upstream's, which is told in its words first.
+    #[error("{rule}: {key} is {value}{fix}")]
+    Rule {
+        /// Upstream's words.
+        rule: String,
+        /// The key.
+        key: &'static str,
+        /// The value found.
+        value: String,
+        /// What can be used, after a comma, where that is not plain from the rule.
         fix: String,
     },
     /// A family is enabled and has no network.
@@ -153,6 +167,8 @@ pub struct VxlanConf {
     pub vni: Vni,
     /// UDP port of the tunnel.
     pub port: u16,
+    /// The port as configured, 0 for the default: for the log.
+    pub port_as_written: u16,
     /// MTU of the underlay in bytes, where it is not to be taken from the uplink. The tunnel's is less.
     pub mtu: Option<u32>,
     /// Whether the device carries the group policy extension.
@@ -197,6 +213,23 @@ impl NetConf {
     }
 }
 
+impl NetConf {
+    /// Upstream's log lines about a configuration (upstream: main.go, pkg/backend/vxlan).
+    pub fn announcement(&self) -> [String; 2] {
+        let vxlan = &self.backend.vxlan;
+        [
+            format!(
+                "Found network config - Backend type: {}",
+                self.backend.type_as_written
+            ),
+            format!(
+                "VXLAN config: VNI={} Port={} GBP={} Learning={} DirectRouting={}",
+                vxlan.vni, vxlan.port_as_written, vxlan.gbp, vxlan.learning, vxlan.direct_routing
+            ),
+        ]
+    }
+}
+
 fn backend(object: &Object, warnings: &mut Vec<String>) -> Result<Backend, ConfigError> {
     let empty = Object::default();
     let (settings, type_as_written) = match object.get("Backend") {
@@ -226,7 +259,7 @@ fn backend(object: &Object, warnings: &mut Vec<String>) -> Result<Backend, Confi
         let kind = if kind.is_empty() {
             "\"\"".to_owned()
         } else {
-            type_as_written
+            type_as_written.escape_debug().to_string()
         };
         return Err(ConfigError::UnknownBackend { kind });
     }
@@ -264,7 +297,7 @@ fn vxlan(settings: &Object) -> Result<VxlanConf, ConfigError> {
     let port = integer(settings, "Port", "Backend.Port", u64::from(u16::MAX))?;
     let port = port
         .and_then(|port| u16::try_from(port).ok())
-        .filter(|port| *port != 0);
+        .unwrap_or_default();
     let mtu = integer(settings, "MTU", "Backend.MTU", mtu::MAX_EXPLICIT.into())?;
     let flag = |name, key| match settings.get(name) {
         None => Ok(false),
@@ -273,7 +306,8 @@ fn vxlan(settings: &Object) -> Result<VxlanConf, ConfigError> {
     };
     Ok(VxlanConf {
         vni: vni.unwrap_or(Vni::MAX),
-        port: port.unwrap_or(DEFAULT_PORT),
+        port: if port == 0 { DEFAULT_PORT } else { port },
+        port_as_written: port,
         mtu: mtu
             .and_then(|mtu| u32::try_from(mtu).ok())
             .filter(|mtu| *mtu != 0),

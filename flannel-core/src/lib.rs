@@ -14,6 +14,7 @@
 
 pub mod acquire;
 pub mod addr;
+pub mod check;
 pub mod config;
 pub mod datagram;
 pub mod farewell;
@@ -23,6 +24,7 @@ pub mod iface;
 mod json;
 pub mod lease;
 pub mod mark;
+pub mod masquerade;
 pub mod plan;
 pub mod pods;
 pub mod subnet;

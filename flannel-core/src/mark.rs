@@ -48,6 +48,18 @@ pub const NFT_TABLE_V4: &str = "flannel-ipv4";
 /// nftables table of the rules for IPv6, as upstream names it.
 pub const NFT_TABLE_V6: &str = "flannel-ipv6";
 
+/// iptables chain of the masquerade rules in table nat, as upstream names it.
+pub const CHAIN_MASQ: &str = "FLANNEL-POSTRTG";
+
+/// iptables chain of the accepting rules in table filter, as upstream names it.
+pub const CHAIN_FORWARD: &str = "FLANNEL-FWD";
+
+/// Comment of upstream's masquerade rules in iptables (since 0.16.2).
+pub const COMMENT_MASQ: &str = "flanneld masq";
+
+/// Comment of upstream's accepting rules in iptables (since 0.16.2).
+pub const COMMENT_FORWARD: &str = "flanneld forward";
+
 /// Longest name the kernel gives a network interface, in bytes (`IFNAMSIZ` less the terminating zero).
 pub const MAX_DEVICE_NAME: usize = 15;
 

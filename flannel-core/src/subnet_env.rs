@@ -56,9 +56,13 @@ impl SubnetEnv {
     }
 }
 
-/// What an earlier start left: the subnets to ask for again.
+/// What an earlier start left: the subnets to ask for again, and the networks whose rules may still be there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Previous {
+    /// The IPv4 network, without host bits.
+    pub network: Option<Ipv4Net>,
+    /// The IPv6 network, without host bits.
+    pub ipv6_network: Option<Ipv6Net>,
     /// The IPv4 subnet, without host bits.
     pub subnet: Option<Ipv4Net>,
     /// The IPv6 subnet, without host bits.
@@ -73,6 +77,7 @@ pub struct Previous {
 pub fn parse_previous(text: &str) -> Previous {
     let mut warnings = Vec::new();
     let (mut v4, mut v6) = (None, None);
+    let (mut network, mut ipv6_network) = (None, None);
     for (number, line) in text.lines().enumerate() {
         match assignment(line) {
             Assignment::Broken => warnings.push(format!(
@@ -82,12 +87,20 @@ pub fn parse_previous(text: &str) -> Previous {
             // The last one wins, as in a shell.
             Assignment::Pair("FLANNEL_SUBNET", value) => v4 = Some(value),
             Assignment::Pair("FLANNEL_IPV6_SUBNET", value) => v6 = Some(value),
+            Assignment::Pair("FLANNEL_NETWORK", value) => network = Some(value),
+            Assignment::Pair("FLANNEL_IPV6_NETWORK", value) => ipv6_network = Some(value),
             Assignment::None | Assignment::Pair(..) => {}
         }
     }
     let v4 = v4.and_then(|value| single("FLANNEL_SUBNET", &value, &mut warnings));
     let v6 = v6.and_then(|value| single("FLANNEL_IPV6_SUBNET", &value, &mut warnings));
+    let network: Option<Ipv4Net> =
+        network.and_then(|value| single("FLANNEL_NETWORK", &value, &mut warnings));
+    let ipv6_network: Option<Ipv6Net> =
+        ipv6_network.and_then(|value| single("FLANNEL_IPV6_NETWORK", &value, &mut warnings));
     Previous {
+        network: network.as_ref().map(Ipv4Net::trunc),
+        ipv6_network: ipv6_network.as_ref().map(Ipv6Net::trunc),
         subnet: v4.as_ref().map(Ipv4Net::trunc),
         ipv6_subnet: v6.as_ref().map(Ipv6Net::trunc),
         warnings,
@@ -292,7 +305,7 @@ mod tests {
                 mtu,
                 ip_masq,
             };
-            let expected = Previous { subnet: Some(subnet), ipv6_subnet: Some(subnet6), warnings: vec![] };
+            let expected = Previous { network: Some(subnet), ipv6_network: Some(subnet6), subnet: Some(subnet), ipv6_subnet: Some(subnet6), warnings: vec![] };
             prop_assert_eq!(parse_previous(&env.render()), expected);
         }
 

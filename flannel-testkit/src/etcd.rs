@@ -9,13 +9,42 @@ use crate::sweep;
 use anyhow::Context as _;
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
 
 /// How long a server may take to become healthy, or to stop.
 const LIMIT: Duration = Duration::from_secs(20);
+
+/// Which etcd to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EtcdVersion {
+    /// That of this system: 3.4 on Debian 12.
+    System,
+    /// 3.5, of Debian 13, which `cargo xtask setup` fetches and does not install.
+    V3_5,
+}
+
+impl EtcdVersion {
+    /// The server's program. Panics if it is not there: a test must not pass without it.
+    #[track_caller]
+    pub fn program(self) -> PathBuf {
+        match self {
+            EtcdVersion::System => "etcd".into(),
+            EtcdVersion::V3_5 => {
+                let workspace = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+                let program = Path::new(workspace).join("target/etcd-3.5/usr/bin/etcd");
+                assert!(
+                    program.exists(),
+                    "no etcd 3.5 at {}: run `cargo xtask setup`, or put one there",
+                    program.display()
+                );
+                program
+            }
+        }
+    }
+}
 
 /// A single-member `etcd`. Dropping it kills the server and removes its data.
 #[derive(Debug)]
@@ -24,6 +53,7 @@ pub struct Etcd {
     ip: Ipv4Addr,
     ports: [u16; 2],
     args: Vec<String>,
+    version: EtcdVersion,
     child: Option<Child>,
     dir: TempDir,
     _state: State,
@@ -36,8 +66,26 @@ impl Etcd {
         Etcd::start_with(ns, ip, &[])
     }
 
+    /// Like [`Etcd::start`] with a version of the caller's choice.
+    pub fn start_version(
+        ns: Option<&Netns>,
+        ip: Ipv4Addr,
+        version: EtcdVersion,
+    ) -> anyhow::Result<Etcd> {
+        Etcd::begin(ns, ip, &[], version)
+    }
+
     /// Like [`Etcd::start`] with more arguments for the server, such as `--auto-compaction-retention=1`.
     pub fn start_with(ns: Option<&Netns>, ip: Ipv4Addr, args: &[&str]) -> anyhow::Result<Etcd> {
+        Etcd::begin(ns, ip, args, EtcdVersion::System)
+    }
+
+    fn begin(
+        ns: Option<&Netns>,
+        ip: Ipv4Addr,
+        args: &[&str],
+        version: EtcdVersion,
+    ) -> anyhow::Result<Etcd> {
         let state = State::hold()?;
         let dir = tempfile::Builder::new()
             .prefix("etcd-")
@@ -47,6 +95,7 @@ impl Etcd {
             ip,
             ports: free_ports(ns, ip)?,
             args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+            version,
             child: None,
             dir,
             _state: state,
@@ -76,7 +125,7 @@ impl Etcd {
             .append(true)
             .open(self.log_path())?;
         let child = self
-            .command("etcd")
+            .command(self.version.program())
             .args(["--name", "lab", "--data-dir"])
             .arg(self.dir.path().join("data"))
             .args([
@@ -193,7 +242,7 @@ impl Etcd {
         self.dir.path().join("etcd.log")
     }
 
-    fn command(&self, program: &str) -> Command {
+    fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         if let Some(ns) = &self.ns {
             return ns.command(program);
         }

@@ -39,11 +39,12 @@ mod state;
 mod subnet;
 mod sweep;
 pub mod traffic;
+pub mod upstream;
 
 pub use agent::AgentProcess;
 pub use capture::{Capture, Captured, Direction};
 pub use confine::{BpfCall, Capability, Confinement};
-pub use etcd::Etcd;
+pub use etcd::{Etcd, EtcdVersion};
 pub use eventually::{eventually, try_eventually};
 pub use kernel_node::KernelNode;
 pub use lab::{Lab, LabOptions, Offloads, privileged};
@@ -52,3 +53,4 @@ pub use node::{Node, Pod, mac_for, mac_text};
 pub use pcap::Packet;
 pub use socket::{RawSocket, send_ip, send_raw, set_socket_option};
 pub use subnet::Subnet;
+pub use upstream::Upstream;

@@ -6,6 +6,7 @@ mod pair;
 mod ping;
 mod tcp;
 mod udp;
+mod udp_flow;
 
 pub use datagrams::UdpEnd;
 pub use iperf::iperf3;
@@ -13,6 +14,7 @@ pub use pair::{TcpPair, TcpServer, Way};
 pub use ping::{FloodPing, PingStats, ping, ping_once, ping_sized};
 pub use tcp::{Amount, TcpFlow, TcpStats, tcp_transfer};
 pub use udp::udp_echo;
+pub use udp_flow::{UdpFlow, UdpStats};
 
 use std::sync::OnceLock;
 

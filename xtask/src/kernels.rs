@@ -15,8 +15,6 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-pub(crate) use debian::KEYRING;
-
 use crate::cargo;
 use crate::process::{self, Reported};
 use crate::setup::{self, Needs};

@@ -3,3 +3,4 @@
 //! The standard library and nothing else: the agent's build script compiles this first.
 
 pub mod ebpf;
+pub mod embed;

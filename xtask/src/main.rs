@@ -1,11 +1,14 @@
 //! The commands of this workspace: `cargo xtask <command>`.
 
+mod archive;
 mod build_ebpf;
 mod cargo;
+mod etcd;
 mod kernels;
 mod labs;
 mod libtest;
 mod lint;
+mod named_tests;
 mod namespaces;
 mod process;
 mod setup;

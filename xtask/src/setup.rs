@@ -8,8 +8,9 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 use xtask::ebpf;
 
+use crate::archive;
 use crate::cargo;
-use crate::kernels;
+use crate::etcd;
 use crate::process;
 
 /// How much of the tools a command is going to use.
@@ -154,11 +155,11 @@ const TOOLS: [Tool; 24] = [
     tool("depmod", "kmod", "kmod", "kmod", Needs::Kernels),
     tool("xz", "xz-utils", "xz", "xz", Needs::Kernels),
     tool(
-        kernels::KEYRING,
+        archive::KEYRING,
         "debian-archive-keyring",
         "debian-keyring",
         "debian-archive-keyring",
-        Needs::Kernels,
+        Needs::Everything,
     ),
 ];
 
@@ -171,6 +172,8 @@ struct Missing {
     components: Vec<&'static str>,
     /// Why there is no linker to use, when there is none.
     linker: Option<String>,
+    /// What is going to bring the second etcd, when it is not there.
+    etcd: Option<String>,
 }
 
 impl Missing {
@@ -192,23 +195,31 @@ impl Missing {
             components.extend(absent.map(|(component, _)| *component));
         }
         let linker = ebpf::find_linker().err().map(|error| error.to_string());
+        // Elsewhere than on Debian it has to be put there by hand; the tests say where.
+        let absent = needs >= Needs::Everything && is_debian() && !etcd::program(root).exists();
         Ok(Self {
             tools,
             components,
             linker,
+            etcd: absent.then(|| etcd::announcement(root)),
         })
     }
 
     fn is_empty(&self) -> bool {
-        self.tools.is_empty() && self.components.is_empty() && self.linker.is_none()
+        self.tools.is_empty()
+            && self.components.is_empty()
+            && self.linker.is_none()
+            && self.etcd.is_none()
     }
 
     fn names(&self) -> String {
         let tools = self.tools.iter().map(|tool| tool.probe);
         let linker = self.linker.iter().map(|_| "bpf-linker");
+        let etcd = self.etcd.iter().map(|_| "etcd 3.5");
         tools
             .chain(self.components.iter().copied())
             .chain(linker)
+            .chain(etcd)
             .collect::<Vec<_>>()
             .join(", ")
     }
@@ -244,6 +255,9 @@ fn install_missing(root: &Path, needs: Needs) -> Result<bool> {
     if missing.linker.is_some() {
         install_linker(root)?;
     }
+    if missing.etcd.is_some() {
+        etcd::fetch(root)?;
+    }
     let still = Missing::find(root, needs)?;
     if !still.is_empty() {
         bail!("still missing after the installation: {}", still.names());
@@ -265,6 +279,9 @@ fn announce(missing: &Missing, channel: &str) {
             "setup: will add {} to Rust {channel} (seconds)",
             missing.components.join(", ")
         );
+    }
+    if let Some(what) = &missing.etcd {
+        eprintln!("setup: {what}");
     }
     if let Some(why) = &missing.linker {
         eprintln!("setup: {why}");

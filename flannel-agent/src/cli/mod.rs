@@ -4,6 +4,7 @@
 //! anything else.
 
 mod args;
+mod check;
 mod cleanup;
 mod peers;
 mod status;
@@ -15,8 +16,8 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use tokio_util::sync::CancellationToken;
 
 pub use args::{
-    Args, AttachChoice, Command, DatapathChoice, DeviceChoice, FastPathChoice, FirewallArgs,
-    LogFormat, Output, RulesetChoice, ServingArgs,
+    Args, AttachChoice, Command, DatapathChoice, DeviceChoice, EtcdArgs, FastPathChoice,
+    FirewallArgs, KubeArgs, LogFormat, Output, RulesetChoice, ServingArgs, UplinkArgs, XdpChoice,
 };
 
 use crate::{app, telemetry};
@@ -30,9 +31,11 @@ pub const EXIT_KERNEL: u8 = 4;
 
 /// Runs the program with these arguments, the first being its name.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let program = args::program(arguments.first());
     let args = match Args::read(arguments) {
         Ok(args) => args,
-        Err(error) => return usage(&error),
+        Err(error) => return usage(&program, &error),
     };
     telemetry::init(args.verbosity);
     let runtime = match tokio::runtime::Builder::new_multi_thread()
@@ -62,6 +65,11 @@ async fn dispatch(args: Args) -> ExitCode {
             vni,
             force,
         }) => report(cleanup::run(&args, *dry_run, *vni, *force).await),
+        Some(Command::Check {
+            output,
+            no_peers,
+            timeout,
+        }) => report(check::run(&args, *output, *no_peers, *timeout).await),
         Some(Command::Version) => {
             table::line(env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
@@ -70,13 +78,20 @@ async fn dispatch(args: Args) -> ExitCode {
 }
 
 async fn daemon(args: Args) -> ExitCode {
+    tracing::info!("{}", telemetry::one_line(&args.effective()));
+    for warning in &args.warnings {
+        tracing::warn!("{}", telemetry::one_line(warning));
+    }
     let cancel = CancellationToken::new();
     if let Err(error) = watch_signals(&cancel) {
         tracing::error!(%error, "watch for signals");
         return ExitCode::FAILURE;
     }
     match app::run(&args, cancel).await {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            tracing::info!("Exiting cleanly...");
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             tracing::error!("{}", telemetry::one_line(&telemetry::chain(&error)));
             ExitCode::from(error.exit_code())
@@ -118,7 +133,7 @@ fn report(outcome: anyhow::Result<bool>) -> ExitCode {
     }
 }
 
-fn usage(error: &clap::Error) -> ExitCode {
+fn usage(program: &str, error: &clap::Error) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             // Nobody to tell if standard output is closed.
@@ -145,10 +160,13 @@ fn usage(error: &clap::Error) -> ExitCode {
                 (_, Some(ContextValue::String(similar))) => format!(": did you mean {similar}?"),
                 _ => String::new(),
             };
-            table::complaint(&format!(
-                "{what}{}{fix}; see flannel-agent --help",
-                variable.unwrap_or_default()
-            ));
+            table::complaint_of(
+                program,
+                &format!(
+                    "{what}{}{fix}; see {program} --help",
+                    variable.unwrap_or_default()
+                ),
+            );
             ExitCode::from(EXIT_USAGE)
         }
     }

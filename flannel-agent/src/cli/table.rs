@@ -4,6 +4,7 @@ use std::io::Write as _;
 
 use comfy_table::{Table, presets::NOTHING};
 
+use super::args::PROGRAM;
 use crate::telemetry::one_line;
 
 /// Prints one line to standard output. A closed pipe ends the program quietly, as `head` expects.
@@ -15,8 +16,17 @@ pub(super) fn line(text: &str) {
 
 /// Prints one line to standard error.
 pub(super) fn complaint(text: &str) {
+    complaint_of(PROGRAM, text);
+}
+
+/// Prints one line of the program of that name to standard error.
+pub(super) fn complaint_of(program: &str, text: &str) {
     // Nobody to tell if standard error is closed.
-    let _closed = writeln!(std::io::stderr(), "flannel-agent: {}", one_line(text));
+    let _closed = writeln!(
+        std::io::stderr(),
+        "{}",
+        one_line(&format!("{program}: {text}"))
+    );
 }
 
 /// Prints rows under a header, aligned, without a frame.

@@ -3,8 +3,8 @@
 //! It only looks, but for two kernel settings (see `sysctls`). Whoever acts on the decision is the reconcile loop.
 
 mod devices;
-mod netfilter;
-mod rules;
+pub(crate) mod netfilter;
+pub(crate) mod rules;
 mod sysctls;
 
 use std::{

@@ -25,7 +25,7 @@ const TABLE_NAME: usize = 32;
 
 /// The generation of the nftables rules of this network namespace: another number with every change. `None` where the kernel has
 /// no nftables.
-pub(super) fn generation() -> Option<u32> {
+pub(crate) fn generation() -> Option<u32> {
     let mut socket = Socket::new(libc::NETLINK_NETFILTER as isize).ok()?;
     socket.bind_auto().ok()?;
     let mut request = [0u8; HEADERS];
@@ -67,7 +67,7 @@ fn generation_of(answer: &[u8]) -> Option<u32> {
 }
 
 /// Sends a word for every change of the nftables rules, until the receiver is gone or the socket fails.
-pub(super) async fn watch(out: mpsc::Sender<()>) -> io::Result<()> {
+pub(crate) async fn watch(out: mpsc::Sender<()>) -> io::Result<()> {
     let mut socket = TokioSocket::new(libc::NETLINK_NETFILTER as isize)?;
     socket.socket_mut().bind_auto()?;
     socket.socket_mut().add_membership(GROUP)?;

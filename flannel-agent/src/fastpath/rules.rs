@@ -1,20 +1,12 @@
 //! Reading the packet filter's rules with the tools that made them.
 
-use std::{
-    collections::BTreeSet,
-    env, fs,
-    path::{Path, PathBuf},
-    process::{Output, Stdio},
-    time::Duration,
-};
+use std::{collections::BTreeSet, fs, time::Duration};
 
 use flannel_core::fastpath::{Firewall, iptables, nft};
-use tokio::{
-    process::Command,
-    time::{sleep, timeout},
-};
+use tokio::time::sleep;
 
 use super::netfilter;
+use crate::program;
 
 /// The longest a listing may take; a node with a hundred thousand rules needs a few seconds.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -22,11 +14,20 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(50);
 /// Names of the legacy tables of this network namespace. Reading it loads no module, which `iptables` does.
-const LEGACY_TABLES: &str = "/proc/net/ip_tables_names";
+const LEGACY_TABLES: &str = "/proc/thread-self/net/ip_tables_names";
 /// Tables that iptables-nft makes.
 const BUILT_IN: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
+/// Programs that list the tables of each variant, and the word in their version by which the variant is known.
+const LEGACY_SAVE: &[(&str, Option<&str>)] = &[
+    ("iptables-legacy-save", None),
+    ("iptables-save", Some("legacy")),
+];
+const COMPAT_SAVE: &[(&str, Option<&str>)] = &[
+    ("iptables-nft-save", None),
+    ("iptables-save", Some("nf_tables")),
+];
 /// The table generation of a network namespace in which nft was never used.
-const UNUSED: u32 = 1;
+pub(crate) const UNUSED: u32 = 1;
 
 /// The rules, and what of them could not be read, one line each. Rules that change while they are listed make a listing fail: it is
 /// tried again.
@@ -41,15 +42,55 @@ pub(super) async fn read() -> (Firewall, Vec<String>) {
     attempt().await
 }
 
+/// The rules as the tools list them.
+#[derive(Debug, Default)]
+pub(crate) struct Listing {
+    /// `iptables-save` of the legacy tables.
+    pub(crate) legacy: Option<String>,
+    /// `iptables-save` of the tables in nftables.
+    pub(crate) compat: Option<String>,
+    /// `nft -j list ruleset`.
+    pub(crate) nft: Option<String>,
+    /// What could not be listed, one line each.
+    pub(crate) unreadable: Vec<String>,
+}
+
+/// Lists the rules, with the precautions of [`read`].
+pub(crate) async fn list() -> Listing {
+    let mut listing = Listing::default();
+    if !legacy_tables().is_empty() {
+        match dump(LEGACY_SAVE).await {
+            Ok(text) => listing.legacy = Some(text),
+            Err(error) => listing
+                .unreadable
+                .push(format!("iptables rules (legacy) cannot be listed: {error}")),
+        }
+    }
+    if netfilter::generation().is_some_and(|generation| generation > UNUSED) {
+        match run("nft", &["-j", "list", "ruleset"]).await {
+            Ok(text) => {
+                let tables = nft::ip_tables(&text).unwrap_or_default();
+                if tables
+                    .iter()
+                    .any(|table| BUILT_IN.contains(&table.as_str()))
+                {
+                    listing.compat = dump(COMPAT_SAVE).await.ok();
+                }
+                listing.nft = Some(text);
+            }
+            Err(error) => listing
+                .unreadable
+                .push(format!("nftables rules cannot be listed: {error}")),
+        }
+    }
+    listing
+}
+
 async fn attempt() -> (Firewall, Vec<String>) {
     let mut firewall = Firewall::default();
     let mut unreadable = Vec::new();
     if !legacy_tables().is_empty() {
-        let tried = &[
-            ("iptables-legacy-save", None),
-            ("iptables-save", Some("legacy")),
-        ];
-        match dump(tried).await {
+        match dump(LEGACY_SAVE).await {
             Ok(text) => firewall.chains.extend(iptables::parse(&text, "legacy")),
             Err(error) => {
                 unreadable.push(format!("iptables rules (legacy) cannot be listed: {error}"));
@@ -79,12 +120,8 @@ async fn read_nft(firewall: &mut Firewall) -> Result<(), String> {
         .iter()
         .any(|table| BUILT_IN.contains(&table.as_str()))
     {
-        let tried = &[
-            ("iptables-nft-save", None),
-            ("iptables-save", Some("nf_tables")),
-        ];
         // Without it nft's own listing must do, which shows extensions of iptables without what they ask.
-        match dump(tried).await {
+        match dump(COMPAT_SAVE).await {
             Ok(text) => {
                 elsewhere = iptables::tables(&text);
                 firewall.chains.extend(iptables::parse(&text, "nft"));
@@ -98,13 +135,13 @@ async fn read_nft(firewall: &mut Firewall) -> Result<(), String> {
 
 /// The output of the first of these programs that there is and that is of the wanted variant.
 async fn dump(tried: &[(&str, Option<&str>)]) -> Result<String, String> {
-    for (program, variant) in tried {
-        if find(program).is_none() {
+    for (name, variant) in tried {
+        if program::find(name).is_none() {
             continue;
         }
         match variant {
-            Some(variant) if !run(program, &["--version"]).await?.contains(variant) => {}
-            _ => return run(program, &[]).await,
+            Some(variant) if !run(name, &["--version"]).await?.contains(variant) => {}
+            _ => return run(name, &[]).await,
         }
     }
     let names: Vec<&str> = tried.iter().map(|(program, _)| *program).collect();
@@ -112,35 +149,7 @@ async fn dump(tried: &[(&str, Option<&str>)]) -> Result<String, String> {
 }
 
 async fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
-    let path = find(program).ok_or_else(|| format!("install {program}"))?;
-    let child = Command::new(path)
-        .args(arguments)
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = timeout(PATIENCE, child)
+    program::run(program, arguments, "", PATIENCE)
         .await
-        .map_err(|_elapsed| format!("{program} took more than {PATIENCE:?}"))?
-        .map_err(|error| format!("run {program}: {error}"))?;
-    if !status.success() {
-        let said = String::from_utf8_lossy(&stderr);
-        let line = said.lines().next().unwrap_or("without a word");
-        return Err(format!("{program} ended with {status}: {line}"));
-    }
-    Ok(String::from_utf8_lossy(&stdout).into_owned())
-}
-
-/// Looks where administrators' programs are, too: a service's PATH may lack them.
-fn find(program: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let administrators = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
-    env::split_paths(&path)
-        .chain(administrators)
-        .map(|dir: PathBuf| dir.join(Path::new(program)))
-        .find(|path| path.is_file())
+        .map_err(|error| error.to_string())
 }

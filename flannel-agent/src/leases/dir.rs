@@ -3,6 +3,7 @@
 //! `<dir>/subnets/<key>` holds the same JSON as etcd would under the same key, `<dir>/config` the network
 //! configuration. Files do not expire. Names that start with a dot are ours to write through and never leases.
 
+mod conf;
 mod files;
 mod keeper;
 
@@ -15,11 +16,12 @@ use flannel_core::{
     acquire::{Identity, choose},
     lease::{Lease, SubnetKey},
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tracing::debug;
 
 use super::{
-    Held, LeaseError, Offer, Outcome, View, addresses, is_ours, log_acquired, log_decision, pick,
+    Held, LeaseError, Offer, Outcome, Snapshot, View, addresses, is_ours, log_acquired,
+    log_decision, pick,
     retry::Backoff,
     table::{Raw, Reported, Table, overlap},
 };
@@ -108,6 +110,10 @@ impl DirLeases {
         })
     }
 
+    pub(super) async fn net_conf_after(&self, known: &str) -> String {
+        conf::after(self, known).await
+    }
+
     pub(super) async fn own_stored(&self, us: &Identity) -> Result<Option<Lease>, LeaseError> {
         let list = match self.scan().await {
             Ok(list) => list,
@@ -124,6 +130,20 @@ impl DirLeases {
             .map(|stored| stored.lease)
             .find(|lease| is_ours(&lease.attrs, us));
         Ok(own)
+    }
+
+    pub(super) async fn snapshot(&self) -> Result<Snapshot, LeaseError> {
+        let list = match self.scan().await {
+            Ok(list) => list,
+            // The first node makes it.
+            Err(LeaseError::File { source, .. })
+                if source.kind() == std::io::ErrorKind::NotFound && self.dir.is_dir() =>
+            {
+                return Ok(Snapshot::default());
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(Table::from_list(&list, &self.reported).snapshot(Instant::now()))
     }
 
     pub(super) async fn run(

@@ -5,6 +5,7 @@
 //! and a reservation (a key without an etcd lease) stays one.
 
 mod acquire;
+mod conf;
 mod connection;
 mod keeper;
 mod own;
@@ -24,7 +25,7 @@ use tokio::{sync::watch, time::Instant};
 
 use self::connection::Connection;
 use super::{
-    Held, LeaseError, Offer, View, is_ours,
+    Held, LeaseError, Offer, Snapshot, View, is_ours,
     table::{Raw, Reported, Table},
 };
 
@@ -34,6 +35,9 @@ pub const DEFAULT_PREFIX: &str = "/coreos.com/network";
 pub const DEFAULT_TTL: Duration = Duration::from_hours(24);
 /// flannel's default for `--subnet-lease-renew-margin`.
 pub const DEFAULT_RENEW_MARGIN: Duration = Duration::from_hours(1);
+
+/// After a watch that lasted this long the waits between reconnects start anew.
+const PROVEN: Duration = Duration::from_secs(5);
 
 /// A list of several thousand leases exceeds the 4 MiB that the client library takes by default.
 const MAX_MESSAGE: usize = 256 << 20;
@@ -159,6 +163,17 @@ impl EtcdLeases {
     }
 
     pub(super) async fn net_conf(&self) -> Result<String, LeaseError> {
+        let (text, _) = self.read_conf().await?;
+        let key = self.key("config");
+        text.ok_or(LeaseError::NoNetConf { key })
+    }
+
+    pub(super) async fn net_conf_after(&self, known: &str) -> String {
+        conf::after(self, known).await
+    }
+
+    /// The network configuration, if there is one, and the revision of the store.
+    async fn read_conf(&self) -> Result<(Option<String>, i64), LeaseError> {
         let key = self.key("config");
         let action = format!("read {key}");
         let answer = self
@@ -168,13 +183,17 @@ impl EtcdLeases {
                 async move { client.get(key, None).await }
             })
             .await?;
-        let Some(kv) = answer.kvs().first() else {
-            return Err(LeaseError::NoNetConf { key });
-        };
-        match String::from_utf8(kv.value().to_vec()) {
-            Ok(text) => Ok(text),
-            Err(_) => Err(LeaseError::NetConfText { location: key }),
-        }
+        let revision = answer
+            .header()
+            .map_or(0, etcd_client::ResponseHeader::revision);
+        let text = answer.kvs().first().map(|kv| self.conf_text(kv));
+        Ok((text.transpose()?, revision))
+    }
+
+    fn conf_text(&self, kv: &KeyValue) -> Result<String, LeaseError> {
+        String::from_utf8(kv.value().to_vec()).map_err(|_| LeaseError::NetConfText {
+            location: self.key("config"),
+        })
     }
 
     pub(super) async fn own_stored(&self, us: &Identity) -> Result<Option<Lease>, LeaseError> {
@@ -186,6 +205,11 @@ impl EtcdLeases {
             .map(|stored| stored.lease)
             .find(|lease| is_ours(&lease.attrs, us));
         Ok(own)
+    }
+
+    pub(super) async fn snapshot(&self) -> Result<Snapshot, LeaseError> {
+        let listing = self.list().await?;
+        Ok(Table::from_list(&listing.keys, &self.reported).snapshot(Instant::now()))
     }
 
     pub(super) async fn acquire(&self, offer: &Offer) -> Result<Held, LeaseError> {

@@ -10,7 +10,7 @@ mod etcd;
 mod retry;
 mod table;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use flannel_core::{
     acquire::{Choice, Decision, Identity},
@@ -25,6 +25,9 @@ pub use self::{
     error::{ErrorKind, LeaseError},
     etcd::{DEFAULT_PREFIX, DEFAULT_RENEW_MARGIN, DEFAULT_TTL, EtcdLeases, EtcdOptions},
 };
+
+/// Changes that come together are read and published together.
+const COALESCE: Duration = Duration::from_millis(20);
 
 /// All that a store knows, as of one revision. Complete: never half a list. This node's own lease is included.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -124,11 +127,28 @@ impl Store {
         }
     }
 
+    /// Waits until the text of the network configuration differs from `known`, and returns it: for ever if nobody changes it. A store
+    /// that cannot be reached is asked again, and a configuration that was removed is no other one. May be dropped at any time.
+    pub async fn net_conf_after(&self, known: &str) -> String {
+        match self {
+            Store::Etcd(store) => store.net_conf_after(known).await,
+            Store::Dir(store) => store.net_conf_after(known).await,
+        }
+    }
+
     /// Looks up the lease stored for our public address, so that a new device can take over its MAC address.
     pub async fn own_stored(&self, us: &Identity) -> Result<Option<Lease>, LeaseError> {
         match self {
             Store::Etcd(store) => store.own_stored(us).await,
             Store::Dir(store) => store.own_stored(us).await,
+        }
+    }
+
+    /// Reads the list of all leases, once.
+    pub async fn list(&self) -> Result<Snapshot, LeaseError> {
+        match self {
+            Store::Etcd(store) => store.snapshot().await,
+            Store::Dir(store) => store.snapshot().await,
         }
     }
 

@@ -14,7 +14,7 @@ use crate::{
     files,
     health::{Board, Part, Pulse},
     state::State,
-    telemetry::chain,
+    telemetry::{chain, one_line},
 };
 
 /// Writes `subnet.env` once everything is in place, and keeps the board up to date.
@@ -112,11 +112,8 @@ impl Readiness {
         ));
     }
 
-    /// Writes `subnet.env` when it is due: the first time not before all else is in place, because it sends pods on their way.
+    /// Writes `subnet.env` when it is due.
     pub(super) fn become_ready(&mut self, desired: &Desired, state: &State) {
-        if self.written.is_none() && !self.is_due() {
-            return;
-        }
         let env = SubnetEnv {
             network: Some(desired.tunnel.network),
             subnet: state.subnet,
@@ -139,7 +136,7 @@ impl Readiness {
             tracing::info!(
                 subnet = state.subnet.map(tracing::field::display),
                 "Wrote subnet file to {}",
-                self.subnet_file.display()
+                one_line(&self.subnet_file.display().to_string())
             );
             self.written = Some(text);
             self.trouble = None;
@@ -150,11 +147,5 @@ impl Readiness {
             tracing::info!(datapath = state.datapath.mode.as_str(), "flannel is ready");
             tracing::info!("Running backend.");
         }
-    }
-
-    fn is_due(&self) -> bool {
-        let lacking = self.board.watch();
-        let lacking = lacking.borrow();
-        lacking.keys().all(|part| *part == Part::SubnetFile)
     }
 }

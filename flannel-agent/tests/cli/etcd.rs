@@ -86,7 +86,7 @@ fn the_password_is_nowhere() {
     let password = format!("--etcd-password={PASSWORD}");
     let args = [
         &endpoints,
-        "-v=2",
+        "-v=10",
         "--etcd-username=root",
         &password,
         &place.flags()[1],

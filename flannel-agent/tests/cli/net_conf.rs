@@ -107,12 +107,16 @@ fn bad_network_configurations_are_refused() {
     place.set_conf(b"{\"Network\":\"\xff\"}");
     place.refuses(&[], &["leases/config", "UTF-8", "10.244.0.0/16"]);
 
-    // The same from etcd, where the key and the endpoint are named.
+    // From etcd only a backend that is none of ours is refused, naming key and endpoint: everything else can be mended there.
     let ip = Lab::GATEWAY;
     let etcd = Etcd::start(Some(place.lab.underlay()), ip).expect("etcd");
     let endpoints = format!("--etcd-endpoints={}", etcd.endpoint());
     let flags = place.flags();
-    for (conf, needles) in &cases {
+    let refused = cases.iter().filter(|(_, needles)| {
+        let is_backend = |needle: &&str| ["wireguard", "backend type", "a\\nb"].contains(needle);
+        needles.iter().any(is_backend)
+    });
+    for (conf, needles) in refused {
         etcd.put("/net/config", conf).expect("put");
         let endpoint = etcd.endpoint();
         let needles: Vec<&str> = needles

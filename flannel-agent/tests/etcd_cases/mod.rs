@@ -1,7 +1,9 @@
 //! The cases, and what they share.
 
 mod acquire;
+mod conf;
 mod connect;
+mod failover;
 mod keep;
 mod outage;
 

@@ -1,5 +1,7 @@
 //! An etcd of our own on loopback: free ports, its own data directory, gone when dropped.
 
+pub(crate) mod cluster;
+
 use std::{
     fs::File,
     net::TcpListener,
@@ -55,7 +57,7 @@ impl EtcdServer {
         let log = File::create(self.dir.path().join("etcd.log")).expect("etcd.log");
         let peer = format!("http://127.0.0.1:{}", self.peer_port);
         let url = self.url();
-        let mut command = Command::new("etcd");
+        let mut command = Command::new(crate::ETCD.program());
         command
             .arg("--data-dir")
             .arg(self.dir.path().join("data"))

@@ -113,6 +113,18 @@ impl Dump {
         )
     }
 
+    /// What these commands said alone.
+    pub(crate) fn only(&self, commands: &[&str]) -> Dump {
+        let kept = self
+            .0
+            .iter()
+            .filter(|(what, _)| commands.contains(&what.as_str()));
+        Dump(
+            kept.map(|(what, lines)| (what.clone(), lines.clone()))
+                .collect(),
+        )
+    }
+
     /// What differs; empty if nothing does.
     pub(crate) fn diff(&self, now: &Dump) -> Vec<String> {
         let mut found = Vec::new();

@@ -56,8 +56,8 @@ pub(crate) trait Network: Copy + Display + FromStr {
     const EXAMPLE: &'static str;
     const WANTED: &'static str;
     const WANTED_ADDRESS: &'static str;
-    /// What to say of text that does not parse.
-    const BAD: &'static str;
+    /// Upstream's words for text that does not parse.
+    fn bad(text: &str) -> String;
     /// The subnet length where none is given and the network is large enough.
     const DEFAULT_LEN: u8;
 
@@ -77,8 +77,11 @@ impl Network for Ipv4Net {
     const EXAMPLE: &'static str = "10.244.0.0/16";
     const WANTED: &'static str = "a string such as \"10.244.0.0/16\"";
     const WANTED_ADDRESS: &'static str = "a string such as \"10.244.1.0\"";
-    const BAD: &'static str = "invalid IPv4 CIDR format, write one such as 10.244.0.0/16";
     const DEFAULT_LEN: u8 = 24;
+
+    fn bad(_text: &str) -> String {
+        "invalid IPv4 CIDR format".to_owned()
+    }
 
     fn truncated(self) -> Self {
         self.trunc()
@@ -107,8 +110,11 @@ impl Network for Ipv6Net {
     const EXAMPLE: &'static str = "fd00:10:244::/48";
     const WANTED: &'static str = "a string such as \"fd00:10:244::/48\"";
     const WANTED_ADDRESS: &'static str = "a string such as \"fd00:10:244:1::\"";
-    const BAD: &'static str = "invalid IPv6 CIDR format, write one such as fd00:10:244::/48";
     const DEFAULT_LEN: u8 = 64;
+
+    fn bad(text: &str) -> String {
+        format!("invalid CIDR address: {}", text.escape_debug())
+    }
 
     fn truncated(self) -> Self {
         self.trunc()
@@ -139,11 +145,10 @@ impl<N: Network> Given<N, N::Addr> {
     pub(super) fn read(object: &Object) -> Result<Self, ConfigError> {
         let network = match string(object, N::KEY, N::KEY, N::WANTED)? {
             None => None,
-            Some(text) => Some(
-                text.parse()
-                    .map(N::truncated)
-                    .map_err(|_| invalid(N::KEY, &format!("{text:?}"), N::BAD))?,
-            ),
+            Some(text) => Some(text.parse().map(N::truncated).map_err(|_| {
+                let fix = format!(", write one such as {}", N::EXAMPLE);
+                rule(N::bad(text), N::KEY, &format!("{text:?}"), fix)
+            })?),
         };
         let address = |key: &'static str| match string(object, key, key, N::WANTED_ADDRESS)? {
             None => Ok(None),
@@ -181,18 +186,21 @@ impl<N: Network> Given<N, N::Addr> {
         for (key, number) in [(N::MIN_KEY, min), (N::MAX_KEY, max)] {
             let addr = N::Addr::from_number(number);
             if !(first..=last).contains(&number) {
-                let fix = format!(
-                    "{key} is not in the range of the {}, use an address inside {network}",
-                    N::KEY
-                );
-                return Err(invalid(key, &addr, fix));
+                return Err(rule(
+                    format!("{key} is not in the range of the {}", N::KEY),
+                    key,
+                    &addr,
+                    format!(", use an address inside {network}"),
+                ));
             }
             let base = N::Addr::from_number(number & !(size - 1));
             if number % size != 0 {
-                let fix = format!(
-                    "{key} is not on a SubnetLen boundary: {addr}, use {base} for subnets of /{subnet_len}"
-                );
-                return Err(invalid(key, &addr, fix));
+                return Err(rule(
+                    format!("{key} is not on a SubnetLen boundary: {addr}"),
+                    key,
+                    &addr,
+                    format!(", use {base} for subnets of /{subnet_len}"),
+                ));
             }
         }
         let (min, max) = (N::Addr::from_number(min), N::Addr::from_number(max));
@@ -216,17 +224,18 @@ fn subnet_len<N: Network>(network: N, given: Option<u8>) -> Result<u8, ConfigErr
     let prefix = network.prefix();
     let most = N::Addr::BITS - 2;
     match given {
-        Some(len) if len > most => {
-            let fix = format!("SubnetLen must be less than /{}", most + 1);
-            Err(invalid(N::LEN_KEY, &len, fix))
-        }
-        Some(len) if len < prefix.saturating_add(2) => {
-            let fix = format!(
-                "network must be able to accommodate at least four subnets, use at least {} with {network}",
-                prefix.saturating_add(2)
-            );
-            Err(invalid(N::LEN_KEY, &len, fix))
-        }
+        Some(len) if len > most => Err(rule(
+            format!("SubnetLen must be less than /{}", most + 1),
+            N::LEN_KEY,
+            &len,
+            String::new(),
+        )),
+        Some(len) if len < prefix.saturating_add(2) => Err(rule(
+            "network must be able to accommodate at least four subnets".to_owned(),
+            N::LEN_KEY,
+            &len,
+            format!(", use at least {} with {network}", prefix.saturating_add(2)),
+        )),
         Some(len) => Ok(len),
         None if prefix > most - 2 => {
             let lead = if N::Addr::BITS == 32 {
@@ -234,13 +243,26 @@ fn subnet_len<N: Network>(network: N, given: Option<u8>) -> Result<u8, ConfigErr
             } else {
                 N::KEY
             };
-            let fix = format!(
-                "{lead} is too small. Minimum useful network prefix is /{}",
-                most - 2
-            );
-            Err(invalid(N::KEY, &network, fix))
+            Err(rule(
+                format!(
+                    "{lead} is too small. Minimum useful network prefix is /{}",
+                    most - 2
+                ),
+                N::KEY,
+                &network,
+                String::new(),
+            ))
         }
         None => Ok(N::DEFAULT_LEN.max(prefix + 2)),
+    }
+}
+
+fn rule(rule: String, key: &'static str, value: &dyn Display, fix: String) -> ConfigError {
+    ConfigError::Rule {
+        rule,
+        key,
+        value: value.to_string(),
+        fix,
     }
 }
 

@@ -246,7 +246,7 @@ fn of_match(name: &str, table: &str, logs: bool) -> Option<Statement> {
 }
 
 /// Splits a line as a shell would: quotes keep blanks, a backslash keeps the next character.
-fn split(line: &str) -> Vec<String> {
+pub(crate) fn split(line: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;
     let mut quoted = false;

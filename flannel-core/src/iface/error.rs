@@ -59,7 +59,8 @@ pub enum IfaceError {
     },
     /// The published address is not local, and nothing else names the interface.
     #[error(
-        "no interface has the public address {ip}: if it is translated on the way, set --iface too, to one of {candidates}"
+        "error looking up interface {ip}: no interface with given IP found: if that public address is translated on the way, set --iface \
+         too, to one of {candidates}"
     )]
     PublicNotLocal {
         /// The address asked for.
@@ -67,13 +68,42 @@ pub enum IfaceError {
         /// What is there.
         candidates: String,
     },
-    /// Nothing was asked for, and the machine has no default route.
+    /// Nothing was asked for, the machine has no default route, and nothing else tells which interface is meant.
     #[error(
-        "unable to find default route for {family} with a single interface: set --iface to one of {candidates}"
+        "failed to get default interface: unable to find default route for {family}, and {found}: set --iface to one of {candidates}"
     )]
     NoDefaultRoute {
         /// The family without one.
         family: Family,
+        /// What else was looked for.
+        found: String,
+        /// What is there.
+        candidates: String,
+    },
+    /// The default route leads over several interfaces.
+    #[error(
+        "failed to get default interface: found default route but could not determine interface: it leads over several, set --iface to \
+         one of {candidates}"
+    )]
+    Multipath {
+        /// Where it leads.
+        candidates: String,
+    },
+    /// No interface matches a regular expression.
+    #[error(
+        "could not match pattern {pattern} to any of the available network interfaces ({candidates})"
+    )]
+    NoMatch {
+        /// The expression.
+        pattern: String,
+        /// What is there.
+        candidates: String,
+    },
+    /// There is no way to the address that must be reachable.
+    #[error("no route to {ip}: set --iface to one of {candidates}")]
+    Unreachable {
+        /// The address.
+        ip: IpAddr,
         /// What is there.
         candidates: String,
     },
@@ -121,10 +151,16 @@ pub enum IfaceError {
         /// What is there.
         candidates: String,
     },
-    /// Several were asked for, and each failed.
-    #[error("none of the given interfaces can be used: {}", misses.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    /// Some were asked for, and each failed.
+    #[error(
+        "Failed to find interface to use that matches the interfaces and/or regexes provided: {}",
+        misses.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    )]
     NoneMatched {
         /// One error for each, in the order given.
         misses: Vec<IfaceError>,
     },
+    /// None was asked for, and none could be found.
+    #[error("Failed to find any valid interface to use: {0}")]
+    NoneFound(Box<IfaceError>),
 }

@@ -23,6 +23,7 @@ fn link(number: u32, name: &str, addrs: &[&str]) -> Link {
         name: name.to_owned(),
         mtu: 1500,
         up: true,
+        kind: None,
         addrs: addrs.iter().map(|text| addr(text)).collect(),
     }
 }
@@ -36,13 +37,18 @@ fn machine() -> Vec<Link> {
     ]
 }
 
-const LISTED: &str =
-    "lo:[127.0.0.1 ::1], eth0:[192.168.77.11 fd77::11 fe80::1], eth1:[10.0.0.5 fd88::5]";
+const LISTED: &str = "eth0:[192.168.77.11 fd77::11 fe80::1], eth1:[10.0.0.5 fd88::5]";
+
+const NONE_FOUND: &str = "Failed to find any valid interface to use: ";
+const NONE_MATCHED: &str =
+    "Failed to find interface to use that matches the interfaces and/or regexes provided: ";
 
 fn routes(v4: u32, v6: u32) -> Routes {
+    let over = |value| IfIndex::try_from(value).map_or(DefaultRoute::None, DefaultRoute::Over);
     Routes {
-        default_v4: IfIndex::try_from(v4).ok(),
-        default_v6: IfIndex::try_from(v6).ok(),
+        default_v4: over(v4),
+        default_v6: over(v6),
+        reach: None,
     }
 }
 
@@ -51,6 +57,7 @@ fn wanted(ifaces: &[&str], public_ip: &str, public_ipv6: &str) -> Wanted {
         ifaces: ifaces.iter().map(ToString::to_string).collect(),
         public_ip: public_ip.parse().ok(),
         public_ipv6: public_ipv6.parse().ok(),
+        ..Wanted::default()
     }
 }
 
@@ -134,7 +141,8 @@ fn by_public_address() {
             .unwrap_err()
             .to_string(),
         format!(
-            "no interface has the public address 198.51.100.7: if it is translated on the way, set --iface too, to one of {LISTED}"
+            "Failed to find any valid interface to use: error looking up interface 198.51.100.7: no interface with given IP found: \
+             if that public address is translated on the way, set --iface too, to one of {LISTED}"
         )
     );
 }
@@ -235,20 +243,20 @@ fn dual_stack_needs_one_interface_for_both() {
         (ip("10.0.0.5"), ipv6("fd88::5"))
     );
 
-    for wanted in [
-        wanted(&[], "192.168.77.11", "fd88::5"),
-        wanted(&["192.168.77.11"], "", "fd88::5"),
+    for (wanted, lead) in [
+        (wanted(&[], "192.168.77.11", "fd88::5"), NONE_FOUND),
+        (wanted(&["192.168.77.11"], "", "fd88::5"), NONE_MATCHED),
     ] {
         assert_eq!(
             dual(&wanted).unwrap_err().to_string(),
             format!(
-                "v6 address interface eth1 must be the same with v4 address interface eth0: set --iface to one of {LISTED}"
+                "{lead}v6 address interface eth1 must be the same with v4 address interface eth0: set --iface to one of {LISTED}"
             )
         );
     }
     let error = select(&machine(), &routes(2, 3), &Wanted::default(), true, true).unwrap_err();
     assert!(error.to_string().starts_with(
-        "v6 default route interface eth1 must be the same with v4 default route interface eth0"
+        "Failed to find any valid interface to use: v6 default route interface eth1 must be the same with v4 default route interface eth0"
     ));
 }
 
@@ -264,10 +272,11 @@ fn ipv6_only() {
     let uplink = v6(&wanted(&[], "192.168.77.11", "fd77::11"), routes(0, 0)).unwrap();
     assert_eq!((uplink.name.as_str(), uplink.public_ip), ("eth0", None));
     assert_eq!(uplink.local_v6(), ipv6("fd77::11"));
-    assert!(matches!(
-        v6(&wanted(&["10.0.0.5"], "", ""), routes(2, 3)),
-        Err(IfaceError::WrongFamily { .. })
-    ));
+    let error = v6(&wanted(&["10.0.0.5"], "", ""), routes(2, 3)).unwrap_err();
+    assert!(
+        matches!(&error, IfaceError::NoneMatched { misses } if matches!(misses[..], [IfaceError::WrongFamily { .. }])),
+        "{error}"
+    );
 }
 
 #[test]
@@ -275,16 +284,18 @@ fn errors_name_the_value_and_list_the_interfaces() {
     let message = |wanted: &Wanted| v4(wanted).unwrap_err().to_string();
     assert_eq!(
         message(&wanted(&["ens3"], "", "")),
-        format!("no interface is named \"ens3\": set --iface to one of {LISTED}")
+        format!("{NONE_MATCHED}no interface is named \"ens3\": set --iface to one of {LISTED}")
     );
     assert_eq!(
         message(&wanted(&["10.9.9.9"], "", "")),
-        format!("no interface has the address 10.9.9.9: set --iface to one of {LISTED}")
+        format!(
+            "{NONE_MATCHED}no interface has the address 10.9.9.9: set --iface to one of {LISTED}"
+        )
     );
     assert_eq!(
         message(&wanted(&["ens3", "lo"], "", "")),
         format!(
-            "none of the given interfaces can be used: no interface is named \"ens3\": set --iface to one of {LISTED}; \
+            "{NONE_MATCHED}no interface is named \"ens3\": set --iface to one of {LISTED}; \
              failed to find IPv4 address for interface lo: give it one, or set --iface to one of {LISTED}"
         )
     );
@@ -292,7 +303,8 @@ fn errors_name_the_value_and_list_the_interfaces() {
     assert_eq!(
         error.to_string(),
         format!(
-            "unable to find default route for IPv4 with a single interface: set --iface to one of {LISTED}"
+            "{NONE_FOUND}failed to get default interface: unable to find default route for IPv4, and 2 interfaces have an address of \
+             global scope: set --iface to one of eth0:[192.168.77.11 fd77::11 fe80::1], eth1:[10.0.0.5 fd88::5]"
         )
     );
     let error = select(&[], &routes(2, 0), &Wanted::default(), true, false).unwrap_err();
@@ -320,21 +332,21 @@ fn unusable_interfaces() {
             up: false,
             ..eth0.clone()
         }),
-        "interface eth0 is down: bring it up with \"ip link set eth0 up\", or set --iface to one of eth0:[192.0.2.1]"
+        "Failed to find any valid interface to use: interface eth0 is down: bring it up with \"ip link set eth0 up\", or set --iface to one of eth0:[192.0.2.1]"
     );
     assert_eq!(
         select(Link {
             mtu: 0,
             ..eth0.clone()
         }),
-        "failed to determine MTU for eth0 interface: it is 0, set one with \"ip link set eth0 mtu 1500\""
+        "Failed to find any valid interface to use: failed to determine MTU for eth0 interface: it is 0, set one with \"ip link set eth0 mtu 1500\""
     );
     assert_eq!(
         select(Link {
             addrs: vec![],
             ..eth0
         }),
-        "failed to find IPv4 address for interface eth0: give it one, or set --iface to one of eth0:[]"
+        "Failed to find any valid interface to use: failed to find IPv4 address for interface eth0: give it one, or set --iface to one of eth0:[]"
     );
 }
 
@@ -370,7 +382,7 @@ prop_compose! {
         let addrs = addrs.into_iter().map(|(ip, [permanent, temporary, deprecated, link_local])| {
             LinkAddr { ip, prefix_len: 24, permanent, temporary, deprecated, link_local }
         });
-        Link { index: index(number), name: format!("eth{number}"), mtu, up, addrs: addrs.collect() }
+        Link { index: index(number), name: format!("eth{number}"), mtu, up, kind: None, addrs: addrs.collect() }
     }
 }
 
@@ -385,7 +397,7 @@ proptest! {
         need_v4: bool,
         need_v6: bool,
     ) {
-        let wanted = Wanted { ifaces, public_ip, public_ipv6: None };
+        let wanted = Wanted { ifaces, public_ip, ..Wanted::default() };
         if let Ok(uplink) = select(&links, &routes(default_v4, default_v6), &wanted, need_v4, need_v6) {
             let link = links.iter().find(|link| link.index == uplink.index && link.up && link.mtu != 0);
             prop_assert!(link.is_some());

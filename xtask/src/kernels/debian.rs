@@ -1,17 +1,14 @@
-//! Kernels from Debian's archive, by the machine's own apt with a directory of its own: signatures are checked, and nothing of
-//! the machine's packages is touched.
+//! Kernels from Debian's archive.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
 use super::{Arch, Kernel};
+use crate::archive::{Apt, unpack};
 use crate::process;
 
-/// What the archive is signed with.
-pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Names the release of a complete kernel directory; written last.
 const COMPLETE: &str = "release";
 
@@ -32,9 +29,9 @@ pub(super) fn fetch(dir: &Path, kernel: Kernel, arch: Arch, refresh: bool) -> Re
         return Ok(Files::of(home, release));
     }
     eprintln!("fetching the kernel of Debian {suite} (20 to 60 MB)");
-    let apt = Apt::new(dir, suite, arch)?;
+    let apt = Apt::new(dir, suite, arch.name())?;
     apt.update()?;
-    let (release, packages) = apt.kernel()?;
+    let (release, packages) = image_of(&apt)?;
     if home.exists() {
         fs::remove_dir_all(&home).with_context(|| format!("remove {}", home.display()))?;
     }
@@ -58,133 +55,21 @@ impl Files {
     }
 }
 
-/// apt with its state below `target/kernels/apt`. One suite each: the metapackages are named alike in all.
-struct Apt {
-    dir: PathBuf,
-    arch: &'static str,
-}
-
-impl Apt {
-    fn new(dir: &Path, suite: &str, arch: Arch) -> Result<Self> {
-        let dir = dir.join("apt").join(format!("{suite}-{}", arch.name()));
-        for below in ["state/lists/partial", "cache/archives/partial"] {
-            let path = dir.join(below);
-            fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
-        }
-        let apt = Self {
-            dir,
-            arch: arch.name(),
-        };
-        apt.write("status", "")?;
-        let mirror = mirror()?;
-        apt.write(
-            "sources.list",
-            &format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n"),
-        )?;
-        let at = apt.dir.display();
-        // `Dir::Etc::parts` stays the machine's: it may name a proxy.
-        apt.write(
-            "apt.conf",
-            &format!(
-                "Dir::State \"{at}/state\";\n\
-                 Dir::State::status \"{at}/status\";\n\
-                 Dir::Cache \"{at}/cache\";\n\
-                 Dir::Etc::sourcelist \"{at}/sources.list\";\n\
-                 Dir::Etc::sourceparts \"/dev/null\";\n\
-                 Dir::Etc::preferencesparts \"/dev/null\";\n\
-                 APT::Architecture \"{}\";\n\
-                 APT::Architectures {{ \"{}\"; }};\n\
-                 APT::Sandbox::User \"\";\n\
-                 Acquire::Languages \"none\";\n",
-                apt.arch, apt.arch
-            ),
-        )?;
-        Ok(apt)
-    }
-
-    fn write(&self, name: &str, text: &str) -> Result<()> {
-        let path = self.dir.join(name);
-        fs::write(&path, text).with_context(|| format!("write {}", path.display()))
-    }
-
-    fn command(&self, program: &str) -> Command {
-        let mut command = process::command(program);
-        command
-            .env("APT_CONFIG", self.dir.join("apt.conf"))
-            .env("LC_ALL", "C")
-            .stdin(Stdio::null())
-            .current_dir(&self.dir);
-        command
-    }
-
-    fn update(&self) -> Result<()> {
-        process::run(self.command("apt-get").args(["update", "-qq"]))
-    }
-
-    /// The release that the metapackage leads to, and the packages that hold it: one up to 6.x, three from 7.x on, where the
-    /// image itself is empty.
-    fn kernel(&self) -> Result<(String, Vec<String>)> {
-        let flavour = format!("cloud-{}", self.arch);
-        let meta = self.depends(&format!("linux-image-{flavour}"))?;
-        let image = meta
-            .iter()
-            .find(|name| name.starts_with("linux-image-"))
-            .with_context(|| format!("linux-image-{flavour} depends on no image"))?;
-        let release = image.trim_start_matches("linux-image-").to_owned();
-        let ending = format!("-{release}");
-        let parts = self.depends(image)?;
-        let mut packages = vec![image.clone()];
-        packages.extend(parts.into_iter().filter(|name| name.ends_with(&ending)));
-        Ok((release, packages))
-    }
-
-    fn depends(&self, package: &str) -> Result<Vec<String>> {
-        let output = output(
-            self.command("apt-cache")
-                .args(["depends", "--important", package]),
-        )?;
-        Ok(dependencies(&output))
-    }
-
-    fn download(&self, packages: &[String]) -> Result<Vec<PathBuf>> {
-        for old in self.packages()? {
-            fs::remove_file(&old).with_context(|| format!("remove {}", old.display()))?;
-        }
-        process::run(
-            self.command("apt-get")
-                .args(["download", "-qq"])
-                .args(packages),
-        )?;
-        self.packages()
-    }
-
-    fn packages(&self) -> Result<Vec<PathBuf>> {
-        let entries = fs::read_dir(&self.dir)?.collect::<std::io::Result<Vec<_>>>()?;
-        let mut paths: Vec<_> = entries.into_iter().map(|entry| entry.path()).collect();
-        paths.retain(|path| path.extension().is_some_and(|end| end == "deb"));
-        paths.sort();
-        Ok(paths)
-    }
-}
-
-/// The packages in what `apt-cache depends` prints; not the virtual ones, in angle brackets.
-fn dependencies(text: &str) -> Vec<String> {
-    text.lines()
-        .filter_map(|line| line.trim_start_matches([' ', '|']).split_once("epends: "))
-        .map(|(_, name)| name.trim().to_owned())
-        .filter(|name| !name.starts_with('<'))
-        .collect()
-}
-
-fn unpack(package: &Path, home: &Path) -> Result<()> {
-    process::run(
-        process::command("dpkg-deb")
-            .arg("-x")
-            .arg(package)
-            .arg(home),
-    )?;
-    // The package is not needed again.
-    fs::remove_file(package).with_context(|| format!("remove {}", package.display()))
+/// The release that the metapackage leads to, and the packages that hold it: one up to 6.x, three from 7.x on, where the
+/// image itself is empty.
+fn image_of(apt: &Apt) -> Result<(String, Vec<String>)> {
+    let flavour = format!("cloud-{}", apt.arch());
+    let meta = apt.depends(&format!("linux-image-{flavour}"))?;
+    let image = meta
+        .iter()
+        .find(|name| name.starts_with("linux-image-"))
+        .with_context(|| format!("linux-image-{flavour} depends on no image"))?;
+    let release = image.trim_start_matches("linux-image-").to_owned();
+    let ending = format!("-{release}");
+    let parts = apt.depends(image)?;
+    let mut packages = vec![image.clone()];
+    packages.extend(parts.into_iter().filter(|name| name.ends_with(&ending)));
+    Ok((release, packages))
 }
 
 /// Gives every layout the same form: `vmlinuz` and `lib/modules/<release>`.
@@ -208,67 +93,4 @@ fn arrange(home: &Path, release: &str) -> Result<()> {
 
 fn rename(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to).with_context(|| format!("move {} to {}", from.display(), to.display()))
-}
-
-/// The output of a command that must succeed.
-pub(super) fn output(command: &mut Command) -> Result<String> {
-    let output = command
-        .stderr(Stdio::piped())
-        .output()
-        .with_context(|| format!("start {}", command.get_program().display()))?;
-    if !output.status.success() {
-        bail!(
-            "{} ended with {}: {}",
-            process::line(command),
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-/// The archive that this machine gets its own packages from: it holds every suite.
-fn mirror() -> Result<String> {
-    let output = Command::new("apt-get")
-        .args(["indextargets", "--format", "$(SITE) $(RELEASE)"])
-        .stdin(Stdio::null())
-        .output()
-        .context("ask apt for its archive")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    choose_mirror(&text).with_context(|| {
-        format!(
-            "apt names no Debian archive, run `apt-get update`; it said: {}",
-            text.trim()
-        )
-    })
-}
-
-/// Of lines with an address and a release: the first that is neither updates nor security, which lack whole suites.
-fn choose_mirror(targets: &str) -> Option<String> {
-    targets.lines().find_map(|line| {
-        let (site, release) = line.split_once(' ')?;
-        (!release.contains('-') && !site.contains("security")).then(|| site.to_owned())
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dependencies_are_read() {
-        let text = "linux-image-7.2.12+deb13-cloud-amd64\n  PreDepends: linux-base\n |Depends: <dracut>\n  \
-                    Depends: <linux-initramfs-tool>\n    dracut\n  Depends: linux-binary-7.2.12+deb13-cloud-amd64\n";
-        assert_eq!(
-            dependencies(text),
-            ["linux-base", "linux-binary-7.2.12+deb13-cloud-amd64"]
-        );
-    }
-
-    #[test]
-    fn the_archive_itself_is_chosen() {
-        let targets = "http://a/debian-security bookworm-security\nhttp://a/debian bookworm-updates\nhttp://a/debian bookworm\n";
-        assert_eq!(choose_mirror(targets).as_deref(), Some("http://a/debian"));
-        assert_eq!(choose_mirror(""), None);
-    }
 }

@@ -8,7 +8,8 @@ use anyhow::{Context as _, Result, bail};
 
 use super::Programs;
 use super::cpio::Archive;
-use super::debian::{Files, output};
+use super::debian::Files;
+use crate::archive::output;
 use crate::process;
 
 /// What the lab runs.

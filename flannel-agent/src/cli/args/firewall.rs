@@ -6,6 +6,7 @@ use super::boolean;
 
 /// Flags about rules in iptables or nftables.
 #[derive(Clone, Debug, Group)]
+#[command(next_help_heading = "Firewall")]
 #[expect(
     clippy::struct_excessive_bools,
     reason = "each is a flag of upstream's, independent of the others"

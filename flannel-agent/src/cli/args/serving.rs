@@ -6,6 +6,7 @@ use clap::{Args as Group, ValueEnum};
 
 /// Flags about health endpoints and logs.
 #[derive(Clone, Debug, Group)]
+#[command(next_help_heading = super::SERVING)]
 pub struct ServingArgs {
     /// Address to serve /healthz and /readyz at.
     #[arg(

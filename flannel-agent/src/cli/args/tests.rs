@@ -1,3 +1,7 @@
+use std::ffi::OsString;
+
+use clap::CommandFactory as _;
+
 use super::*;
 
 fn parse(args: &[&str]) -> Result<Args, clap::Error> {
@@ -14,8 +18,8 @@ fn definition_is_sound() {
 fn go_spelling_is_read() {
     let args =
         parse(&["-iface=eth1", "-iface", "eth2", "-etcd-prefix=/net", "-v=2"]).expect("parse");
-    assert_eq!(args.iface, ["eth1", "eth2"]);
-    assert_eq!(args.etcd_prefix, "/net");
+    assert_eq!(args.uplink.iface, ["eth1", "eth2"]);
+    assert_eq!(args.etcd.etcd_prefix, "/net");
     assert_eq!(args.verbosity, 2);
 }
 
@@ -40,8 +44,8 @@ fn a_password_is_taken_as_it_is() {
         &["-etcd-password=-iface=x"],
     ] {
         let args = parse(args).expect("parse");
-        assert_eq!(args.etcd_password.as_deref(), Some("-iface=x"));
-        assert!(args.iface.is_empty());
+        assert_eq!(args.etcd.etcd_password.as_deref(), Some("-iface=x"));
+        assert!(args.uplink.iface.is_empty());
     }
 }
 
@@ -49,14 +53,14 @@ fn a_password_is_taken_as_it_is() {
 fn the_last_of_a_repeated_flag_counts() {
     let args = parse(&["-etcd-prefix=/a", "--v=1", "-etcd-prefix=/b", "-v", "-3"]);
     let args = args.expect("parse");
-    assert_eq!((args.etcd_prefix.as_str(), args.verbosity), ("/b", 0));
+    assert_eq!((args.etcd.etcd_prefix.as_str(), args.verbosity), ("/b", 0));
     let args = parse(&[
         "-etcd-endpoints=http://a:1",
         "-etcd-endpoints",
         "http://b:1,http://c:1",
     ]);
     assert_eq!(
-        args.expect("parse").etcd_endpoints,
+        args.expect("parse").etcd.etcd_endpoints,
         ["http://b:1", "http://c:1"]
     );
     assert_eq!(parse(&["-v=1000"]).expect("parse").verbosity, u8::MAX);

@@ -1,7 +1,12 @@
 //! Native XDP on the uplink, as a link of its own, pinned beside the others. In the driver or not at all: generic XDP would switch GRO off
 //! for the whole interface.
 
-use std::os::fd::AsFd as _;
+use std::{
+    io,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    thread,
+    time::Duration,
+};
 
 use aya::programs::Xdp;
 use flannel_core::{addr::IfIndex, plan::Attachment, xdp::Sample};
@@ -16,6 +21,22 @@ use super::{
 
 /// The programs, best first: the first also takes frames of several buffers, and no kernel before 5.18 takes it.
 const PROGRAMS: [&str; 2] = ["xdp_decap_frags", "xdp_decap"];
+
+/// How often an interface that is taken is asked again, and how long to wait in between.
+const ATTEMPTS: u32 = 10;
+const BETWEEN: Duration = Duration::from_millis(20);
+
+/// Attaches a program. A link whose pin was removed leaves the interface some time after that (the kernel puts it off): only an interface
+/// that stays taken is somebody else's.
+fn attach_patiently(program: BorrowedFd<'_>, ifindex: IfIndex) -> io::Result<OwnedFd> {
+    for _attempt in 1..ATTEMPTS {
+        match link::attach_xdp(program, ifindex) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => thread::sleep(BETWEEN),
+            outcome => return outcome,
+        }
+    }
+    link::attach_xdp(program, ifindex)
+}
 
 impl Bpf {
     /// Attaches native XDP, or replaces an earlier run's program in place.
@@ -36,7 +57,7 @@ impl Bpf {
         }
         // What is pinned holds nothing any more, or another interface: an interface has one native XDP program.
         remove_pin(&pin)?;
-        let link = link::attach_xdp(program.as_fd(), ifindex).map_err(refused)?;
+        let link = attach_patiently(program.as_fd(), ifindex).map_err(refused)?;
         link::pin(&link, &pin).map_err(|source| pin_error("pin", &pin, source))
     }
 

@@ -94,7 +94,7 @@ impl Netlink {
         )
     }
 
-    async fn kind(&self, link: &LinkMessage) -> Result<ObservedKind, NetlinkError> {
+    pub(super) async fn kind(&self, link: &LinkMessage) -> Result<ObservedKind, NetlinkError> {
         let mut kind = String::from("plain");
         let mut vxlan = None;
         for attribute in &link.attributes {
@@ -146,7 +146,10 @@ impl Netlink {
         }
     }
 
-    async fn addresses(&self, index: IfIndex) -> Result<BTreeSet<Ipv4Net>, NetlinkError> {
+    pub(super) async fn addresses(
+        &self,
+        index: IfIndex,
+    ) -> Result<BTreeSet<Ipv4Net>, NetlinkError> {
         let mut request = self
             .handle
             .address()

@@ -5,6 +5,7 @@ mod filters;
 mod headroom;
 mod monitor;
 mod pods;
+mod survey;
 mod underlay;
 mod uplinks;
 mod write;
@@ -15,6 +16,7 @@ use rtnetlink::{Error as RtError, Handle, new_connection};
 use thiserror::Error;
 
 pub use monitor::{Change, LinkChange, NeighbourChange, watch};
+pub use survey::Survey;
 pub use underlay::Underlay;
 pub use uplinks::Uplinks;
 
@@ -52,7 +54,7 @@ impl NetlinkError {
         }
     }
 
-    pub(super) fn new(what: impl Into<String>, error: &RtError) -> Self {
+    pub(crate) fn new(what: impl Into<String>, error: &RtError) -> Self {
         let what = what.into();
         match error {
             RtError::NetlinkError(message) => Self::Refused {
@@ -88,5 +90,10 @@ impl Netlink {
         let (connection, handle, _) = new_connection().map_err(NetlinkError::Open)?;
         tokio::spawn(connection);
         Ok(Self { handle })
+    }
+
+    /// The connection itself, for requests that live elsewhere.
+    pub(crate) fn handle(&self) -> &Handle {
+        &self.handle
     }
 }

@@ -110,15 +110,7 @@ impl Netlink {
     /// What an interface is to the kernel (`IFLA_INFO_KIND`); `None` for hardware, which has no word for it.
     pub async fn kind_of(&self, index: IfIndex) -> Result<Option<String>, NetlinkError> {
         let link = self.link_by_index(index.get()).await?;
-        let attributes = link.iter().flat_map(|link| &link.attributes);
-        let infos = attributes.filter_map(|attribute| match attribute {
-            LinkAttribute::LinkInfo(infos) => Some(infos),
-            _ => None,
-        });
-        Ok(infos.flatten().find_map(|info| match info {
-            LinkInfo::Kind(kind) => Some(kind.to_string()),
-            _ => None,
-        }))
+        Ok(link.as_ref().and_then(kind_of))
     }
 
     async fn ethernet_links(&self) -> Result<BTreeMap<IfIndex, (VtepMac, u32)>, NetlinkError> {
@@ -204,6 +196,21 @@ impl Way {
             mtu,
         })
     }
+}
+
+/// What the kernel calls the kind of a device; `None` for hardware.
+pub(super) fn kind_of(link: &LinkMessage) -> Option<String> {
+    let infos = link
+        .attributes
+        .iter()
+        .filter_map(|attribute| match attribute {
+            LinkAttribute::LinkInfo(infos) => Some(infos),
+            _ => None,
+        });
+    infos.flatten().find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind.to_string()),
+        _ => None,
+    })
 }
 
 /// States in which the kernel itself sends to the address it has (`NUD_VALID`).

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use flannel_core::{
     addr::IfIndex,
-    iface::{Link, LinkAddr, Routes},
+    iface::{DefaultRoute, Link, LinkAddr, Reach, Routes, Wanted},
 };
 use futures_util::TryStreamExt as _;
 use rtnetlink::{
@@ -12,13 +12,14 @@ use rtnetlink::{
     packet_route::{
         address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
         link::LinkFlags,
-        route::{RouteAttribute, RouteHeader, RouteMessage},
+        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
     },
 };
 
 use super::{
     Netlink, NetlinkError,
     device::{mtu_of, name_of},
+    underlay::kind_of,
 };
 
 /// Everything that the choice of an uplink depends on.
@@ -31,8 +32,8 @@ pub struct Uplinks {
 }
 
 impl Netlink {
-    /// Reads interfaces, addresses and default routes.
-    pub async fn uplinks(&self) -> Result<Uplinks, NetlinkError> {
+    /// Reads interfaces, addresses and default routes, and the way to the address that must be reachable.
+    pub async fn uplinks(&self, wanted: &Wanted) -> Result<Uplinks, NetlinkError> {
         let messages: Vec<_> = self
             .handle
             .link()
@@ -57,6 +58,7 @@ impl Netlink {
                     name: name_of(message)?,
                     mtu: mtu_of(message),
                     up: message.header.flags.contains(LinkFlags::Up),
+                    kind: kind_of(message),
                     addrs: addresses
                         .iter()
                         .filter(|address| address.header.index == message.header.index)
@@ -73,12 +75,16 @@ impl Netlink {
             default_v6: self
                 .default_route(RouteMessageBuilder::<Ipv6Addr>::new().build())
                 .await?,
+            reach: match wanted.can_reach {
+                Some(ip) => self.way_to(ip).await?,
+                None => None,
+            },
         };
         Ok(Uplinks { links, routes })
     }
 
-    /// The interface of the default route with the lowest metric in the main table.
-    async fn default_route(&self, request: RouteMessage) -> Result<Option<IfIndex>, NetlinkError> {
+    /// The default route with the lowest metric in the main table.
+    async fn default_route(&self, request: RouteMessage) -> Result<DefaultRoute, NetlinkError> {
         let routes: Vec<_> = self
             .handle
             .route()
@@ -92,21 +98,75 @@ impl Netlink {
             .filter(|route| {
                 route.header.destination_prefix_length == 0
                     && route.header.table == RouteHeader::RT_TABLE_MAIN
+                    && route.header.kind == RouteType::Unicast
             })
-            .filter_map(|route| {
-                let mut oif = None;
+            .map(|route| {
+                let mut way = DefaultRoute::None;
                 let mut metric = 0;
                 for attribute in &route.attributes {
                     match attribute {
-                        RouteAttribute::Oif(index) => oif = IfIndex::try_from(*index).ok(),
+                        RouteAttribute::Oif(index) => {
+                            way = IfIndex::try_from(*index)
+                                .map_or(DefaultRoute::None, DefaultRoute::Over);
+                        }
+                        RouteAttribute::MultiPath(hops) => {
+                            let hops = hops
+                                .iter()
+                                .map(|hop| IfIndex::try_from(hop.interface_index));
+                            way = DefaultRoute::Multipath(hops.filter_map(Result::ok).collect());
+                        }
                         RouteAttribute::Priority(priority) => metric = *priority,
                         _ => {}
                     }
                 }
-                Some((metric, oif?))
+                (metric, way)
             })
-            .min()
-            .map(|(_, index)| index))
+            .min_by_key(|(metric, _)| *metric)
+            .map(|(_, way)| way)
+            .unwrap_or_default())
+    }
+
+    /// The way the kernel would take to an address; `None` if it has none.
+    async fn way_to(&self, ip: IpAddr) -> Result<Option<Reach>, NetlinkError> {
+        let request = match ip {
+            IpAddr::V4(ip) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(ip, 32)
+                .build(),
+            IpAddr::V6(ip) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .destination_prefix(ip, 128)
+                .build(),
+        };
+        let route = match self.handle.route().get(request).execute().try_next().await {
+            Ok(Some(route)) => route,
+            Ok(None) => return Ok(None),
+            Err(error) => {
+                let error = NetlinkError::new(format!("look up the route to {ip}"), &error);
+                let no_way = [
+                    libc::ENETUNREACH,
+                    libc::EHOSTUNREACH,
+                    libc::EACCES,
+                    libc::EINVAL,
+                ];
+                return match error.errno() {
+                    Some(errno) if no_way.contains(&errno) => Ok(None),
+                    _ => Err(error),
+                };
+            }
+        };
+        let (mut index, mut source) = (None, None);
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Oif(oif) => index = IfIndex::try_from(*oif).ok(),
+                RouteAttribute::PrefSource(RouteAddress::Inet(ip)) => {
+                    source = Some(IpAddr::V4(*ip));
+                }
+                RouteAttribute::PrefSource(RouteAddress::Inet6(ip)) => {
+                    source = Some(IpAddr::V6(*ip));
+                }
+                _ => {}
+            }
+        }
+        Ok(index.map(|index| Reach { index, source }))
     }
 }
 

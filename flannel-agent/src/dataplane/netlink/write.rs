@@ -40,6 +40,8 @@ impl Netlink {
                     .port(*port)
                     .local(*local)
                     .learning(*learning)
+                    // As upstream makes it. The device has no queue.
+                    .txqueuelen(0)
                     .mtu(tunnel.mtu.get());
                 if *gbp {
                     builder = builder.gbp();

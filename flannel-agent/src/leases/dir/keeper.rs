@@ -1,6 +1,6 @@
 //! Watching the directory and keeping our file in it, for as long as the agent runs.
 
-use std::{future::pending, path::Path, sync::Arc, time::Duration};
+use std::{future::pending, path::Path, sync::Arc};
 
 use flannel_core::lease::{LeaseAttrs, SubnetKey};
 use futures_util::StreamExt as _;
@@ -13,13 +13,11 @@ use tracing::{error, info, warn};
 
 use super::{DirLeases, blocking, failed, files};
 use crate::leases::{
-    Held, LeaseError, Offer, View, addresses, is_ours, publish,
+    COALESCE, Held, LeaseError, Offer, View, addresses, is_ours, publish,
     retry::{Backoff, Contest, Outage},
     table::Table,
 };
 
-/// Changes that come together are read together.
-const COALESCE: Duration = Duration::from_millis(20);
 /// Space for the events of one read.
 const EVENTS: usize = 16 << 10;
 

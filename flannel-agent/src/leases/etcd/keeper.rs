@@ -1,6 +1,6 @@
 //! Keeping the lease and watching the others, for as long as the agent runs.
 
-use std::{future::pending, sync::Arc, time::Duration};
+use std::{future::pending, sync::Arc};
 
 use etcd_client::{EventType, GetOptions, WatchOptions, WatchResponse, WatchStream};
 use tokio::{
@@ -9,18 +9,12 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{EtcdLeases, Grip, connection::cause, name_of, own::Verdict, raw};
+use super::{EtcdLeases, Grip, PROVEN, connection::cause, name_of, own::Verdict, raw};
 use crate::leases::{
-    Held, LeaseError, Offer, View, publish,
+    COALESCE, Held, LeaseError, Offer, View, publish,
     retry::{Backoff, Contest},
     table::Table,
 };
-
-/// Changes that come together are published together.
-const COALESCE: Duration = Duration::from_millis(20);
-
-/// After a watch that lasted this long the waits between reconnects start anew.
-const PROVEN: Duration = Duration::from_secs(5);
 
 pub(super) struct Keeper<'a> {
     pub(super) store: &'a EtcdLeases,

@@ -1,0 +1,133 @@
+//! All interfaces of the namespace at once, for `check`.
+
+use std::{collections::BTreeMap, net::Ipv4Addr};
+
+use flannel_core::{check::Bridge, config::DEFAULT_PORT, plan::ObservedKind};
+use futures_util::TryStreamExt as _;
+use rtnetlink::{
+    LinkVxlan, RouteMessageBuilder,
+    packet_route::{
+        link::{LinkAttribute, LinkMessage},
+        route::{RouteAttribute, RouteHeader},
+    },
+};
+
+use super::{
+    Netlink, NetlinkError,
+    device::{index_of, mtu_of, name_of},
+};
+
+/// What `check` needs of interfaces and routes beyond the tunnel's own.
+#[derive(Debug, Default)]
+pub struct Survey {
+    /// vxlan devices by name.
+    pub vxlans: BTreeMap<String, ObservedKind>,
+    /// The pods' bridge.
+    pub bridge: Option<Bridge>,
+    /// IPv4 default routes of the main table: interface and metric, best first.
+    pub defaults: Vec<(String, u32)>,
+}
+
+impl Netlink {
+    /// Looks at all interfaces. `bridge` is the name of the pods' bridge.
+    pub async fn survey(&self, bridge: &str) -> Result<Survey, NetlinkError> {
+        let links: Vec<LinkMessage> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|e| NetlinkError::new("list links", &e))?;
+        let mut survey = Survey::default();
+        let mut names = BTreeMap::new();
+        for link in &links {
+            let Some(name) = name_of(link) else { continue };
+            names.insert(link.header.index, name.clone());
+            if is_vxlan(link) {
+                survey.vxlans.insert(name.clone(), self.kind(link).await?);
+            }
+            if name == bridge {
+                let index = index_of(link, &name)?;
+                survey.bridge = Some(Bridge {
+                    name,
+                    mtu: mtu_of(link),
+                    addresses: self.addresses(index).await?.into_iter().collect(),
+                    ports: links
+                        .iter()
+                        .filter(|port| controller(port) == Some(index.get()) && !is_vxlan(port))
+                        .filter_map(|port| Some((name_of(port)?, mtu_of(port))))
+                        .collect(),
+                });
+            }
+        }
+        survey.defaults = self.default_routes(&names).await?;
+        Ok(survey)
+    }
+
+    /// Makes a vxlan device, for a namespace that is about to end.
+    pub async fn try_vxlan(&self, name: &str) -> Result<(), NetlinkError> {
+        let message = LinkVxlan::new(name, 1).port(DEFAULT_PORT).build();
+        let made = self.handle.link().add(message).execute().await;
+        made.map_err(|e| NetlinkError::new("create a vxlan device", &e))
+    }
+
+    async fn default_routes(
+        &self,
+        names: &BTreeMap<u32, String>,
+    ) -> Result<Vec<(String, u32)>, NetlinkError> {
+        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let routes: Vec<_> = self
+            .handle
+            .route()
+            .get(request)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|e| NetlinkError::new("list routes", &e))?;
+        let mut found: Vec<(u32, String)> = routes
+            .iter()
+            .filter(|route| {
+                route.header.destination_prefix_length == 0
+                    && route.header.table == RouteHeader::RT_TABLE_MAIN
+            })
+            .filter_map(|route| {
+                let mut interface = None;
+                let mut metric = 0;
+                for attribute in &route.attributes {
+                    match attribute {
+                        RouteAttribute::Oif(index) => interface = names.get(index).cloned(),
+                        RouteAttribute::Priority(priority) => metric = *priority,
+                        _ => {}
+                    }
+                }
+                Some((metric, interface?))
+            })
+            .collect();
+        found.sort();
+        Ok(found
+            .into_iter()
+            .map(|(metric, name)| (name, metric))
+            .collect())
+    }
+}
+
+fn is_vxlan(link: &LinkMessage) -> bool {
+    use rtnetlink::packet_route::link::LinkInfo;
+    link.attributes.iter().any(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => infos
+            .iter()
+            .any(|info| matches!(info, LinkInfo::Kind(kind) if kind.to_string() == "vxlan")),
+        _ => false,
+    })
+}
+
+/// The bridge or bond that an interface is a port of.
+fn controller(link: &LinkMessage) -> Option<u32> {
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Controller(index) => Some(*index),
+            _ => None,
+        })
+}

@@ -1,0 +1,100 @@
+//! Where the leases of upstream's nodes are.
+
+use crate::etcd::Etcd;
+use crate::subnet::Subnet;
+use anyhow::Context as _;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+/// Upstream's default for `--etcd-prefix`.
+const PREFIX: &str = "/coreos.com/network";
+
+/// A lease store. Upstream has etcd alone; a directory of our agent's is filled the way that etcd would be.
+#[derive(Clone, Copy, Debug)]
+pub enum LeaseStore<'a> {
+    Etcd(&'a Etcd),
+    Dir(&'a Path),
+}
+
+impl LeaseStore<'_> {
+    /// Writes the network configuration.
+    pub fn put_net_conf(&self, text: &str) -> anyhow::Result<()> {
+        match self {
+            LeaseStore::Etcd(etcd) => etcd.put(&format!("{PREFIX}/config"), text),
+            LeaseStore::Dir(dir) => replace(&dir.join("config"), text),
+        }
+    }
+
+    /// Writes a lease as upstream does: with a new etcd lease of 24 hours, whatever was there.
+    pub fn put(&self, subnet: Subnet, text: &str) -> anyhow::Result<()> {
+        match self {
+            LeaseStore::Etcd(etcd) => {
+                let said = etcd.etcdctl(&["lease", "grant", "86400"])?;
+                let id = said.split(' ').nth(1).context("no id of a lease")?;
+                let key = format!("{PREFIX}/subnets/{}", subnet.lease_key());
+                let lease = format!("--lease={id}");
+                etcd.etcdctl(&["put", &lease, "--", &key, text]).map(drop)
+            }
+            LeaseStore::Dir(dir) => {
+                let dir = dir.join("subnets");
+                fs::create_dir_all(&dir)?;
+                replace(&dir.join(subnet.lease_key()), text)
+            }
+        }
+    }
+
+    /// Removes a lease.
+    pub fn remove(&self, subnet: Subnet) -> anyhow::Result<()> {
+        let key = subnet.lease_key();
+        match self {
+            LeaseStore::Etcd(etcd) => etcd.delete(&format!("{PREFIX}/subnets/{key}")),
+            LeaseStore::Dir(dir) => Ok(fs::remove_file(dir.join("subnets").join(key))?),
+        }
+    }
+
+    /// Keys and values of all leases, as they are stored.
+    pub fn stored(&self) -> anyhow::Result<BTreeMap<String, String>> {
+        match self {
+            LeaseStore::Etcd(etcd) => {
+                let prefix = format!("{PREFIX}/subnets/");
+                let text = etcd.etcdctl(&["get", "--prefix", "--", &prefix])?;
+                let lines: Vec<&str> = text.lines().collect();
+                let pairs = lines.chunks_exact(2);
+                Ok(pairs
+                    .map(|pair| (pair[0].replace(&prefix, ""), pair[1].to_owned()))
+                    .collect())
+            }
+            LeaseStore::Dir(dir) => {
+                let mut stored = BTreeMap::new();
+                for entry in fs::read_dir(dir.join("subnets")).into_iter().flatten() {
+                    let entry = entry?;
+                    let name = entry.file_name().to_string_lossy().into_owned();
+                    if !name.starts_with('.') {
+                        stored.insert(name, fs::read_to_string(entry.path())?);
+                    }
+                }
+                Ok(stored)
+            }
+        }
+    }
+
+    /// The leases by subnet.
+    pub fn leases(&self) -> anyhow::Result<BTreeMap<Subnet, Value>> {
+        let stored = self.stored()?;
+        let leases = stored.iter().map(|(key, text)| {
+            let subnet = key.replacen('-', "/", 1).parse()?;
+            Ok((subnet, serde_json::from_str(text)?))
+        });
+        leases.collect()
+    }
+}
+
+/// A reader sees the old text or the new one.
+fn replace(path: &Path, text: &str) -> anyhow::Result<()> {
+    let name = path.file_name().context("a file name")?.to_string_lossy();
+    let scratch = path.with_file_name(format!(".{name}.new"));
+    fs::write(&scratch, text)?;
+    fs::rename(&scratch, path).with_context(|| format!("put {} in place", path.display()))
+}
