@@ -37,6 +37,7 @@ fn link(number: u32, name: &str, address: &str) -> Link {
         name: name.into(),
         mtu: 1500,
         up: true,
+        kind: None,
         addrs: vec![LinkAddr {
             ip: address.addr().into(),
             prefix_len: address.prefix_len(),
