@@ -1,9 +1,13 @@
 //! Packets to other nodes: what became of them.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
 
-use super::{Finding, Observations, few, overlay};
-use crate::config::OVERHEAD_V4;
+use super::{Finding, Observations, few, overlay::NOBODY};
+use crate::{config::OVERHEAD_V4, plan::peers_of};
 
 /// What became of packets to other nodes.
 #[derive(Clone, Debug, Default)]
@@ -29,7 +33,18 @@ pub struct PeerProbe {
 
 /// The peers to send to: public address and base address of the subnet.
 pub fn targets(seen: &Observations) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
-    overlay::peers(seen)
+    let own = seen.store.own(seen).map_or(NOBODY, |(key, _)| *key);
+    let Some(leases) = seen.store.list() else {
+        return BTreeMap::new();
+    };
+    peers_of(leases, &own)
+        .0
+        .into_iter()
+        .filter_map(|(subnet, peer)| match (subnet.network(), peer.vtep) {
+            (IpAddr::V4(base), IpAddr::V4(vtep)) => Some((vtep, base)),
+            _ => None,
+        })
+        .collect()
 }
 
 pub(super) fn judge(seen: &Observations) -> Vec<Finding> {

@@ -204,6 +204,9 @@ fn healthy() -> Observations {
     }
 }
 
+/// A change to a device.
+type Change = fn(&mut Device);
+
 fn statuses(report: &Report) -> BTreeMap<&'static str, Status> {
     let pairs = report.checks.iter().map(|one| (one.name, one.status));
     pairs.collect()
