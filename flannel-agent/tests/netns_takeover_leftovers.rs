@@ -9,6 +9,16 @@ use flannel_testkit::{eventually, json, mac_text, privileged, upstream::Upstream
 use rig::{PATIENCE, list, text};
 use takeover_rig::{Cluster, StoreKind, Traffic, conf, traces};
 
+/// Key and value of a node with both families, and of one with IPv6 alone, as upstream writes them.
+const DUAL: [&str; 2] = [
+    "/coreos.com/network/subnets/10.5.74.0-24&fd05:0:0:4d::-64",
+    r#"{"PublicIP":"192.168.77.74","PublicIPv6":"fd77::12","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"b2:dd:fe:4d:6e:7c"},"BackendV6Data":{"VNI":1,"VtepMAC":"96:d7:e0:3f:25:b6"}}"#,
+];
+const V6: [&str; 2] = [
+    "/coreos.com/network/subnets/0.0.0.0-0&fd00:12:0:43::-64",
+    r#"{"PublicIP":"0.0.0.0","PublicIPv6":"fd77::13","BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"96:d7:e0:3f:25:b7"}}"#,
+];
+
 /// A peer that left while nobody ran on the node.
 const GONE: [&str; 3] = ["10.5.77.0", "192.168.77.77", "0a:00:00:00:00:77"];
 
@@ -230,4 +240,39 @@ fn direct_routes_are_replaced_without_loss() {
         let kept = BTreeSet::from([("192.168.77.77".to_owned(), "eth0".to_owned())]);
         assert_eq!(route("10.5.77.0/24"), kept);
     }
+}
+
+/// Nodes with both families, and with IPv6 alone, are in the store as upstream wrote them.
+#[test]
+fn leases_of_dual_stack_nodes_are_peers_and_those_of_ipv6_alone_are_named() {
+    if !privileged() {
+        return;
+    }
+    let mut cluster = Cluster::start(StoreKind::Etcd35, 2, conf());
+    let before = cluster.kernel(0);
+    let (dual, v6) = (DUAL, V6);
+    let etcd = cluster.etcd();
+    etcd.put(dual[0], dual[1]).unwrap();
+    etcd.put(v6[0], v6[1]).unwrap();
+    let traffic = Traffic::start(&cluster);
+    cluster.take_over(0, &[]);
+    cluster.wait_log(
+        0,
+        "lease 0.0.0.0-0&fd00:12:0:43::-64 is not usable: it has no IPv4 subnet",
+    );
+    let words = ["10.5.74.0", "10.5.74.0/24", "b2:dd:fe:4d:6e:7c"];
+    eventually(PATIENCE, "the peer is there", || {
+        let found = traces(cluster.ns(0), &words);
+        (found.len() == 3).then_some(()).ok_or(found.join("\n"))
+    });
+    cluster.etcd().delete(dual[0]).unwrap();
+    eventually(PATIENCE, "the peer is gone", || {
+        let found = traces(cluster.ns(0), &words);
+        found.is_empty().then_some(()).ok_or(found.join("\n"))
+    });
+    before.assert_same(&cluster.kernel(0), "without the peer");
+    let log = cluster.agent(0).log();
+    let named = log.lines().filter(|line| line.contains("no IPv4 subnet"));
+    assert_eq!(named.count(), 1, "{log}");
+    traffic.assert_untouched();
 }

@@ -33,6 +33,22 @@ pub(super) fn jittered(wait: Duration) -> Duration {
     half + Duration::from_micros(random() % spread)
 }
 
+/// A duration of a second or more in Go's words, as upstream's lines have them, to the millisecond: `22h59m58.999s`.
+pub(super) fn go_duration(duration: Duration) -> String {
+    let (seconds, milliseconds) = (duration.as_secs(), duration.subsec_millis());
+    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+    let fraction = match milliseconds {
+        0 => String::new(),
+        some => format!(".{some:03}").trim_end_matches('0').to_owned(),
+    };
+    let seconds = format!("{}{fraction}s", seconds % 60);
+    match (hours, minutes) {
+        (0, 0) => seconds,
+        (0, minutes) => format!("{minutes}m{seconds}"),
+        (hours, minutes) => format!("{hours}h{minutes}m{seconds}"),
+    }
+}
+
 /// Doubling waits from 100 ms to 5 s.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Backoff(Duration);
@@ -145,6 +161,19 @@ mod tests {
         let later = start + Duration::from_hours(1);
         assert_eq!(contest.entered(later), None);
         assert_eq!(contest.entered(later), Some(later + second));
+    }
+
+    #[test]
+    fn durations_read_as_in_go() {
+        for (milliseconds, text) in [
+            (82_798_999, "22h59m58.999s"),
+            (86_400_000, "24h0m0s"),
+            (3_599_000, "59m59s"),
+            (90_500, "1m30.5s"),
+            (1_050, "1.05s"),
+        ] {
+            assert_eq!(go_duration(Duration::from_millis(milliseconds)), text);
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Taking a lease: what is written, races, reservations.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use flannel_agent::leases::{ErrorKind, Outcome, Store};
 use flannel_core::{addr::VtepMac, lease::VxlanData};
@@ -174,4 +174,94 @@ async fn a_reservation_stays_without_a_lease() {
         .await;
     assert_eq!(etcd.meta(&name, "Lease"), 0);
     assert!(etcd.leases().is_empty());
+}
+
+#[tokio::test]
+async fn a_lease_that_does_not_fit_the_configuration_any_more_is_replaced() {
+    let etcd = EtcdServer::start();
+    let log = Log::capture();
+    let store = Store::open(&config(&etcd)).await.unwrap();
+    let held = store.acquire(&offer(1, CONF)).await.unwrap();
+    let old = held.lease.key.to_string();
+    let before = etcd.leases();
+    // The range of upstream's sample, in quarters of the subnets before.
+    let range = r#"{"Network":"10.5.0.0/16","SubnetLen":26,"SubnetMin":"10.5.10.0","SubnetMax":"10.5.20.192","Backend":{"Type":"vxlan"}}"#;
+    let held = store.acquire(&offer(1, range)).await.unwrap();
+    assert_eq!(held.outcome, Outcome::New);
+    let subnet = held.lease.key.v4.unwrap();
+    let range_of: [Ipv4Addr; 2] = ["10.5.10.0", "10.5.20.192"].map(|ip| ip.parse().unwrap());
+    let [low, high] = range_of;
+    assert_eq!(subnet.prefix_len(), 26);
+    assert!(
+        subnet.network() >= low && subnet.network() <= high,
+        "{subnet}"
+    );
+    // One transaction: at no moment both, or none.
+    assert_eq!(etcd.keys(SUBNETS), [lease_key(&held.lease.key.to_string())]);
+    let after = etcd.leases();
+    assert_eq!(after.len(), 1);
+    assert_ne!(after, before);
+    let said = log.lines(&["WARN", &old, "not compatible with current config, deleting"]);
+    assert_eq!(said.len(), 1);
+
+    // The previous subnet counts only as long as it fits, too.
+    etcd.ctl(&["del", "--prefix", SUBNETS]);
+    let held = store.acquire(&with_previous(offer(1, range), &old)).await;
+    assert_eq!(held.unwrap().outcome, Outcome::New);
+    etcd.ctl(&["del", "--prefix", SUBNETS]);
+    let fits = with_previous(offer(1, range), "10.5.15.192-26");
+    let held = store.acquire(&fits).await.unwrap();
+    assert_eq!(
+        (held.outcome, held.lease.key),
+        (Outcome::Previous, key("10.5.15.192-26"))
+    );
+}
+
+#[tokio::test]
+async fn leases_of_dual_stack_and_of_older_nodes_are_understood() {
+    let etcd = EtcdServer::start();
+    // As upstream wrote them: dual stack, IPv6 alone, and v0.12.0.
+    let dual = r#"{"PublicIP":"192.168.77.12","PublicIPv6":"fd77::12","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"b2:dd:fe:4d:6e:7c"},"BackendV6Data":{"VNI":1,"VtepMAC":"96:d7:e0:3f:25:b6"}}"#;
+    let v6 = r#"{"PublicIP":"0.0.0.0","PublicIPv6":"fd77::13","BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"96:d7:e0:3f:25:b7"}}"#;
+    let old = r#"{"PublicIP":"192.168.77.14","BackendType":"vxlan","BackendData":{"VtepMAC":"d2:e2:e0:0a:1a:b5"}}"#;
+    let written = [
+        ("10.5.74.0-24&fd05:0:0:4d::-64", dual),
+        ("0.0.0.0-0&fd00:12:0:43::-64", v6),
+        ("10.5.81.0-24", old),
+    ];
+    for (name, value) in written {
+        etcd.ctl(&["put", &lease_key(name), value]);
+    }
+    let mut agent =
+        Agent::start(&config(&etcd), with_previous(offer(1, CONF), "10.5.1.0-24")).await;
+    let view = agent
+        .until("a complete list", |view| view.snapshot.is_some())
+        .await;
+    let snapshot = view.snapshot.unwrap();
+    let keys: Vec<String> = snapshot.leases.keys().map(ToString::to_string).collect();
+    let mut wanted: Vec<String> = written.iter().map(|(name, _)| (*name).to_owned()).collect();
+    wanted.push("10.5.1.0-24".to_owned());
+    let sorted = |mut list: Vec<String>| {
+        list.sort();
+        list
+    };
+    assert_eq!(sorted(keys), sorted(wanted));
+    let mac = |name: &str| {
+        let data = snapshot.leases[&key(name)].v4.as_ref();
+        data.map(|data| (data.vni, data.mac.to_string()))
+    };
+    let has = |vni, mac: &str| Some((vni, mac.to_owned()));
+    assert_eq!(
+        mac("10.5.74.0-24&fd05:0:0:4d::-64"),
+        has(1, "b2:dd:fe:4d:6e:7c")
+    );
+    assert_eq!(mac("10.5.81.0-24"), has(0, "d2:e2:e0:0a:1a:b5"));
+    assert_eq!(mac("0.0.0.0-0&fd00:12:0:43::-64"), None);
+    // Nobody else's subnet is given out, whatever key it stands under.
+    let taken = FIVE
+        .replace("10.5.10.0", "10.5.74.0")
+        .replace("10.5.14.0", "10.5.74.0");
+    let store = Store::open(&config(&etcd)).await.unwrap();
+    let error = store.acquire(&offer(2, &taken)).await.unwrap_err();
+    assert!(error.to_string().contains("out of subnets"), "{error}");
 }

@@ -63,6 +63,28 @@ async fn the_first_working_endpoint_is_used_and_prefixes_are_cleaned() {
     assert!(result.is_none());
 }
 
+/// Where flannel before 0.18 left its configuration: the same server, in a store of its own.
+#[tokio::test]
+async fn a_configuration_of_the_version_2_api_is_missing_with_upstreams_hint() {
+    let etcd = EtcdServer::start_with("http", &["--enable-v2=true"]);
+    let done = Command::new("etcdctl")
+        .env("ETCDCTL_API", "2")
+        .args(["--endpoints", &etcd.url(), "set", CONFIG_KEY, CONF])
+        .output()
+        .expect("etcdctl");
+    assert!(done.status.success(), "{done:?}");
+    let store = Store::open(&config(&etcd)).await.unwrap();
+    let error = store.net_conf().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Retry);
+    let text = error.to_string();
+    let hint =
+        "flannel config not found in etcd store. Did you create your config using etcdv3 API?";
+    assert!(text.starts_with(hint), "{text}");
+    // And it is found as soon as it is where it belongs.
+    etcd.ctl(&["put", CONFIG_KEY, CONF]);
+    assert_eq!(store.net_conf().await.unwrap(), CONF);
+}
+
 #[tokio::test]
 async fn bad_options_are_named() {
     let good = EtcdOptions::default;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use flannel_agent::leases::{EtcdOptions, StoreConfig};
+use flannel_agent::leases::{DEFAULT_RENEW_MARGIN, EtcdOptions, StoreConfig};
 
 use super::{SUBNETS, config, lease_key, options, put};
 use crate::{
@@ -196,4 +196,25 @@ async fn renewal_extends_the_lease_and_touches_nothing_else() {
     agent.stop().await;
     etcd.until("the lease expires", |etcd| etcd.keys(SUBNETS).is_empty())
         .await;
+}
+
+#[tokio::test]
+async fn the_margin_says_when_to_renew() {
+    let etcd = EtcdServer::start();
+    for (margin, said) in [
+        (DEFAULT_RENEW_MARGIN, "Waiting for 22h59m5"),
+        (Duration::from_mins(90), "Waiting for 22h29m5"),
+        (Duration::from_mins(1), "Waiting for 23h58m5"),
+        // Longer than the lease: half of it.
+        (Duration::from_hours(48), "Waiting for 11h59m5"),
+    ] {
+        let log = Log::capture();
+        let options = EtcdOptions {
+            renew_margin: margin,
+            ..options(&etcd)
+        };
+        let agent = Agent::start(&StoreConfig::Etcd(options), offer(1, CONF)).await;
+        log.until(&["INFO", said, "s to renew lease"]).await;
+        agent.stop().await;
+    }
 }

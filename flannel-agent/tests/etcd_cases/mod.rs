@@ -3,6 +3,7 @@
 mod acquire;
 mod conf;
 mod connect;
+mod failover;
 mod keep;
 mod outage;
 

@@ -1,5 +1,7 @@
 //! An etcd of our own on loopback: free ports, its own data directory, gone when dropped.
 
+pub(crate) mod cluster;
+
 use std::{
     fs::File,
     net::TcpListener,

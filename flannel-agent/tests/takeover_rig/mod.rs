@@ -134,6 +134,11 @@ impl Cluster {
         }
     }
 
+    #[track_caller]
+    pub(crate) fn etcd(&self) -> &Etcd {
+        self.etcd.as_ref().expect("a cluster with etcd")
+    }
+
     pub(crate) fn ns(&self, node: usize) -> &Netns {
         &self.nodes[node].ns
     }

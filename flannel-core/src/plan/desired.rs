@@ -107,9 +107,16 @@ pub fn peers_of<'a>(
     let mut peers = BTreeMap::new();
     let mut problems = Vec::new();
     for (key, attrs) in leases {
-        let Some(subnet) = key.v4.filter(|subnet| Some(*subnet) != own.v4) else {
+        let Some(subnet) = key.v4 else {
+            problems.push(PeerProblem {
+                key: *key,
+                reason: "it has no IPv4 subnet, and IPv6 is not supported yet".into(),
+            });
             continue;
         };
+        if Some(subnet) == own.v4 {
+            continue;
+        }
         match peer_of(attrs) {
             Ok(peer) => {
                 peers.insert(IpNet::V4(subnet), peer);

@@ -8,7 +8,9 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::{Granted, Grip, keeper::Keeper};
-use crate::leases::{LeaseError, Offer, addresses, error::NOT_FOUND, is_ours, table::Entry};
+use crate::leases::{
+    LeaseError, Offer, addresses, error::NOT_FOUND, is_ours, retry::go_duration, table::Entry,
+};
 
 /// What the table says about our own lease.
 pub(super) enum Verdict {
@@ -243,7 +245,7 @@ impl Keeper<'_> {
     pub(super) fn log_renewal(&self) {
         if let Some(at) = self.renew_at() {
             let wait = at.saturating_duration_since(Instant::now());
-            info!("Waiting for {wait:?} to renew lease");
+            info!("Waiting for {} to renew lease", go_duration(wait));
         }
     }
 
@@ -256,7 +258,10 @@ impl Keeper<'_> {
                 self.renew_retry = None;
                 self.renew_backoff.reset();
                 self.store.revoke_orphans().await;
-                info!("Lease renewed, new expiration: in {:?}", granted.ttl);
+                info!(
+                    "Lease renewed, new expiration: in {}",
+                    go_duration(granted.ttl)
+                );
                 self.log_renewal();
             }
             Ok(false) => {
