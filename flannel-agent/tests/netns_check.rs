@@ -6,6 +6,8 @@ mod faults;
 mod firewall;
 #[path = "netns_check/node.rs"]
 mod node;
+#[path = "netns_check/port.rs"]
+mod port;
 #[path = "netns_check/store.rs"]
 mod store;
 

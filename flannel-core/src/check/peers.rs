@@ -35,7 +35,7 @@ pub struct PeerProbe {
 pub fn targets(seen: &Observations) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
     let own = seen.store.own(seen).map_or(NOBODY, |(key, _)| *key);
     let Some(leases) = seen.store.list() else {
-        return BTreeMap::new();
+        return programmed(seen);
     };
     peers_of(leases, &own)
         .0
@@ -44,6 +44,25 @@ pub fn targets(seen: &Observations) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
             (IpAddr::V4(base), IpAddr::V4(vtep)) => Some((vtep, base)),
             _ => None,
         })
+        .collect()
+}
+
+/// The peers that the tunnel device knows, for when the store does not answer.
+fn programmed(seen: &Observations) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
+    let Some(device) = &seen.overlay.device else {
+        return BTreeMap::new();
+    };
+    let peer = |base: &IpAddr| {
+        let vtep = device.fdb.get(device.neighbours.get(base)?)?;
+        match (vtep, base) {
+            (IpAddr::V4(vtep), IpAddr::V4(base)) => Some((*vtep, *base)),
+            _ => None,
+        }
+    };
+    device
+        .routes
+        .values()
+        .filter_map(|route| peer(&route.gateway))
         .collect()
 }
 
@@ -154,10 +173,7 @@ fn through(seen: &Observations) -> Finding {
             ),
         );
     }
-    let port = seen
-        .store
-        .conf()
-        .map_or(crate::config::DEFAULT_PORT, |conf| conf.backend.vxlan.port);
+    let port = seen.port();
     Finding::fail(
         NAME,
         format!(

@@ -269,6 +269,7 @@ fn the_port() {
         name: "vxlan.calico".into(),
         vni,
         port: 8472,
+        external: false,
     };
     assert_only(
         "port",
@@ -280,6 +281,13 @@ fn the_port() {
     );
     assert_only("port", Ok, &["vxlan.calico with another VNI"], |seen| {
         seen.sockets.vxlan.push(stranger(4096));
+    });
+    assert_only("port", Fail, &["cilium_vxlan", "for all VNIs"], |seen| {
+        seen.sockets.vxlan.push(OtherVxlan {
+            name: "cilium_vxlan".into(),
+            external: true,
+            ..stranger(0)
+        });
     });
     let never = |seen: &mut Observations| {
         seen.overlay.device = None;
