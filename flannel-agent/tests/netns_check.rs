@@ -10,8 +10,11 @@ mod node;
 mod port;
 #[path = "netns_check/store.rs"]
 mod store;
+#[path = "netns_check/upstream.rs"]
+mod upstream;
 
 mod rig;
+mod takeover_rig;
 
 use std::collections::BTreeMap;
 
