@@ -4,6 +4,8 @@
 mod faults;
 #[path = "netns_check/firewall.rs"]
 mod firewall;
+#[path = "netns_check/node.rs"]
+mod node;
 #[path = "netns_check/store.rs"]
 mod store;
 
@@ -160,6 +162,29 @@ fn a_healthy_node_passes_and_every_question_is_answered() {
 }
 
 #[test]
+fn every_way_to_carry_packets_passes() {
+    if !privileged() {
+        return;
+    }
+    for (flags, says) in [
+        (&["--datapath=kernel"][..], "as --datapath=kernel asks"),
+        (
+            &["--bpf-attach=clsact"],
+            "bpf, clsact: to_overlay, from_wire",
+        ),
+        (&["--bpf-device=veth"], "bpf, tcx: to_overlay, from_wire"),
+        (&["--bpf-xdp=native"], "bpf, tcx: to_overlay, from_wire"),
+    ] {
+        let mut rig = Rig::start(2, flags);
+        let answer = check(&rig, 0);
+        assert_healthy(&answer, &[]);
+        assert!(answer.0["datapath"].1.contains(says), "{:#?}", answer.0);
+        rig.stop_agent(0);
+        assert_healthy(&check(&rig, 0), &["agent"]);
+    }
+}
+
+#[test]
 fn a_node_whose_agent_is_down_is_judged_by_what_it_left() {
     if !privileged() {
         return;
@@ -229,16 +254,7 @@ fn the_answer_has_two_forms_and_usage_errors_are_told_apart() {
     assert_eq!(keys(&report["summary"]), ["fail", "ok", "skip", "warn"]);
     let mut counted: BTreeMap<String, u64> = BTreeMap::new();
     for one in report["checks"].as_array().expect("checks") {
-        assert_eq!(
-            keys(one),
-            ["found", "fix", "name", "status"]
-                .map(String::from)
-                .iter()
-                .cloned()
-                .collect::<std::collections::BTreeSet<_>>()
-                .into_iter()
-                .collect::<Vec<_>>()
-        );
+        assert_eq!(keys(one), ["fix", "found", "name", "status"]);
         let status = one["status"].as_str().expect("a status");
         assert_eq!(
             one["fix"].is_string(),
@@ -291,7 +307,11 @@ fn dump(rig: &Rig, node: usize) -> Vec<String> {
         &["-j", "neigh", "show", "nud", "permanent"],
     ]
     .iter()
-    .map(|words| json::ip_json(ns, words).expect("ip").to_string())
+    .map(|words| {
+        let mut answer = json::ip_json(ns, words).expect("ip");
+        without_timers(&mut answer);
+        answer.to_string()
+    })
     .collect();
     let mut run = |program: &str, words: &[&str]| {
         let text = process::succeed(ns.command(program).args(words), PATIENCE).expect(program);
@@ -318,6 +338,18 @@ fn dump(rig: &Rig, node: usize) -> Vec<String> {
         ],
     );
     all
+}
+
+/// A bridge tells the hundredths of seconds since its last round.
+fn without_timers(value: &mut Value) {
+    match value {
+        Value::Array(all) => all.iter_mut().for_each(without_timers),
+        Value::Object(object) => {
+            object.retain(|key, _| !key.ends_with("_timer"));
+            object.values_mut().for_each(without_timers);
+        }
+        _ => {}
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::{
 };
 
 use flannel_testkit::{Lab, LabOptions, Netns, eventually, privileged, traffic};
-use masq_rig::{Connections, LEGACY, NFT, Variant};
+use masq_rig::{Connections, LEGACY, NFT};
 use rig::{NET_CONF, PATIENCE, Rig};
 
 /// The host outside, 192.168.77.50.
@@ -171,7 +171,7 @@ fn the_fast_path_stays_on_and_pods_see_pods() {
         assert_eq!(source_seen(&a.ns, b), IpAddr::from(a.ip), "{flags:?}");
         assert_eq!(source_seen(&b.ns, a), IpAddr::from(b.ip), "{flags:?}");
         // Many packets of one connection, so that the fast path has it.
-        traffic::tcp_transfer(&a.ns, b.ip, &b.ns, traffic::Amount::Bytes(4_000_000))
+        traffic::tcp_transfer(&b.ns, b.ip, &a.ns, traffic::Amount::Bytes(4_000_000))
             .expect("a transfer");
         let connections = Connections::start(&a.ns, &host, address);
         connections.go_on(50);
@@ -266,4 +266,85 @@ fn subnet_env_says_whether_flannel_masquerades() {
     rig.start_agent(0, &[]);
     rig.wait_ready(0);
     assert_eq!(rig.subnet_env(0, "FLANNEL_IPMASQ"), "false");
+}
+
+#[test]
+fn cleanup_removes_our_rules_and_nobody_elses() {
+    if !privileged() {
+        return;
+    }
+    for conf in [NET_CONF, NFT_CONF] {
+        let mut rig = Rig::with(
+            LabOptions {
+                nodes: 1,
+                ..LabOptions::default()
+            },
+            conf,
+        );
+        let ns = rig.ns(0).clone();
+        // Another instance, whose rules are in the same chains.
+        let other = masq_rig::Kept::start(&ns, masq_rig::another());
+        NFT.run(&ns, 4, "-A FORWARD -i eth9 -j DROP");
+        other.stop();
+        let before = NFT.save(&ns, 4);
+        rig.start_agent(0, &["--ip-masq", "--ip-blackhole-route"]);
+        rig.wait_ready(0);
+        let own = rig.node(0).subnet;
+        let route = format!("blackhole {own}");
+        let routes = ns.ip("route show type blackhole").unwrap();
+        assert!(routes.contains(&route), "{routes}");
+        assert_eq!(rig.stop_agent(0), 0);
+        let there = (NFT.save(&ns, 4), masq_rig::flannels(&ns));
+        let dry = rig.cli(0, &["cleanup", "--dry-run"]);
+        let rules = if conf == NET_CONF {
+            "would remove 7 rules of flannel in iptables-nft"
+        } else {
+            "would remove nftables table flannel-ipv4"
+        };
+        assert!(dry.stdout.contains(rules), "{dry:?}");
+        assert!(
+            dry.stdout.contains(&format!("would remove route {route}")),
+            "{dry:?}"
+        );
+        assert_eq!((NFT.save(&ns, 4), masq_rig::flannels(&ns)), there);
+        let done = rig.cli(0, &["cleanup"]);
+        assert_eq!(done.status.code(), Some(0), "{done:?}");
+        assert_eq!(masq_rig::flannels(&ns), "");
+        let after = NFT.save(&ns, 4);
+        assert_eq!(masq_rig::sorted(&after), masq_rig::sorted(&before));
+        assert!(!ns.ip("route show type blackhole").unwrap().contains(&route));
+    }
+}
+
+#[test]
+fn what_the_host_forwards_to_pods_elsewhere_is_masqueraded_as_upstream_does() {
+    if !privileged() {
+        return;
+    }
+    let correct = "--nftables-ruleset=correct";
+    for (conf, extra, masqueraded) in [
+        (NET_CONF, None, true),
+        (NFT_CONF, None, false),
+        (NFT_CONF, Some(correct), true),
+    ] {
+        let mut rig = Rig::with(LabOptions::default(), conf);
+        let flags: Vec<&str> = FLAGS.into_iter().chain(extra).collect();
+        rig.start_all(&flags);
+        let (host, address) = outside(rig.lab());
+        let node = rig.node(0).ip;
+        host.ip(&format!("route add 10.244.0.0/16 via {node}"))
+            .unwrap();
+        let expected = if masqueraded {
+            rig.node(0).subnet.base().into()
+        } else {
+            IpAddr::from(address)
+        };
+        assert_eq!(source_seen(&host, rig.pod(1)), expected, "{conf} {extra:?}");
+        // The node that owns the pod leaves the address alone.
+        assert_eq!(
+            source_seen(&host, rig.pod(0)),
+            IpAddr::from(address),
+            "{conf} {extra:?}"
+        );
+    }
 }

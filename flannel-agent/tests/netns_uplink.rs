@@ -188,6 +188,38 @@ fn two_nics_on_one_lan_are_told() {
 }
 
 #[test]
+fn a_start_is_told_in_upstreams_lines() {
+    if !privileged() {
+        return;
+    }
+    let mut rig = Rig::new(1);
+    start(&mut rig, 0, &[]);
+    let file = rig.subnet_file(0).display().to_string();
+    let ip = rig.node(0).ip;
+    rig.agent(0).sigterm().expect("send SIGTERM");
+    assert_eq!(rig.agent(0).wait(PATIENCE).expect("it ends"), 0);
+    let log = rig.agent(0).log();
+    let mut rest = log.as_str();
+    for line in [
+        "CLI flags config: {etcdEndpoints:",
+        "Determining IP address of default interface",
+        &format!("Using interface with name eth0 and address {ip}"),
+        &format!("Defaulting external address to interface address ({ip})"),
+        "Found network config - Backend type: vxlan",
+        "VXLAN config: VNI=1 Port=0 GBP=false Learning=false DirectRouting=false",
+        "Lease acquired: 10.244.1.0/24",
+        &format!("Wrote subnet file to {file}"),
+        "flannel is ready",
+        "Exiting cleanly...",
+    ] {
+        let found = rest.split_once(line);
+        let (before, after) = found.unwrap_or_else(|| panic!("no {line:?} in its place: {log}"));
+        assert!(before.ends_with(" INFO "), "{line}: {log}");
+        rest = after;
+    }
+}
+
+#[test]
 fn a_public_address_that_is_translated_on_the_way() {
     if !privileged() {
         return;

@@ -9,14 +9,16 @@ use anyhow::{Context as _, Result, bail};
 use xtask::ebpf;
 
 use crate::cargo;
+use crate::named_tests;
 use crate::process::{self, Reported};
 use crate::setup::{self, Needs};
 
 type Check = fn(&Path) -> Result<()>;
 
-const CHECKS: [(&str, Check); 7] = [
+const CHECKS: [(&str, Check); 8] = [
     ("format", format),
     ("tree", tree),
+    ("tests named in docs", named_tests::check),
     ("dependencies", dependencies),
     ("clippy, eBPF", |root| {
         ebpf::clippy(root).map_err(Into::into)

@@ -8,6 +8,7 @@ mod kernels;
 mod labs;
 mod libtest;
 mod lint;
+mod named_tests;
 mod namespaces;
 mod process;
 mod setup;

@@ -201,9 +201,17 @@ const MANAGERS: [(&str, &str, &[&str]); 2] = [
     ),
 ];
 
+/// The network namespace of a process.
+fn namespace(process: &str) -> Option<std::path::PathBuf> {
+    fs::read_link(format!("/proc/{process}/ns/net")).ok()
+}
+
 fn managers() -> Vec<Manager> {
+    // Those of other namespaces, such as of containers, have nothing to do with our devices.
+    let here = namespace("self");
     let running: Vec<String> = super::sockets::processes()
         .into_iter()
+        .filter(|pid| namespace(&pid.to_string()) == here)
         .filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).ok())
         .map(|comm| comm.trim_end().to_owned())
         .collect();

@@ -83,7 +83,10 @@ pub(super) async fn add_paths(
     seen: &mut Observations,
     peers: impl Iterator<Item = Ipv4Addr>,
 ) -> Result<(), NetlinkError> {
-    let local = seen.network.uplink().and_then(|uplink| uplink.local_v4());
+    let local = seen
+        .network
+        .uplink()
+        .and_then(flannel_core::iface::Uplink::local_v4);
     let Some(local) = local else { return Ok(()) };
     let found = net.underlay(local, peers.map(IpAddr::V4)).await?;
     for (peer, way) in found.next_hops {

@@ -1,6 +1,6 @@
 //! UDP sockets, and whose they are.
 
-use std::{collections::BTreeMap, fs, net::Ipv4Addr};
+use std::{collections::BTreeMap, fs};
 
 use flannel_core::{
     check::{OtherVxlan, Owner, Sockets, UdpSocket},
@@ -29,7 +29,7 @@ pub(super) fn look(survey: &Survey, ours: &str, headroom: &str) -> Sockets {
 
 /// The bound UDP sockets, those of tunnel devices included.
 fn udp() -> Vec<UdpSocket> {
-    let mut found: Vec<(Option<Ipv4Addr>, u16, u64)> = Vec::new();
+    let mut found: Vec<(bool, u16, u64)> = Vec::new();
     for (file, is_v4) in [("/proc/self/net/udp", true), ("/proc/self/net/udp6", false)] {
         let text = fs::read_to_string(file).unwrap_or_default();
         found.extend(text.lines().skip(1).filter_map(|line| socket(line, is_v4)));
@@ -37,8 +37,8 @@ fn udp() -> Vec<UdpSocket> {
     let owners = owners_of_sockets();
     found
         .into_iter()
-        .map(|(local, port, inode)| UdpSocket {
-            local,
+        .map(|(takes_v4, port, inode)| UdpSocket {
+            takes_v4,
             port,
             owner: match owners.get(&inode) {
                 Some(pid) => Owner::Process {
@@ -55,18 +55,14 @@ fn udp() -> Vec<UdpSocket> {
 }
 
 /// `sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode …`
-fn socket(line: &str, is_v4: bool) -> Option<(Option<Ipv4Addr>, u16, u64)> {
+fn socket(line: &str, is_v4: bool) -> Option<(bool, u16, u64)> {
     let mut words = line.split_whitespace();
     let (address, port) = words.nth(1)?.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
     let inode = words.nth(7)?.parse().ok()?;
-    let local = is_v4
-        .then(|| u32::from_str_radix(address, 16).ok())
-        .flatten()
-        // Printed as a number of the host's byte order.
-        .map(|bits| Ipv4Addr::from(bits.to_ne_bytes()));
-    // An IPv6 socket takes IPv4 packets as well when it is bound to no address; nothing here says whether it does.
-    Some((local, port, inode))
+    // Nothing here says of an IPv6 socket that it refuses IPv4, which few do.
+    let takes_v4 = is_v4 || address.bytes().all(|digit| digit == b'0');
+    Some((takes_v4, port, inode))
 }
 
 /// The process of each socket, by inode, as far as they may be seen.
@@ -107,10 +103,10 @@ mod tests {
     #[test]
     fn a_line_of_proc_net_udp_is_read() {
         let line = " 1234: 0100007F:2118 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 4242 2 0000000000000000 0";
-        assert_eq!(
-            socket(line, true),
-            Some((Some(Ipv4Addr::LOCALHOST), 8472, 4242))
-        );
+        assert_eq!(socket(line, true), Some((true, 8472, 4242)));
+        assert_eq!(socket(line, false), Some((false, 8472, 4242)));
+        let any = line.replace("0100007F", "00000000000000000000000000000000");
+        assert_eq!(socket(&any, false), Some((true, 8472, 4242)));
         assert_eq!(socket("nonsense", true), None);
     }
 }

@@ -26,7 +26,7 @@ pub use serving::{LogFormat, ServingArgs};
 pub use store::EtcdArgs;
 pub use uplink::UplinkArgs;
 
-use crate::leases::{DirOptions, EtcdOptions, StoreConfig};
+use crate::leases::{DirOptions, StoreConfig};
 
 /// The program's name where nothing says otherwise.
 pub(super) const PROGRAM: &str = "flannel-agent";
@@ -260,14 +260,6 @@ impl Args {
             }),
             None => StoreConfig::Etcd(self.etcd.options()),
         }
-    }
-
-    /// Whether a flag or variable says which lease store to use.
-    pub fn names_store(&self) -> bool {
-        let default = EtcdOptions::default();
-        self.lease_dir.is_some()
-            || self.etcd.etcd_endpoints != default.endpoints
-            || self.etcd.etcd_prefix != default.prefix
     }
 
     /// Which uplink the flags ask for.

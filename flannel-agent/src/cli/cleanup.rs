@@ -15,6 +15,7 @@ use crate::{
         bpf::{self, Instance},
         netlink::Netlink,
     },
+    masquerade::leftovers,
     state::State,
 };
 
@@ -100,6 +101,18 @@ pub(super) async fn run(args: &Args, scope: Scope) -> anyhow::Result<bool> {
                     std::fs::remove_file(file)
                 });
             }
+        }
+    }
+    let nets = state.as_ref().map(|state| (state.network, state.subnet));
+    // Where nothing says that we have been here, rules are those of another flannel.
+    let rules = if vnis.is_empty() {
+        Vec::new()
+    } else {
+        leftovers::find(nets).await
+    };
+    for leftover in &rules {
+        if act.announce(&leftover.what) {
+            clean &= Act::outcome(&leftover.what, leftover.remove(nets).await);
         }
     }
     if vnis.is_empty() {

@@ -97,7 +97,10 @@ async fn daemon(args: Args) -> ExitCode {
         return ExitCode::FAILURE;
     }
     match app::run(&args, cancel).await {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            tracing::info!("Exiting cleanly...");
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             tracing::error!("{}", telemetry::one_line(&telemetry::chain(&error)));
             ExitCode::from(error.exit_code())

@@ -3,10 +3,13 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use flannel_core::masquerade::Request;
-use ipnet::IpNet;
+use futures_util::TryStreamExt as _;
+use ipnet::{IpNet, Ipv4Net};
 use rtnetlink::{
     RouteMessageBuilder,
-    packet_route::route::{RouteMessage, RouteProtocol, RouteScope, RouteType},
+    packet_route::route::{
+        RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    },
 };
 
 use super::Trouble;
@@ -28,7 +31,7 @@ pub(super) async fn pass(requests: &[Option<Request>]) -> Vec<Trouble> {
 
 impl Netlink {
     /// Adds a blackhole route in upstream's shape, if no route for the subnet is there. Whether it was added.
-    pub async fn add_blackhole(&self, subnet: IpNet) -> Result<bool, NetlinkError> {
+    pub(crate) async fn add_blackhole(&self, subnet: IpNet) -> Result<bool, NetlinkError> {
         let what = || format!("add route blackhole {subnet}");
         let answer = self.handle().route().add(blackhole(subnet)).execute().await;
         match answer.map_err(|error| NetlinkError::new(what(), &error)) {
@@ -38,8 +41,30 @@ impl Netlink {
         }
     }
 
+    /// Whether a subnet has a blackhole route of upstream's shape.
+    pub(crate) async fn has_blackhole(&self, subnet: Ipv4Net) -> Result<bool, NetlinkError> {
+        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let routes: Vec<RouteMessage> = self
+            .handle()
+            .route()
+            .get(request)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|error| NetlinkError::new("list routes", &error))?;
+        let address = RouteAddress::Inet(subnet.network());
+        Ok(routes.iter().any(|route| {
+            route.header.kind == RouteType::BlackHole
+                && route.header.protocol == RouteProtocol::Boot
+                && route.header.destination_prefix_length == subnet.prefix_len()
+                && route
+                    .attributes
+                    .contains(&RouteAttribute::Destination(address.clone()))
+        }))
+    }
+
     /// Deletes the blackhole route of a subnet. Whether there was one.
-    pub async fn del_blackhole(&self, subnet: IpNet) -> Result<bool, NetlinkError> {
+    pub(crate) async fn del_blackhole(&self, subnet: IpNet) -> Result<bool, NetlinkError> {
         let what = || format!("delete route blackhole {subnet}");
         let answer = self.handle().route().del(blackhole(subnet)).execute().await;
         match answer.map_err(|error| NetlinkError::new(what(), &error)) {

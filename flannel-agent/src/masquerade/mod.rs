@@ -4,6 +4,7 @@
 
 mod blackhole;
 mod iptables;
+pub(crate) mod leftovers;
 mod nftables;
 mod obstacles;
 mod programs;

@@ -114,7 +114,7 @@ fn bad_network_configurations_are_refused() {
     let flags = place.flags();
     let refused = cases.iter().filter(|(_, needles)| {
         let is_backend = |needle: &&str| ["wireguard", "backend type", "a\\nb"].contains(needle);
-        needles.iter().any(|needle| is_backend(needle))
+        needles.iter().any(is_backend)
     });
     for (conf, needles) in refused {
         etcd.put("/net/config", conf).expect("put");

@@ -197,3 +197,10 @@ pub(crate) fn flannels(ns: &Netns) -> String {
     let script = "for t in 'ip flannel-ipv4' 'ip6 flannel-ipv6'; do nft list table $t 2>/dev/null; done; true";
     ns.exec(["sh", "-c", script]).unwrap()
 }
+
+/// The lines of a text in another order.
+pub(crate) fn sorted(text: &str) -> Vec<&str> {
+    let mut lines: Vec<&str> = text.lines().collect();
+    lines.sort_unstable();
+    lines
+}

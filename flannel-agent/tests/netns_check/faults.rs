@@ -2,11 +2,11 @@
 
 use std::{fs, net::Ipv4Addr, net::UdpSocket};
 
-use flannel_testkit::{Subnet, privileged};
+use flannel_testkit::{Subnet, eventually, privileged};
 
 use crate::{
     assert_fails, assert_healthy, assert_warns, check, check_with,
-    rig::{DEVICE, Rig},
+    rig::{DEVICE, PATIENCE, Rig},
 };
 
 /// Two nodes that were up, and whose first agent is down: what is broken then stays so.
@@ -25,22 +25,50 @@ fn a_narrow_underlay_is_measured() {
     if !privileged() {
         return;
     }
-    let rig = Rig::start(3, &["--datapath=kernel"]);
-    // In the middle, where neither node can see it: the switch drops what is larger, but for the room of a VLAN tag.
-    let port = rig.node(2).port.clone();
-    rig.lab()
-        .underlay()
-        .ip(&format!("link set {port} mtu 1300"))
-        .unwrap();
-    let answer = check(&rig, 0);
-    let narrow = rig.node(2).ip;
-    assert_fails(
-        &answer,
-        "path-mtu",
-        &format!("{narrow} 1254"),
-        "\"MTU\":1304",
+    for datapath in ["--datapath=kernel", "--datapath=bpf"] {
+        let rig = Rig::start(3, &[datapath]);
+        // In the middle, where neither node can see it: the switch drops what is larger, but for the room of a VLAN tag.
+        let port = rig.node(2).port.clone();
+        let underlay = rig.lab().underlay();
+        underlay.ip(&format!("link set {port} mtu 1300")).unwrap();
+        let answer = check(&rig, 0);
+        let narrow = format!("{} 1254", rig.node(2).ip);
+        assert_fails(&answer, "path-mtu", &narrow, "\"MTU\":1304");
+        assert!(answer.0["path-mtu"].1.contains("1 of 2 peers"));
+    }
+}
+
+#[test]
+fn of_many_dead_peers_a_few_are_named_and_all_are_counted() {
+    if !privileged() {
+        return;
+    }
+    let rig = Rig::start(2, &[]);
+    for host in 100..200_u8 {
+        let mac = format!("02:00:00:00:01:{host:02x}");
+        let ip = Ipv4Addr::new(192, 168, 77, host);
+        rig.put_lease(subnet(&format!("10.244.{host}.0/24")), ip, &mac);
+    }
+    eventually(PATIENCE, "the kernel has all peers", || {
+        rig.converged_kernel(0)
+    });
+    let (findings, code) = check(&rig, 0);
+    assert_eq!(code, 1);
+    let (status, found, _) = &findings["underlay"];
+    assert_eq!(status, "FAIL", "{findings:#?}");
+    assert!(
+        found.starts_with("100 of 101 peers do not answer: 192.168.77.100, "),
+        "{found}"
     );
-    assert!(answer.0["path-mtu"].1.contains("1 of 2 peers"));
+    assert!(found.ends_with("and 95 more"), "{found}");
+    assert!(findings["overlay"].1.starts_with("1 of 1"), "{findings:#?}");
+    // There is no time for anything, and that is said.
+    rig.ns(1).ip("link set eth0 down").unwrap();
+    let (findings, _) = check_with(&rig, 0, &["--timeout=1"]);
+    assert!(
+        findings["underlay"].1.contains("no time for "),
+        "{findings:#?}"
+    );
 }
 
 #[test]
@@ -84,15 +112,18 @@ fn a_port_that_a_program_has_is_named_with_the_program() {
     }
     let rig = Rig::new(1);
     let dir = format!("--lease-dir={}", rig.lease_dir().display());
-    let thief = rig
-        .ns(0)
-        .run(|| UdpSocket::bind("0.0.0.0:8472"))
-        .expect("take the port");
-    let answer = check_with(&rig, 0, &[&dir]);
-    let pid = std::process::id();
-    assert_fails(&answer, "port", &format!("pid {pid}"), "another Port");
-    drop(thief);
+    // As C programs listen, as Go programs do, and on one address only.
+    for address in ["0.0.0.0:8472", "[::]:8472", "127.0.0.1:8472"] {
+        let thief = rig.ns(0).run(|| UdpSocket::bind(address));
+        let thief = thief.expect("take the port");
+        let answer = check_with(&rig, 0, &[&dir]);
+        let pid = std::process::id();
+        assert_fails(&answer, "port", &format!("pid {pid}"), "another Port");
+        drop(thief);
+    }
+    let elsewhere = rig.ns(0).run(|| UdpSocket::bind("[::1]:8472"));
     assert_healthy(&check_with(&rig, 0, &[&dir]), &[]);
+    drop(elsewhere);
 }
 
 #[test]

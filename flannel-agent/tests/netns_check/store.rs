@@ -2,11 +2,11 @@
 
 use std::fs;
 
-use flannel_testkit::{Etcd, privileged};
+use flannel_testkit::{AgentProcess, Etcd, privileged, process};
 
 use crate::{
-    assert_fails, assert_healthy, assert_warns, check_with,
-    rig::{NET_CONF, Rig},
+    assert_fails, assert_healthy, assert_warns, check, check_with,
+    rig::{NET_CONF, PATIENCE, Rig, agent_binary},
 };
 
 #[test]
@@ -83,6 +83,137 @@ fn a_broken_configuration_is_quoted() {
         "network-config",
         "Backend is missing",
         "correct it",
+        &[],
+    );
+}
+
+/// The key that flannel reads.
+const KEY: &str = "/coreos.com/network/config";
+
+#[test]
+fn the_store_of_a_running_agent_is_known_from_its_flags_and_variables() {
+    if !privileged() {
+        return;
+    }
+    let rig = Rig::new(1);
+    let etcd = Etcd::start(Some(rig.ns(0)), rig.node(0).ip).expect("start etcd");
+    etcd.put(KEY, NET_CONF).unwrap();
+    let file = format!("--subnet-file={}", rig.subnet_file(0).display());
+    let endpoint = etcd.endpoint();
+    let flag = format!("--etcd-endpoints={endpoint}");
+    let variable = [("FLANNELD_ETCD_ENDPOINTS", endpoint.as_str())];
+    for (flags, env) in [
+        (vec![flag.as_str(), &file], &[][..]),
+        (vec![&file], &variable),
+    ] {
+        let mut agent = AgentProcess::spawn(rig.node(0), agent_binary(), &flags, env).unwrap();
+        agent.wait_log("flannel is ready", PATIENCE).unwrap();
+        let answer = check(&rig, 0);
+        assert_healthy(&answer, &[]);
+        let found = &answer.0["store"].1;
+        assert!(
+            found.contains(&endpoint) && found.contains("the running agent's flags"),
+            "{found}"
+        );
+        agent.sigterm().unwrap();
+        assert_eq!(agent.wait(PATIENCE).unwrap(), 0);
+        let answer = check(&rig, 0);
+        assert_healthy(&answer, &["agent"]);
+        let found = &answer.0["store"].1;
+        assert!(
+            found.contains(&endpoint) && found.contains("what the agent left"),
+            "{found}"
+        );
+    }
+}
+
+#[test]
+fn a_password_is_not_printed() {
+    if !privileged() {
+        return;
+    }
+    let rig = Rig::new(1);
+    let etcd = Etcd::start(Some(rig.ns(0)), rig.node(0).ip).expect("start etcd");
+    let endpoint = format!("--etcd-endpoints={}", etcd.endpoint());
+    let secrets = ["--etcd-username=flannel", "--etcd-password=hunter2"];
+    for form in ["-otable", "-ojson"] {
+        for level in ["-v=0", "-v=2"] {
+            let done = rig.cli(
+                0,
+                &["check", form, level, &endpoint, secrets[0], secrets[1]],
+            );
+            assert_eq!(done.status.code(), Some(1), "{done:?}");
+            assert!(done.stdout.contains("store"), "{done:?}");
+            assert!(!format!("{done:?}").contains("hunter2"), "{done:?}");
+        }
+    }
+}
+
+#[test]
+fn a_configuration_in_the_older_api_of_etcd_is_told() {
+    if !privileged() {
+        return;
+    }
+    let rig = Rig::new(1);
+    let ip = rig.node(0).ip;
+    let etcd = Etcd::start_with(Some(rig.ns(0)), ip, &["--enable-v2=true"]).expect("start etcd");
+    let mut put = rig.ns(0).command("etcdctl");
+    put.env("ETCDCTL_API", "2")
+        .args(["--endpoints", &etcd.endpoint(), "set", KEY, NET_CONF]);
+    process::succeed(&mut put, PATIENCE).expect("etcdctl set");
+    let endpoint = format!("--etcd-endpoints={}", etcd.endpoint());
+    let answer = check_with(&rig, 0, &[&endpoint]);
+    assert_fails(
+        &answer,
+        "network-config",
+        KEY,
+        "has the key in its version 2 API only",
+    );
+}
+
+#[test]
+fn certificates_are_read() {
+    if !privileged() {
+        return;
+    }
+    let rig = Rig::new(1);
+    let dir = &rig.node(0).run_dir;
+    let (key, crt) = (dir.join("k.pem"), dir.join("c.pem"));
+    let make = |days: &str| {
+        let mut openssl = std::process::Command::new("openssl");
+        openssl
+            .args([
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+            ])
+            .args(["-nodes", "-subj", "/CN=flannel", "-days", days, "-keyout"])
+            .arg(&key)
+            .arg("-out")
+            .arg(&crt);
+        process::succeed(&mut openssl, PATIENCE).expect("openssl");
+    };
+    let etcd = Etcd::start(Some(rig.ns(0)), rig.node(0).ip).expect("start etcd");
+    etcd.put(KEY, NET_CONF).unwrap();
+    let words = [
+        format!("--etcd-endpoints={}", etcd.endpoint()),
+        format!("--etcd-certfile={}", crt.display()),
+        format!("--etcd-keyfile={}", key.display()),
+    ];
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    make("365");
+    let answer = check_with(&rig, 0, &words);
+    assert_healthy(&answer, &[]);
+    assert_eq!(answer.0["certificates"].0, "OK", "{:#?}", answer.0);
+    make("3");
+    assert_warns(
+        &check_with(&rig, 0, &words),
+        "certificates",
+        "c.pem expires in",
+        "anew",
         &[],
     );
 }

@@ -283,12 +283,11 @@ fn obstacle(chains: &[Chain], hooks: &[Hook], packet: &Packet<'_>) -> Option<Obs
         };
         let fate = walk.follow(&chain.name, 0);
         let (what, policy) = match fate {
-            Fate::Accepted => continue,
             Fate::Dropped(rule) => (rule, false),
             Fate::Through if drops => {
                 (format!("{} {}: policy DROP", chain.table, chain.name), true)
             }
-            Fate::Through => continue,
+            Fate::Accepted | Fate::Through => continue,
         };
         let obstacle = Obstacle {
             what,
@@ -443,20 +442,19 @@ fn forward(seen: &Observations, chains: &[Chain]) -> Finding {
         });
     };
     let managers = named(&seen.rules);
-    let fix = match nft_place(&obstacle.what) {
-        Some(place) => format!(
+    let fix = if let Some(place) = nft_place(&obstacle.what) {
+        format!(
             "nft insert rule {place} ip daddr {network} accept; nft insert rule {place} ip saddr {network} accept"
-        ),
-        None => {
-            let chain = if chains.iter().any(|chain| chain.name == "DOCKER-USER") {
-                "DOCKER-USER"
-            } else {
-                "FORWARD"
-            };
-            format!(
-                "iptables -I {chain} -d {network} -j ACCEPT && iptables -I {chain} -s {network} -j ACCEPT"
-            )
-        }
+        )
+    } else {
+        let chain = if chains.iter().any(|chain| chain.name == "DOCKER-USER") {
+            "DOCKER-USER"
+        } else {
+            "FORWARD"
+        };
+        format!(
+            "iptables -I {chain} -d {network} -j ACCEPT && iptables -I {chain} -s {network} -j ACCEPT"
+        )
     };
     let what = format!("packets {way} pods{managers}: {}", obstacle.what);
     if obstacle.policy && !seen.agent.known {

@@ -3,9 +3,11 @@
 //! Every check is a function from [`Observations`] to a [`Finding`]. Nothing here looks at anything by itself, and a check whose
 //! question cannot be answered says why instead of staying silent.
 
+mod agent;
 mod cert;
 mod firewall;
 mod iptables;
+mod mtu;
 mod network;
 mod nft;
 mod node;
@@ -16,12 +18,11 @@ mod store;
 
 use serde::Serialize;
 
+pub use agent::Agent;
 pub use cert::{Certificate, validity};
 pub use firewall::Rules;
 pub use network::{Network, UplinkSeen};
-pub use node::{
-    Agent, Bpffs, Capabilities, Clock, Manager, Node, Reverse, ReverseFilter, Vxlan, Wants,
-};
+pub use node::{Bpffs, Capabilities, Clock, Manager, Node, Reverse, ReverseFilter, Vxlan, Wants};
 pub use overlay::{Attached, Bridge, Offload, Overlay, SubnetFile};
 pub use peers::{PeerProbe, Probes, targets};
 pub use port::{OtherVxlan, Owner, Sockets, UdpSocket};

@@ -3,6 +3,8 @@
 use ipnet::Ipv4Net;
 use serde_json::{Map, Value};
 
+use crate::fastpath::nft::text_of;
+
 use super::firewall::{Action, Chain, Hook, Of, Rule, Test};
 
 /// Tables that iptables-nft makes, and lists better itself.
@@ -77,8 +79,7 @@ fn base(chain: &Map<String, Value>) -> Option<(Hook, bool)> {
 fn read(expressions: &[Value]) -> Vec<Rule> {
     let mut tests = Vec::new();
     let mut rules = Vec::new();
-    let shown = Value::Array(expressions.to_vec()).to_string();
-    let shown: String = shown.chars().take(200).collect();
+    let shown = text_of(expressions);
     for expression in expressions.iter().filter_map(Value::as_object) {
         for (kind, value) in expression {
             match kind.as_str() {

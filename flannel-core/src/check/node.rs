@@ -1,6 +1,6 @@
 //! Kernel, privileges, settings, and the daemon itself.
 
-use super::{Finding, Observations, few};
+use super::{Finding, Observations, agent, few};
 
 /// The oldest kernel on which the programs have been seen to work.
 const OLDEST: (u32, u32) = (5, 10);
@@ -130,27 +130,6 @@ pub struct Manager {
     pub leaves_alone: bool,
 }
 
-/// The daemon.
-#[derive(Clone, Debug, Default)]
-pub struct Agent {
-    /// Whether it has ever been ready here.
-    pub known: bool,
-    /// The process, if it runs.
-    pub pid: Option<u32>,
-    /// Its version.
-    pub version: Option<String>,
-    /// Version of this program.
-    pub ours: &'static str,
-    /// `bpf` or `kernel`.
-    pub mode: Option<&'static str>,
-    /// Why that mode.
-    pub reason: Option<String>,
-    /// What it says is wrong.
-    pub problems: Vec<String>,
-    /// The state file.
-    pub file: String,
-}
-
 pub(super) fn judge(seen: &Observations) -> Vec<Finding> {
     let node = &seen.node;
     vec![
@@ -166,7 +145,7 @@ pub(super) fn judge(seen: &Observations) -> Vec<Finding> {
         br_netfilter(seen),
         clock(node),
         managers(seen),
-        agent(seen),
+        agent::judge(seen),
     ]
 }
 
@@ -416,22 +395,6 @@ fn br_netfilter(seen: &Observations) -> Finding {
     }
 }
 
-fn clock(node: &Node) -> Finding {
-    const NAME: &str = "clock";
-    let clock = &node.clock;
-    match &clock.newest {
-        Some((newest, file)) if *newest > clock.now.saturating_add(AHEAD) => Finding::warn(
-            NAME,
-            format!(
-                "the clock is at least {} s behind: {file} was written later than now",
-                newest - clock.now
-            ),
-            "set the clock, and have chrony or systemd-timesyncd keep it: TLS and leases depend on it",
-        ),
-        _ => Finding::ok(NAME, "no file that the agent uses is from the future"),
-    }
-}
-
 fn managers(seen: &Observations) -> Finding {
     const NAME: &str = "network-manager";
     let managers = &seen.node.managers;
@@ -464,44 +427,18 @@ fn managers(seen: &Observations) -> Finding {
     )
 }
 
-fn agent(seen: &Observations) -> Finding {
-    const NAME: &str = "agent";
-    let agent = &seen.agent;
-    let Some(pid) = agent.pid else {
-        return if agent.known {
-            Finding::warn(
-                NAME,
-                "not running: traffic goes on, changes in the cluster are not followed",
-                "systemctl start flannel-agent, or look why its container does not run",
-            )
-        } else {
-            Finding::skip(
-                NAME,
-                format!("has never been ready here: {} does not exist", agent.file),
-            )
-        };
-    };
-    let version = agent.version.as_deref().unwrap_or("unknown");
-    if let Some(problem) = agent.problems.first() {
-        let more = match agent.problems.len() {
-            1 => String::new(),
-            count => format!(" (and {} more: flannel-agent status)", count - 1),
-        };
-        return Finding::warn(
-            NAME,
-            format!("running, version {version}, pid {pid}, and it says: {problem}{more}"),
-            "flannel-agent status shows all of it",
-        );
-    }
-    if version != agent.ours {
-        return Finding::warn(
+fn clock(node: &Node) -> Finding {
+    const NAME: &str = "clock";
+    let clock = &node.clock;
+    match &clock.newest {
+        Some((newest, file)) if *newest > clock.now.saturating_add(AHEAD) => Finding::warn(
             NAME,
             format!(
-                "running, version {version}, pid {pid}; this program is {}",
-                agent.ours
+                "the clock is at least {} s behind: {file} was written later than now",
+                newest - clock.now
             ),
-            "restart the agent: that costs no packet",
-        );
+            "set the clock, and have chrony or systemd-timesyncd keep it: TLS and leases depend on it",
+        ),
+        _ => Finding::ok(NAME, "no file that the agent uses is from the future"),
     }
-    Finding::ok(NAME, format!("running, version {version}, pid {pid}"))
 }

@@ -7,7 +7,7 @@ use std::{
 
 use ipnet::{IpNet, Ipv4Net};
 
-use super::{Finding, Observations, Wants, few};
+use super::{Finding, Observations, Wants, few, mtu};
 use crate::{
     addr::IfIndex,
     config::{self, NetConf},
@@ -117,7 +117,7 @@ pub(super) fn judge(seen: &Observations) -> Vec<Finding> {
         entries(seen),
         datapath(seen),
         bridge(seen),
-        mtu(seen),
+        mtu::judge(seen),
         offload(seen),
     ]
 }
@@ -169,7 +169,7 @@ fn desired(seen: &Observations, conf: &NetConf) -> Option<Desired> {
     let device = seen.overlay.device.as_ref()?;
     let family = conf.ipv4?;
     let vxlan = &conf.backend.vxlan;
-    let own = seen.store.own(seen).map(|(key, _)| *key).unwrap_or(NOBODY);
+    let own = seen.store.own(seen).map_or(NOBODY, |(key, _)| *key);
     let subnet = own.v4.or_else(|| seen.overlay.subnet_file.as_ref()?.subnet);
     let kind = match &device.kind {
         // eBPF alone: the name of the other end is ours to choose.
@@ -224,6 +224,15 @@ fn differences(seen: &Observations) -> Option<(Vec<Op>, Vec<String>)> {
     Some((plan.ops, plan.problems))
 }
 
+/// That the device is somebody else's.
+fn foreign<'a>(name: &str, problems: &'a [String]) -> Option<&'a str> {
+    let start = format!("device {name} ");
+    problems
+        .iter()
+        .map(String::as_str)
+        .find(|text| text.starts_with(&start))
+}
+
 fn is_about_device(op: &Op) -> bool {
     matches!(
         op,
@@ -266,11 +275,10 @@ fn device(seen: &Observations) -> Finding {
             ),
         );
     };
-    let foreign = format!("device {name} ");
-    if let Some(problem) = problems.iter().find(|text| text.starts_with(&foreign)) {
+    if let Some(problem) = foreign(name, &problems) {
         return Finding::fail(
             NAME,
-            problem.clone(),
+            problem,
             format!("ip link del {name}, or another VNI in the network configuration"),
         );
     }
@@ -343,6 +351,9 @@ fn entries(seen: &Observations) -> Finding {
         )
     }) {
         return Finding::skip(NAME, format!("{name} is to be made anew"));
+    }
+    if foreign(name, &problems).is_some() {
+        return Finding::skip(NAME, format!("{name} is somebody else's"));
     }
     let (missing, stale): (Vec<&Op>, Vec<&Op>) = ops
         .iter()
@@ -451,91 +462,6 @@ fn bridge(seen: &Observations) -> Finding {
     )
 }
 
-fn mtu(seen: &Observations) -> Finding {
-    const NAME: &str = "mtu";
-    let overlay = &seen.overlay;
-    let (Some(conf), Some(uplink)) = (seen.store.conf(), seen.network.uplink()) else {
-        return Finding::skip(NAME, "uplink or network configuration is unknown");
-    };
-    let wanted = match config::tunnel_mtu(&conf, uplink.mtu) {
-        Ok(mtu) => mtu.get(),
-        Err(error) => {
-            return Finding::fail(
-                NAME,
-                error.to_string(),
-                "correct Backend.MTU in the network configuration",
-            );
-        }
-    };
-    let mut wrong = Vec::new();
-    if let Some(device) = overlay
-        .device
-        .as_ref()
-        .filter(|device| device.mtu != wanted)
-    {
-        wrong.push(format!("{} has {}", overlay.name, device.mtu));
-    }
-    if let Some(file) = &overlay.subnet_file
-        && let Some(mtu) = file.mtu.filter(|mtu| *mtu != wanted)
-    {
-        wrong.push(format!("FLANNEL_MTU in {} is {mtu}", file.path));
-    }
-    if !wrong.is_empty() {
-        return Finding::fail(
-            NAME,
-            format!(
-                "on uplink {} with MTU {} the tunnel's is {wanted}, but {}",
-                uplink.name,
-                uplink.mtu,
-                wrong.join(", ")
-            ),
-            "restart the agent, which sets both; then restart the pods, which keep what they were made with",
-        );
-    }
-    let large: Vec<String> = overlay
-        .bridge
-        .iter()
-        .flat_map(|bridge| bridge.ports.iter().chain([(&bridge.name, &bridge.mtu)]))
-        .filter(|(_, mtu)| **mtu > wanted)
-        .map(|(name, mtu)| format!("{name} {mtu}"))
-        .collect();
-    if !large.is_empty() {
-        return Finding::warn(
-            NAME,
-            format!("the tunnel's is {wanted}, larger are {}", few(&large)),
-            "restart the pods behind them: they keep what they were made with",
-        );
-    }
-    let narrow: Vec<String> = overlay
-        .paths
-        .iter()
-        .filter(|(_, mtu)| **mtu < wanted.saturating_add(config::OVERHEAD_V4))
-        .map(|(peer, mtu)| format!("{peer} {mtu}"))
-        .collect();
-    if !narrow.is_empty() {
-        let least = overlay.paths.values().min().copied().unwrap_or(0);
-        return Finding::warn(
-            NAME,
-            format!(
-                "the kernel knows narrower paths than uplink {} with MTU {}: {}",
-                uplink.name,
-                uplink.mtu,
-                few(&narrow)
-            ),
-            format!(
-                "mend the path, or set \"Backend\":{{\"MTU\":{least}}} in the network configuration"
-            ),
-        );
-    }
-    Finding::ok(
-        NAME,
-        format!(
-            "uplink {} {}, tunnel and pods {wanted}",
-            uplink.name, uplink.mtu
-        ),
-    )
-}
-
 fn offload(seen: &Observations) -> Finding {
     const NAME: &str = "offload";
     let name = &seen.overlay.name;
@@ -559,7 +485,7 @@ fn offload(seen: &Observations) -> Finding {
 
 /// Peers by public address and the base address of their subnet.
 pub(super) fn peers(seen: &Observations) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
-    let own = seen.store.own(seen).map(|(key, _)| *key).unwrap_or(NOBODY);
+    let own = seen.store.own(seen).map_or(NOBODY, |(key, _)| *key);
     let Some(leases) = seen.store.list() else {
         return BTreeMap::new();
     };

@@ -1,7 +1,5 @@
 //! Who has the UDP port of the overlay.
 
-use std::net::Ipv4Addr;
-
 use super::{Finding, Observations};
 use crate::{config::DEFAULT_PORT, plan::ObservedKind};
 
@@ -17,8 +15,8 @@ pub struct Sockets {
 /// A bound UDP socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UdpSocket {
-    /// Local address; `None` for an IPv6 socket.
-    pub local: Option<Ipv4Addr>,
+    /// Whether it is one that IPv4 packets may go to: an IPv4 socket, or an IPv6 socket bound to no address.
+    pub takes_v4: bool,
     /// Local port.
     pub port: u16,
     /// Whose it is.
@@ -88,7 +86,7 @@ pub(super) fn judge(seen: &Observations) -> Finding {
     let at_port: Vec<&UdpSocket> = sockets
         .udp
         .iter()
-        .filter(|socket| socket.port == port && socket.local.is_some())
+        .filter(|socket| socket.port == port && socket.takes_v4)
         .collect();
     let foreign = at_port.iter().find(|socket| match &socket.owner {
         // eBPF alone has a socket of the agent's for fragments.

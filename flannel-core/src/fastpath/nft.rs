@@ -84,6 +84,17 @@ pub fn ip_tables(dump: &str) -> Result<Vec<String>, String> {
         .collect())
 }
 
+/// A rule's expressions on one line, for people.
+pub(crate) fn text_of(expressions: &[Value]) -> String {
+    let words: Vec<String> = expressions
+        .iter()
+        .filter_map(Value::as_object)
+        .flatten()
+        .map(|(kind, value)| condition::render(kind, value))
+        .collect();
+    words.join(" ")
+}
+
 fn concerns(family: &str) -> bool {
     matches!(family, "ip" | "inet" | "bridge" | "netdev")
 }

@@ -27,8 +27,18 @@ impl<'a> Table<'a> {
         }
     }
 
+    /// What could be asked for instead: with a hundred pods most interfaces are theirs, and have no address of use.
     fn candidates(&self) -> String {
-        list(&self.links)
+        let addressed = |link: &&&Link| {
+            let mut addrs = link.addrs.iter().map(|addr| addr.ip);
+            addrs.any(|ip| is_unicast(ip) && !is_link_local(ip))
+        };
+        let links: Vec<&Link> = self.links.iter().filter(addressed).copied().collect();
+        list(if links.is_empty() {
+            &self.links
+        } else {
+            &links
+        })
     }
 
     /// One value of `--iface`.

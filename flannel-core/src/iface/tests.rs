@@ -37,8 +37,7 @@ fn machine() -> Vec<Link> {
     ]
 }
 
-const LISTED: &str =
-    "lo:[127.0.0.1 ::1], eth0:[192.168.77.11 fd77::11 fe80::1], eth1:[10.0.0.5 fd88::5]";
+const LISTED: &str = "eth0:[192.168.77.11 fd77::11 fe80::1], eth1:[10.0.0.5 fd88::5]";
 
 const NONE_FOUND: &str = "Failed to find any valid interface to use: ";
 const NONE_MATCHED: &str =

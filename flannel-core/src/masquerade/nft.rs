@@ -165,7 +165,7 @@ pub fn plan(
     }
     if settled.is_some()
         && let Some(request) = request
-        && let Some(other) = other_network(family, listed, request)
+        && let Some(other) = other_network(family, listed, request.networks())
     {
         return Change::Contested(other);
     }
@@ -192,8 +192,13 @@ fn frame(listed: &str) -> String {
         .fold(String::new(), |text, line| text + line + "\n")
 }
 
-/// The network of whoever else has filled the table: the one that all its accepting and masquerading rules are about.
-fn other_network(family: Family, listed: &str, request: &Request) -> Option<String> {
+/// The network of whoever else has filled a table of ours: the widest one that its rules are about, if none names one of `own`.
+pub fn other_network(
+    family: Family,
+    listed: &str,
+    own: impl IntoIterator<Item = IpNet>,
+) -> Option<String> {
+    let own: Vec<IpNet> = own.into_iter().collect();
     let mut other: Option<IpNet> = None;
     for line in listed.lines().map(str::trim) {
         let Some(rest) = line.strip_prefix(family.as_str()) else {
@@ -205,7 +210,7 @@ fn other_network(family: Family, listed: &str, request: &Request) -> Option<Stri
                 continue;
             }
             let network: IpNet = words.next()?.parse().ok()?;
-            if request.networks().any(|own| own == network) {
+            if own.contains(&network) {
                 return None;
             }
             let is_wider = other.is_none_or(|other| network.prefix_len() < other.prefix_len());

@@ -3,6 +3,7 @@
 use clap::{ArgMatches, Command, FromArgMatches as _, builder::Resettable};
 
 use super::Args;
+use crate::leases::EtcdOptions;
 
 const NAME: &str = "check";
 /// Under which they are listed.
@@ -29,5 +30,15 @@ pub(super) fn merge(args: &mut Args, matches: &ArgMatches) -> Result<(), clap::E
     match matches.subcommand_matches(NAME) {
         Some(behind) => args.update_from_arg_matches(behind),
         None => Ok(()),
+    }
+}
+
+impl Args {
+    /// Whether a flag or variable says which lease store to use.
+    pub fn names_store(&self) -> bool {
+        let default = EtcdOptions::default();
+        self.lease_dir.is_some()
+            || self.etcd.etcd_endpoints != default.endpoints
+            || self.etcd.etcd_prefix != default.prefix
     }
 }

@@ -202,7 +202,7 @@ fn misses_are_told_in_upstreams_words() {
     assert_eq!(
         error,
         "Failed to find interface to use that matches the interfaces and/or regexes provided: could not match pattern ^ens to any of the \
-         available network interfaces (lo:[127.0.0.1 ::1], eth0:[192.168.77.11 fd77::11 fe80::1], eth1:[10.0.0.5 fd88::5], wlan0:[])"
+         available network interfaces (eth0:[192.168.77.11 fd77::11 fe80::1], eth1:[10.0.0.5 fd88::5])"
     );
     let error = ask(&machine(), &routes, &wanted("reach=10.9.9.9"), Stack::V4).unwrap_err();
     assert!(
@@ -281,6 +281,15 @@ fn without_a_default_route_the_only_address_is_taken() {
              global scope; set --iface to choose"
         ]
     );
+    // Neither does one count that cannot carry anything, nor, when both families are needed, one that lacks one of them.
+    let mut dead = link(13, "eth7", None, &["10.7.0.1/24"]);
+    dead.mtu = 0;
+    let single = link(14, "eth8", None, &["10.8.0.1/24"]);
+    let with = |extra: Link| [&links[..], &[extra]].concat();
+    let found = ask(&with(dead), &none, &Wanted::default(), Stack::V4).unwrap();
+    assert_eq!(found.uplink.name, "eth0");
+    let found = ask(&with(single), &none, &Wanted::default(), Stack::Dual).unwrap();
+    assert_eq!(found.uplink.name, "eth0");
     // A bridge that is a host's own is not left out.
     links.push(link(12, "br0", Some("bridge"), &["10.1.0.1/24"]));
     let error = ask(&links, &none, &Wanted::default(), Stack::V4).unwrap_err();
@@ -321,6 +330,9 @@ fn default_routes_that_settle_nothing() {
 fn other_interfaces_on_the_same_lan_are_told() {
     let mut links = machine();
     links.push(link(5, "eth2", None, &["192.168.77.99/24"]));
+    let mut down = link(6, "eth3", None, &["192.168.77.98/24"]);
+    down.up = false;
+    links.push(down);
     let routes = Routes {
         default_v4: over(5),
         ..Routes::default()

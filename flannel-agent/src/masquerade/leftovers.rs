@@ -1,0 +1,142 @@
+//! What `cleanup` finds of ours in the packet filter and among the routes, and how it goes.
+
+use flannel_core::masquerade::{
+    Request,
+    backend::Backend,
+    iptables::{self, Dump, Moment, Plan},
+    nft::{self, Family},
+};
+use ipnet::{IpNet, Ipv4Net};
+
+use super::{
+    nftables,
+    programs::{self, PATIENCE, Tool, Tools},
+};
+use crate::{
+    dataplane::netlink::{Netlink, NetlinkError},
+    fastpath::{netfilter, rules::UNUSED},
+    program::{self, ProgramError},
+};
+
+/// Something of ours.
+#[derive(Debug)]
+pub(crate) struct Leftover {
+    /// What it is, for people.
+    pub(crate) what: String,
+    how: How,
+}
+
+#[derive(Debug)]
+enum How {
+    Iptables(Tool, Family),
+    Table(Family),
+    Blackhole(IpNet),
+}
+
+/// Why it cannot be removed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RemoveError {
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+}
+
+/// What an agent with these networks has left. Without networks: everything that bears our names. Another instance's rules are
+/// none of ours as long as ours are known.
+pub(crate) async fn find(nets: Option<(Ipv4Net, Option<Ipv4Net>)>) -> Vec<Leftover> {
+    let mut found = Vec::new();
+    for family in Family::ALL {
+        let tools = Tools::find(family).await;
+        for backend in Backend::ALL {
+            let Some(tool) = tools.of(backend) else {
+                continue;
+            };
+            let plan = match tool.dump(family).await {
+                Ok(dump) => removal(&dump, family, nets),
+                Err(error) => {
+                    tracing::warn!(%error, "look for rules of ours");
+                    continue;
+                }
+            };
+            if plan.is_empty() {
+                continue;
+            }
+            let name = programs::name(family);
+            let rules = plan.stale.len();
+            found.push(Leftover {
+                what: format!("{rules} rules of flannel in {name}-{}", backend.as_str()),
+                how: How::Iptables(tool.clone(), family),
+            });
+        }
+    }
+    if netfilter::generation().is_some_and(|generation| generation > UNUSED) {
+        for family in Family::ALL {
+            let Ok(Some(listed)) = nftables::list(family).await else {
+                continue;
+            };
+            let own = nets.map(|(network, _)| IpNet::V4(network));
+            if own.is_some() && nft::other_network(family, &listed, own).is_some() {
+                continue;
+            }
+            found.push(Leftover {
+                what: format!("nftables table {}", family.table()),
+                how: How::Table(family),
+            });
+        }
+    }
+    if let Some(subnet) = nets.and_then(|(_, subnet)| subnet)
+        && let Ok(net) = Netlink::open()
+        && net.has_blackhole(subnet).await.unwrap_or(false)
+    {
+        found.push(Leftover {
+            what: format!("route blackhole {subnet}"),
+            how: How::Blackhole(subnet.into()),
+        });
+    }
+    found
+}
+
+fn removal(dump: &Dump, family: Family, nets: Option<(Ipv4Net, Option<Ipv4Net>)>) -> Plan {
+    match (nets, family) {
+        (None, _) => iptables::clear(dump),
+        // The agent does IPv4 alone: what is there of IPv6 is another's.
+        (Some(_), Family::V6) => Plan::default(),
+        (Some((network, subnet)), Family::V4) => {
+            let nothing = Request {
+                network: network.into(),
+                subnet: subnet.unwrap_or(network).into(),
+                previous: None,
+                masq: false,
+                forward: false,
+                random_fully: false,
+            };
+            iptables::plan(dump, &nothing, Moment::Resync)
+        }
+    }
+}
+
+impl Leftover {
+    /// Removes it.
+    pub(crate) async fn remove(
+        &self,
+        nets: Option<(Ipv4Net, Option<Ipv4Net>)>,
+    ) -> Result<(), RemoveError> {
+        match &self.how {
+            How::Iptables(tool, family) => {
+                let dump = tool.dump(*family).await?;
+                let plan = removal(&dump, *family, nets);
+                if !plan.is_empty() {
+                    tool.restore(&plan.payload).await?;
+                }
+            }
+            How::Table(family) => {
+                program::run("nft", &["-f", "-"], &nft::remove(*family), PATIENCE).await?;
+            }
+            How::Blackhole(subnet) => {
+                Netlink::open()?.del_blackhole(*subnet).await?;
+            }
+        }
+        Ok(())
+    }
+}
