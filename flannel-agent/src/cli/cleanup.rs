@@ -105,7 +105,7 @@ pub(super) async fn run(args: &Args, scope: Scope) -> anyhow::Result<bool> {
     }
     let nets = state.as_ref().map(|state| (state.network, state.subnet));
     // Where nothing says that we have been here, rules are those of another flannel.
-    let rules = if vnis.is_empty() {
+    let rules = if vnis.is_empty() || keep_device {
         Vec::new()
     } else {
         leftovers::find(nets).await
