@@ -275,3 +275,18 @@ fn a_healthy_node_passes_every_check() {
 fn own_lease(seen: &mut Observations) -> &mut BTreeMap<SubnetKey, LeaseAttrs> {
     seen.store.leases.as_mut().expect("leases")
 }
+
+#[test]
+fn the_documentation_lists_every_check_in_order() {
+    let text = include_str!("../../../docs/check.md");
+    let listed: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .collect();
+    let names: Vec<&str> = judge(&healthy())
+        .checks
+        .iter()
+        .map(|one| one.name)
+        .collect();
+    assert_eq!(listed, names);
+}
