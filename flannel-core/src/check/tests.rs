@@ -37,6 +37,7 @@ fn link(number: u32, name: &str, address: &str) -> Link {
         name: name.into(),
         mtu: 1500,
         up: true,
+        kind: None,
         addrs: vec![LinkAddr {
             ip: address.addr().into(),
             prefix_len: address.prefix_len(),
@@ -202,6 +203,9 @@ fn healthy() -> Observations {
         }),
     }
 }
+
+/// A change to a device.
+type Change = fn(&mut Device);
 
 fn statuses(report: &Report) -> BTreeMap<&'static str, Status> {
     let pairs = report.checks.iter().map(|one| (one.name, one.status));
