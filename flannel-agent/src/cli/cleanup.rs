@@ -73,7 +73,9 @@ pub(super) async fn run(args: &Args, scope: Scope) -> anyhow::Result<bool> {
             places.extend(carries_alone(&net, *vni).await?.map(|index| (index, false)));
         }
         // With its qdisc a device loses what it sends at that moment.
-        places.values_mut().for_each(|ours| *ours = false);
+        for ours in places.values_mut() {
+            *ours = false;
+        }
     }
     for (_, instance) in &instances {
         clean &= act.on(
