@@ -42,17 +42,19 @@ fn iptables_rules_are_upstreams_to_the_byte() {
     }
 }
 
+/// kube-proxy's jumps, which are there before flannel's.
+const KUBE: [&str; 4] = [
+    "-A FORWARD -m conntrack --ctstate NEW -m comment --comment \"kubernetes load balancer firewall\" -j KUBE-PROXY-FIREWALL",
+    "-A FORWARD -m comment --comment \"kubernetes forwarding rules\" -j KUBE-FORWARD",
+    "-A FORWARD -m conntrack --ctstate NEW -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES",
+    "-A FORWARD -m conntrack --ctstate NEW -m comment --comment \"kubernetes externally-visible service portals\" -j KUBE-EXTERNAL-SERVICES",
+];
+
 #[test]
 fn listings_are_as_upstreams_own_tests_want_them() {
     if !privileged() {
         return;
     }
-    const KUBE: [&str; 4] = [
-        "-A FORWARD -m conntrack --ctstate NEW -m comment --comment \"kubernetes load balancer firewall\" -j KUBE-PROXY-FIREWALL",
-        "-A FORWARD -m comment --comment \"kubernetes forwarding rules\" -j KUBE-FORWARD",
-        "-A FORWARD -m conntrack --ctstate NEW -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES",
-        "-A FORWARD -m conntrack --ctstate NEW -m comment --comment \"kubernetes externally-visible service portals\" -j KUBE-EXTERNAL-SERVICES",
-    ];
     let lab = lab();
     for variant in VARIANTS {
         let ns = lab.extra(&format!("e2e{}", variant.backend)).unwrap();
