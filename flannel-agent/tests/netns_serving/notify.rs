@@ -15,6 +15,8 @@ use crate::rig::{NET_CONF, PATIENCE, Rig, agent_binary};
 struct Manager {
     socket: UnixDatagram,
     heard: Vec<String>,
+    /// How many of them a wait has looked at.
+    passed: usize,
 }
 
 impl Manager {
@@ -25,26 +27,32 @@ impl Manager {
         Manager {
             socket,
             heard: Vec::new(),
+            passed: 0,
         }
     }
 
-    /// Listens until an assignment fits.
+    /// Listens until an assignment fits that was not passed over before.
     #[track_caller]
     fn wait(&mut self, what: &str, fits: impl Fn(&str) -> bool) -> String {
         let deadline = Instant::now() + PATIENCE;
-        while Instant::now() < deadline {
+        loop {
+            while let Some(line) = self.heard.get(self.passed) {
+                self.passed += 1;
+                if fits(line) {
+                    return line.clone();
+                }
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{what} was not heard, but {:?}",
+                self.heard
+            );
             let mut bytes = [0; 4096];
-            let Ok(length) = self.socket.recv(&mut bytes) else {
-                continue;
-            };
-            let text = String::from_utf8(bytes[..length].to_vec()).expect("UTF-8");
-            let from = self.heard.len();
-            self.heard.extend(text.lines().map(str::to_owned));
-            if let Some(found) = self.heard[from..].iter().find(|line| fits(line)) {
-                return found.clone();
+            if let Ok(length) = self.socket.recv(&mut bytes) {
+                let text = String::from_utf8(bytes[..length].to_vec()).expect("UTF-8");
+                self.heard.extend(text.lines().map(str::to_owned));
             }
         }
-        panic!("{what} was not heard, but {:?}", self.heard);
     }
 
     fn count(&self, line: &str) -> usize {
