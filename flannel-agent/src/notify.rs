@@ -19,7 +19,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    health::{Board, Lacking, Pulse},
+    health::{Board, Lacking, Part, Pulse},
     telemetry::one_line,
 };
 
@@ -72,7 +72,9 @@ pub(crate) fn attend(
         let mut ready = false;
         loop {
             let status = status(&lacking.borrow_and_update(), &summary.borrow_and_update());
-            if !ready && lacking.borrow().is_empty() {
+            // As upstream: what depends on flannel needs `subnet.env`, and waits for nothing else. A node without iptables, say, is told
+            // of in STATUS and not kept from starting.
+            if !ready && !lacking.borrow().contains_key(&Part::SubnetFile) {
                 ready = true;
                 // In one datagram: whoever waits for us to be ready asks for the status next.
                 notifier.send(&format!("READY=1\nSTATUS={status}"));

@@ -146,6 +146,7 @@ impl Readiness {
             self.announced = true;
             tracing::info!(datapath = state.datapath.mode.as_str(), "flannel is ready");
             tracing::info!("Running backend.");
+            tracing::info!("watching for new subnet leases");
         }
     }
 }
