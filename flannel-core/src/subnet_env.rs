@@ -1,5 +1,6 @@
 //! `subnet.env`, the contract with the flannel CNI plugin: writing it, and reading back what an earlier start wrote.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
@@ -105,6 +106,16 @@ pub fn parse_previous(text: &str) -> Previous {
         ipv6_subnet: v6.as_ref().map(Ipv6Net::trunc),
         warnings,
     }
+}
+
+/// Reads all assignments in such a file; the last one of a name counts, as in a shell. What is none is left out.
+pub fn assignments(text: &str) -> BTreeMap<String, String> {
+    text.lines()
+        .filter_map(|line| match assignment(line) {
+            Assignment::Pair(name, value) => Some((name.to_owned(), value)),
+            Assignment::None | Assignment::Broken => None,
+        })
+        .collect()
 }
 
 enum Assignment<'a> {

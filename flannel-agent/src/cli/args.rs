@@ -26,6 +26,7 @@ pub use serving::{LogFormat, ServingArgs};
 pub use store::EtcdArgs;
 pub use uplink::UplinkArgs;
 
+use super::docker_opts;
 use crate::leases::{DirOptions, StoreConfig};
 
 /// The program's name where nothing says otherwise.
@@ -213,6 +214,9 @@ pub enum Command {
         #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=600), value_name = "SECONDS")]
         timeout: u32,
     },
+    /// Writes options for the Docker daemon that fit this node's subnet.env, as flannel's mk-docker-opts.sh does.
+    #[command(name = "mk-docker-opts", after_help = docker_opts::OPTIONS)]
+    MkDockerOpts,
     /// Prints the version.
     Version,
 }

@@ -6,6 +6,7 @@
 mod args;
 mod check;
 mod cleanup;
+mod docker_opts;
 mod peers;
 mod status;
 mod table;
@@ -32,6 +33,9 @@ pub const EXIT_KERNEL: u8 = 4;
 /// Runs the program with these arguments, the first being its name.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
+    if let Some(options) = docker_opts::asked_for(&arguments) {
+        return docker_opts::main(options);
+    }
     let program = args::program(arguments.first());
     let args = match Args::read(arguments) {
         Ok(args) => args,
@@ -79,6 +83,8 @@ async fn dispatch(args: Args) -> ExitCode {
             no_peers,
             timeout,
         }) => report(check::run(&args, *output, *no_peers, *timeout).await),
+        // With flags of the daemon in front of it.
+        Some(Command::MkDockerOpts) => docker_opts::main(&[]),
         Some(Command::Version) => {
             table::line(env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

@@ -29,6 +29,12 @@ pub(super) fn complaint_of(program: &str, text: &str) {
     );
 }
 
+/// Prints one line to standard error as it is.
+pub(super) fn plain_complaint(text: &str) {
+    // Nobody to tell if standard error is closed.
+    let _closed = writeln!(std::io::stderr(), "{}", one_line(text));
+}
+
 /// Prints rows under a header, aligned, without a frame.
 pub(super) fn rows(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) {
     let mut table = Table::new();
