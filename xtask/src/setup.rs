@@ -52,7 +52,7 @@ const fn tool(
     }
 }
 
-const TOOLS: [Tool; 24] = [
+const TOOLS: [Tool; 27] = [
     tool("cc", "build-essential", "gcc", "base-devel", Needs::Ebpf),
     tool(
         "pkg-config",
@@ -98,6 +98,15 @@ const TOOLS: [Tool; 24] = [
         "conntrack-tools",
         Needs::Everything,
     ),
+    tool(
+        "systemd-analyze",
+        "systemd",
+        "systemd",
+        "systemd",
+        Needs::Everything,
+    ),
+    tool("dash", "dash", "dash", "dash", Needs::Everything),
+    tool("bash", "bash", "bash", "bash", Needs::Everything),
     tool(
         "tc",
         "iproute2",
