@@ -319,7 +319,7 @@ fn previous_subnet(subnet_file: &Path) -> Option<SubnetKey> {
     let text = std::fs::read_to_string(subnet_file).ok()?;
     let previous = subnet_env::parse_previous(&text);
     for warning in &previous.warnings {
-        tracing::debug!(file = %subnet_file.display(), "{warning}");
+        tracing::warn!(file = %subnet_file.display(), "error reading subnet: {warning}");
     }
     previous.subnet.map(SubnetKey::from_v4)
 }

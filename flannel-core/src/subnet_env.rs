@@ -175,7 +175,7 @@ fn single<N: FromStr>(name: &str, value: &str, warnings: &mut Vec<String>) -> Op
     }
     if found.len() > 1 {
         warnings.push(format!(
-            "{name} has more than one entry ({value}), ignoring all of them"
+            "more than 1 entry found for key: {name} ({value}), ignoring all of them"
         ));
         return None;
     }
@@ -283,7 +283,7 @@ mod tests {
                 "FLANNEL_SUBNET=10.5.1.1/24,10.5.2.1/24",
                 None,
                 &[
-                    "FLANNEL_SUBNET has more than one entry (10.5.1.1/24,10.5.2.1/24), ignoring all of them",
+                    "more than 1 entry found for key: FLANNEL_SUBNET (10.5.1.1/24,10.5.2.1/24), ignoring all of them",
                 ],
             ),
             (
@@ -303,7 +303,47 @@ mod tests {
         }
     }
 
+    #[test]
+    fn assignments_are_a_shells() {
+        let text = "A=1\nexport B='two words'\n#C=3\nD\nA=4 # last\n";
+        let read: Vec<_> = assignments(text).into_iter().collect();
+        let expected = [("A", "4"), ("B", "two words")];
+        assert_eq!(
+            read,
+            expected.map(|(name, value)| (name.to_owned(), value.to_owned()))
+        );
+    }
+
     proptest! {
+        /// Line by line, split at the first `=`, nothing taken off: so the CNI plugin reads it.
+        #[test]
+        fn the_plugin_reads_what_is_written(base: Ipv4Addr, len in 1u8..31, v6 in proptest::option::of((any::<Ipv6Addr>(), 1u8..127)), mtu: u32, ip_masq: bool) {
+            let subnet = Ipv4Net::new(base, len).unwrap().trunc();
+            let v6 = v6.map(|(base, len)| Ipv6Net::new(base, len).unwrap().trunc());
+            let env = SubnetEnv {
+                network: Some(subnet),
+                subnet: Some(subnet),
+                ipv6_network: v6,
+                ipv6_subnet: v6,
+                mtu,
+                ip_masq,
+            };
+            let text = env.render();
+            prop_assert!(text.ends_with('\n') && !text.contains(['"', '\'', ' ', '\r', '#']));
+            let lines: BTreeMap<&str, &str> = text.lines().map(|line| line.split_once('=').unwrap()).collect();
+            prop_assert_eq!(lines.len(), if v6.is_some() { 6 } else { 4 });
+            prop_assert_eq!(lines["FLANNEL_NETWORK"].parse(), Ok(subnet));
+            let gateway: Ipv4Net = lines["FLANNEL_SUBNET"].parse().unwrap();
+            prop_assert_eq!(gateway.trunc(), subnet);
+            prop_assert_eq!(gateway.addr().to_bits(), subnet.network().to_bits() + 1);
+            prop_assert_eq!(lines.get("FLANNEL_IPV6_NETWORK").map(|net| net.parse().unwrap()), v6);
+            prop_assert_eq!(lines["FLANNEL_MTU"].parse(), Ok(mtu));
+            prop_assert_eq!(lines["FLANNEL_IPMASQ"], if ip_masq { "true" } else { "false" });
+            // And back as assignments.
+            let read = assignments(&text);
+            prop_assert!(read.iter().map(|(name, value)| (name.as_str(), value.as_str())).eq(lines));
+        }
+
         #[test]
         fn round_trip(base: Ipv4Addr, len in 1u8..31, base6: Ipv6Addr, len6 in 1u8..127, mtu: u32, ip_masq: bool) {
             let subnet = Ipv4Net::new(base, len).unwrap().trunc();
