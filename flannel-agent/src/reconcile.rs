@@ -390,7 +390,8 @@ impl<'a> Loop<'a> {
             ip_masq: self.ready.ip_masq,
         };
         let text = env.render();
-        if self.ready.written.as_ref() != Some(&text) {
+        // Pods cannot be started without it, so that it is put back after somebody has emptied /run.
+        if self.ready.written.as_ref() != Some(&text) || !self.ready.subnet_file.exists() {
             if let Err(error) = files::replace(&self.ready.subnet_file, &text) {
                 let trouble = chain(&error);
                 if self.said.insert(trouble.clone()) {

@@ -69,7 +69,8 @@ fn five_thousand_leases_are_programmed_and_followed() {
         let mut rig = EtcdRig::new(1, conf);
         rig.prefer(0, "10.20.1.0/24".parse().unwrap());
         let put = |key: &str, peer: &Peer| {
-            format!("put {key} '{}'", value(&peer.public_ip, 1, &peer.mac))
+            let value = value(&peer.public_ip, 1, &peer.mac).replace('"', "\\\"");
+            format!("put {key} \"{value}\"")
         };
         change(&rig, 0..PEERS, put);
         rig.start_agent(0, flags);

@@ -1,10 +1,11 @@
 //! What an earlier configuration has left on a node, and nodes that cannot be told apart.
 
-use flannel_testkit::{eventually, json::ip_json, privileged};
+use flannel_testkit::{eventually, json::ip_json, privileged, process};
 
 use crate::{
     assert_lossless,
-    rig::{PATIENCE, Rig, list},
+    etcd_rig::{EtcdRig, NET_CONF, PREFIX},
+    rig::{PATIENCE, Rig, agent_binary, list},
     wait_mended,
 };
 
@@ -44,35 +45,44 @@ fn the_device_of_an_earlier_network_identifier_is_in_nobodys_way() {
     }
 }
 
-/// Vagrant gives all machines the same address on the interface with the default route: every node is a peer of itself.
+/// Vagrant gives all machines the same address on the interface with the default route: they hold one lease between them.
 #[test]
 fn two_nodes_with_one_address_are_told_what_to_write() {
     if !privileged() {
         return;
     }
-    let mut rig = Rig::start(2, &[]);
-    let (subnet, ip) = ("10.244.66.0/24".parse().unwrap(), rig.node(0).ip);
-    rig.put_lease(subnet, ip, "0a:00:00:00:00:66");
-    let said = format!("{ip}");
-    let line = rig.agent(0).wait_until(PATIENCE, "it says so", |agent| {
-        let log = agent.log();
-        let line = log
-            .lines()
-            .find(|line| line.contains(" WARN ") && line.contains("10.244.66.0/24"));
-        line.map(str::to_owned)
-            .ok_or_else(|| anyhow::anyhow!("not yet"))
-    });
-    let line = line.unwrap_or_else(|error| panic!("{error:#}"));
-    assert!(line.contains(&said), "{line}");
-    wait_mended_without(&rig);
-}
-
-/// The peer that is real is untouched by the one that is not.
-#[track_caller]
-fn wait_mended_without(rig: &Rig) {
-    eventually(PATIENCE, "the pods reach each other", || {
-        rig.ping(0, 1)
-            .and_then(|_| rig.ping(1, 0))
-            .map_err(|error| format!("{error:#}"))
-    });
+    let mut rig = EtcdRig::new(2, NET_CONF);
+    for node in 0..2 {
+        rig.start_agent(node, &["--iface=eth0", "--public-ip=192.168.77.50"]);
+        rig.wait_ready(node);
+    }
+    assert_eq!(rig.stored().len(), 1);
+    let said = "another node has the same public address";
+    rig.wait_log(0, said);
+    let log = rig.agent(0).log();
+    let line = log.lines().find(|line| line.contains(said));
+    let line = line.expect("a line");
+    for needle in [" WARN ", "192.168.77.50", "--iface", "--public-ip"] {
+        assert!(line.contains(needle), "{needle}: {line}");
+    }
+    // As told; the device goes too, because the second node has taken over what it found in the lease, MAC address and all.
+    let shared = rig.subnet(0);
+    for node in 0..2 {
+        assert_eq!(rig.stop_agent(node, libc::SIGTERM), 0);
+        let file = rig.lab.node(node).run_dir.join("subnet.env");
+        let mut cleanup = rig.ns(node).command(agent_binary());
+        cleanup.args(["cleanup", "--subnet-file"]).arg(&file);
+        process::succeed(&mut cleanup, PATIENCE).expect("flannel-agent cleanup");
+    }
+    rig.etcd
+        .delete(&format!("{PREFIX}/subnets/{}", shared.lease_key()))
+        .unwrap();
+    for node in 0..2 {
+        rig.start_agent(node, &["--iface=eth0"]);
+        rig.wait_ready(node);
+    }
+    assert_ne!(rig.subnet(0), rig.subnet(1));
+    rig.wait_converged();
+    let macs = [0, 1].map(|node| rig.device_mac(node).expect("a MAC address"));
+    assert_ne!(macs[0], macs[1]);
 }

@@ -250,7 +250,6 @@ fn a_start_before_the_uplink_has_an_address_is_made_again() {
         let mut command = rig.ns(0).command(agent_binary());
         command.args(rig.common_flags(0)).args(flags);
         let done = process::finish(&mut command, PATIENCE).expect("it ends");
-        eprintln!("{flags:?}: {:?} {}", done.status.code(), done.stderr);
         let errors: Vec<&str> = done
             .stderr
             .lines()

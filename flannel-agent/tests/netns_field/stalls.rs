@@ -43,11 +43,14 @@ fn masqueraded_once(what: &str, gate: &Gate, pair: &TcpPair) {
             .collect::<Vec<_>>()
     };
     assert_eq!(*pair.seen.ip(), gate.tunnel_ip(0), "{what}");
-    let [there] = &entries(1)[..] else {
-        panic!("{what}: {:?}", entries(1));
-    };
-    assert!(!there.is_translated(), "{what}: {there:?}");
-    assert_eq!(there.original.from, pair.seen, "{what}");
+    let there = entries(1);
+    // Admitted by its first packet it is none of the stack's business there.
+    let bypassed = gate.modes[1] == Mode::Syn && there.is_empty();
+    assert!(there.len() == 1 || bypassed, "{what}: {there:?}");
+    for entry in there {
+        assert!(!entry.is_translated(), "{what}: {entry:?}");
+        assert_eq!(entry.original.from, pair.seen, "{what}");
+    }
     let [here] = &entries(0)[..] else {
         panic!("{what}: {:?}", entries(0));
     };

@@ -36,7 +36,7 @@ fn drops(pid: u32) -> u64 {
 fn storm(rig: &Rig) {
     let mut lines = String::new();
     for link in 0..LINKS {
-        writeln!(lines, "link add storm{link} group 77 type dummy").unwrap();
+        writeln!(lines, "link add storm{link} group 77 type bridge").unwrap();
     }
     writeln!(lines, "link set group 77 up").unwrap();
     for (number, link) in (0..EACH).zip((0..LINKS).cycle()) {
