@@ -26,8 +26,9 @@ use crate::{
     dataplane::netlink::Netlink,
     device::Up,
     files,
-    health::{Board, Part},
+    health::{self, Board, Part, Pulse},
     leases::{ErrorKind, Store},
+    notify,
     preflight::Capabilities,
     reconcile::Readiness,
     telemetry::{chain, one_line},
@@ -44,8 +45,27 @@ const SET_UP_RETRY: Duration = Duration::from_secs(2);
 
 /// Runs until cancelled.
 pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartError> {
+    let (board, pulse) = (Board::default(), Pulse::default());
+    // First of all: whoever probes us wants to know what we are waiting for.
+    if let Some(address) = args.serving.healthz() {
+        health::serve(address, board.clone(), cancel.clone());
+    }
+    let telling = tokio::spawn(notify::attend(&board, pulse.clone(), cancel.clone()));
+    let outcome = live(args, board, pulse, cancel.clone()).await;
+    cancel.cancel();
+    if let Err(error) = telling.await {
+        tracing::error!(%error, "the task that informs the service manager ended");
+    }
+    outcome
+}
+
+async fn live(
+    args: &Args,
+    board: Board,
+    pulse: Pulse,
+    cancel: CancellationToken,
+) -> Result<(), StartError> {
     args.check().map_err(StartError::Flags)?;
-    let board = Board::default();
     let net = Netlink::open()?;
     let Selection { uplink, notes } = find_uplink(args, &net).await?;
     for note in notes {
@@ -101,7 +121,12 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
         return Ok(());
     };
     let mut settings = follow::start(args, &node.net, &setting, text, &cancel);
-    let mut ready = Readiness::new(args.subnet_file.clone(), args.firewall.ip_masq);
+    let mut ready = Readiness::new(
+        args.subnet_file.clone(),
+        args.firewall.ip_masq,
+        node.board.clone(),
+        pulse,
+    );
     let mut first = true;
     loop {
         let sources = (leasing.views(), &mut settings);

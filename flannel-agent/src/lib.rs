@@ -25,6 +25,7 @@ pub mod files;
 pub mod health;
 pub mod leases;
 pub mod masquerade;
+mod notify;
 mod preflight;
 mod program;
 mod reconcile;

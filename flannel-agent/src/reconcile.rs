@@ -5,15 +5,15 @@
 
 mod agenda;
 mod gate;
+mod readiness;
 mod xdp;
 
-use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use flannel_core::{
     addr::IfIndex,
     farewell::Farewell,
     plan::{Desired, Op, PeerProblem, Plan, peers_of, plan},
-    subnet_env::SubnetEnv,
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -30,11 +30,12 @@ use crate::{
     files,
     leases::View,
     state::State,
-    telemetry::{chain, one_line},
+    telemetry::chain,
 };
 
 use agenda::Agenda;
 pub(crate) use gate::Gatekeeper;
+pub(crate) use readiness::Readiness;
 pub(crate) use xdp::XdpKeeper;
 
 /// How often the eBPF half is looked at: nothing notifies of a detached program or a flushed map.
@@ -47,28 +48,6 @@ const MAX_PASSES: usize = 8;
 const BACKLOG: usize = 1024;
 /// How long a lost notification socket stays closed.
 const REOPEN: Duration = Duration::from_secs(1);
-
-/// What makes the node ready, done once everything is in place for the first time.
-#[derive(Debug)]
-pub(crate) struct Readiness {
-    subnet_file: PathBuf,
-    /// Whether flannel masquerades, for `subnet.env`.
-    ip_masq: bool,
-    /// The text last written to `subnet.env`.
-    written: Option<String>,
-    notified: bool,
-}
-
-impl Readiness {
-    pub(crate) fn new(subnet_file: PathBuf, ip_masq: bool) -> Self {
-        Self {
-            subnet_file,
-            ip_masq,
-            written: None,
-            notified: false,
-        }
-    }
-}
 
 /// The one owner of the kernel's state.
 #[derive(Debug)]
@@ -137,6 +116,7 @@ impl<'a> Loop<'a> {
         let mut last_full = Instant::now();
         let mut due = Some(Scope::Everything);
         loop {
+            self.ready.beat();
             if let Some(scope) = due {
                 let begun = Instant::now();
                 if scope == Scope::Everything {
@@ -180,6 +160,7 @@ impl<'a> Loop<'a> {
                 }
             };
         }
+        self.ready.rest();
         if let Some(watcher) = watcher {
             watcher.abort();
         }
@@ -280,7 +261,10 @@ impl<'a> Loop<'a> {
             self.xdp.set(&mut self.desired);
             self.gate.set(&mut self.desired, self.dataplane.seen());
             if let Err(error) = self.dataplane.observe(&self.desired, scope).await {
-                troubles.insert(format!("look at the kernel: {}", chain(&error)));
+                self.ready.fault(
+                    &mut troubles,
+                    format!("look at the kernel: {}", chain(&error)),
+                );
                 break;
             }
             // Again: a hook that is found missing means another epoch, which is to be in place before the hook is.
@@ -294,6 +278,7 @@ impl<'a> Loop<'a> {
                 break;
             }
             tracing::debug!(ops = plan.ops.len(), "plan");
+            self.ready.foresee(&plan);
             if !self.carry_out(&plan, &mut troubles).await {
                 break;
             }
@@ -303,18 +288,19 @@ impl<'a> Loop<'a> {
             }
         }
         if !done && troubles.is_empty() {
-            troubles.insert(format!(
-                "the node is not as it should be after {MAX_PASSES} attempts"
-            ));
+            let text = format!("the node is not as it should be after {MAX_PASSES} attempts");
+            self.ready.fault(&mut troubles, text);
         }
         self.speak(troubles);
+        self.ready
+            .report(self.dataplane.seen(), &self.desired, &self.state);
         if done && scope >= Scope::Kernel {
             self.dataplane.tend_headroom(&self.desired).await;
         }
         // Whoever waits for us to be ready asks for the state next.
         self.save_state();
         if done && self.desired.peers.is_some() {
-            self.become_ready();
+            self.ready.become_ready(&self.desired, &self.state);
         }
     }
 
@@ -335,6 +321,7 @@ impl<'a> Loop<'a> {
         let mut given_up: BTreeSet<IfIndex> = BTreeSet::new();
         let mut done = true;
         for op in &plan.ops {
+            self.ready.beat();
             while let Ok(change) = self.changes.try_recv() {
                 given_up.extend(self.take_change(&change));
             }
@@ -359,7 +346,8 @@ impl<'a> Loop<'a> {
                 // The way without it is open.
                 (Err(error), None) if self.xdp.is_refused(op, &error) => {}
                 (Err(error), None) => {
-                    troubles.insert(format!("{op}: {}", chain(&error)));
+                    self.ready
+                        .fault(troubles, format!("{op}: {}", chain(&error)));
                     return false;
                 }
             }
@@ -377,45 +365,6 @@ impl<'a> Loop<'a> {
         }
         self.state.problems = troubles.iter().cloned().collect();
         self.said = troubles;
-    }
-
-    /// Writes `subnet.env` when it is due, and tells systemd once.
-    fn become_ready(&mut self) {
-        let env = SubnetEnv {
-            network: Some(self.desired.tunnel.network),
-            subnet: self.state.subnet,
-            ipv6_network: None,
-            ipv6_subnet: None,
-            mtu: self.state.mtu,
-            ip_masq: self.ready.ip_masq,
-        };
-        let text = env.render();
-        // Pods cannot be started without it, so that it is put back after somebody has emptied /run.
-        if self.ready.written.as_ref() != Some(&text) || !self.ready.subnet_file.exists() {
-            if let Err(error) = files::replace(&self.ready.subnet_file, &text) {
-                let trouble = chain(&error);
-                if self.said.insert(trouble.clone()) {
-                    tracing::error!("{trouble}");
-                }
-                return;
-            }
-            tracing::info!(
-                subnet = self.state.subnet.map(tracing::field::display),
-                "Wrote subnet file to {}",
-                one_line(&self.ready.subnet_file.display().to_string())
-            );
-            self.ready.written = Some(text);
-        }
-        if !self.ready.notified {
-            self.ready.notified = true;
-            tracing::info!(
-                datapath = self.state.datapath.mode.as_str(),
-                "flannel is ready"
-            );
-            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-                tracing::warn!(%error, "tell systemd");
-            }
-        }
     }
 
     fn save_state(&mut self) {

@@ -6,14 +6,19 @@ mod faults;
 mod firewall;
 #[path = "netns_check/node.rs"]
 mod node;
+#[path = "netns_check/port.rs"]
+mod port;
 #[path = "netns_check/store.rs"]
 mod store;
+#[path = "netns_check/upstream.rs"]
+mod upstream;
 
 mod rig;
+mod takeover_rig;
 
 use std::collections::BTreeMap;
 
-use flannel_testkit::{json, privileged, process, process::Finished};
+use flannel_testkit::{eventually, json, privileged, process, process::Finished};
 use rig::{DEVICE, PATIENCE, Rig, agent_binary};
 use serde_json::Value;
 
@@ -299,6 +304,16 @@ fn the_answer_has_two_forms_and_usage_errors_are_told_apart() {
 /// Everything of a namespace that `check` could disturb, counters left out.
 fn dump(rig: &Rig, node: usize) -> Vec<String> {
     let ns = rig.ns(node);
+    // The kernel is done with what it does by itself.
+    eventually(PATIENCE, "all addresses are settled", || {
+        let addresses = json::ip_json(ns, &["addr"])
+            .map_err(|error| error.to_string())?
+            .to_string();
+        if addresses.contains("tentative") {
+            return Err(addresses);
+        }
+        Ok(())
+    });
     let mut all: Vec<String> = [
         &["-j", "-d", "link"][..],
         &["-j", "addr"],
@@ -318,14 +333,19 @@ fn dump(rig: &Rig, node: usize) -> Vec<String> {
         all.push(text);
     };
     run("bridge", &["-j", "fdb", "show"]);
-    run("nft", &["-j", "list", "ruleset"]);
+    run("nft", &["-j", "-s", "list", "ruleset"]);
     run("iptables-legacy-save", &[]);
     run("bpftool", &["-j", "net"]);
     run(
         "sysctl",
         &["net.ipv4.ip_forward", "net.ipv4.conf.all.rp_filter"],
     );
-    run("ls", &["-lR", "--time-style=full-iso", "/sys/fs/bpf"]);
+    // The file system belongs to the whole machine, the directory to the node.
+    let pins = rig.instance(node);
+    if pins.exists() {
+        let pins = pins.display().to_string();
+        run("ls", &["-lR", "--time-style=full-iso", &pins]);
+    }
     run("cat", &["/proc/self/net/ip_tables_names"]);
     run(
         "find",

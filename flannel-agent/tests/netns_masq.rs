@@ -42,6 +42,71 @@ fn iptables_rules_are_upstreams_to_the_byte() {
     }
 }
 
+/// kube-proxy's jumps, which are there before flannel's.
+const KUBE: [&str; 4] = [
+    "-A FORWARD -m conntrack --ctstate NEW -m comment --comment \"kubernetes load balancer firewall\" -j KUBE-PROXY-FIREWALL",
+    "-A FORWARD -m comment --comment \"kubernetes forwarding rules\" -j KUBE-FORWARD",
+    "-A FORWARD -m conntrack --ctstate NEW -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES",
+    "-A FORWARD -m conntrack --ctstate NEW -m comment --comment \"kubernetes externally-visible service portals\" -j KUBE-EXTERNAL-SERVICES",
+];
+
+#[test]
+fn listings_are_as_upstreams_own_tests_want_them() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    for variant in VARIANTS {
+        let ns = lab.extra(&format!("e2e{}", variant.backend)).unwrap();
+        let chains = ["PROXY-FIREWALL", "FORWARD", "SERVICES", "EXTERNAL-SERVICES"];
+        let chains = chains
+            .map(|name| format!(":KUBE-{name} - [0:0]\n"))
+            .concat();
+        variant.restore(
+            &ns,
+            4,
+            &format!("*filter\n{chains}{}\nCOMMIT\n", KUBE.join("\n")),
+        );
+        let kept = Kept::start(&ns, wanted());
+        let ours = |prefix: &str| -> Vec<String> {
+            let lines = SAVED_V4.lines().filter(|line| line.starts_with(prefix));
+            lines.map(str::to_owned).collect()
+        };
+        let listed = |line: &str| -> Vec<String> {
+            variant
+                .run(&ns, 4, line)
+                .lines()
+                .map(str::to_owned)
+                .collect()
+        };
+        let mut forward = vec!["-P FORWARD ACCEPT".to_owned()];
+        forward.extend(KUBE.map(str::to_owned));
+        forward.extend(ours("-A FORWARD"));
+        assert_eq!(listed("-S FORWARD"), forward, "{variant:?}");
+        let with_chain =
+            |chain: &str| [vec![format!("-N {chain}")], ours(&format!("-A {chain}"))].concat();
+        assert_eq!(
+            listed("-S FLANNEL-FWD"),
+            with_chain("FLANNEL-FWD"),
+            "{variant:?}"
+        );
+        assert_eq!(
+            listed("-t nat -S FLANNEL-POSTRTG"),
+            with_chain("FLANNEL-POSTRTG"),
+            "{variant:?}"
+        );
+        let jump = listed("-t nat -S POSTROUTING")
+            .into_iter()
+            .filter(|line| line.contains("FLANNEL"));
+        assert_eq!(
+            jump.collect::<Vec<_>>(),
+            ours("-A POSTROUTING"),
+            "{variant:?}"
+        );
+        kept.stop();
+    }
+}
+
 #[test]
 fn nftables_rules_are_upstreams_to_the_byte() {
     if !privileged() {

@@ -4,12 +4,10 @@
 mod masq_rig;
 mod rig;
 
-use std::{
-    collections::BTreeSet, fs, net::IpAddr, os::unix::fs::PermissionsExt as _, path::PathBuf,
-};
+use std::{collections::BTreeSet, fs, net::IpAddr};
 
 use flannel_testkit::{Lab, LabOptions, Netns, eventually, privileged, traffic};
-use masq_rig::{Connections, LEGACY, NFT};
+use masq_rig::{Connections, LEGACY, NFT, Variant};
 use rig::{NET_CONF, PATIENCE, Rig};
 
 /// The host outside, 192.168.77.50.
@@ -28,11 +26,23 @@ fn configure(rig: &Rig, net_conf: &str) {
 }
 
 #[test]
-fn no_connection_fails_while_agents_come_and_go_and_rules_change() {
+fn no_connection_fails_with_iptables_nft_or_nftables() {
+    no_connection_fails(NFT);
+}
+
+#[test]
+fn no_connection_fails_with_iptables_legacy_or_nftables() {
+    no_connection_fails(LEGACY);
+}
+
+/// Agents come and go and rules change, and connections are opened all the time.
+fn no_connection_fails(variant: Variant) {
     if !privileged() {
         return;
     }
-    let mut rig = Rig::start(1, &FLAGS);
+    let mut rig = Rig::new(1);
+    variant.make_preferred(rig.ns(0));
+    rig.start_all(&FLAGS);
     let (host, address) = outside(rig.lab());
     let connections = Connections::start(&rig.pod(0).ns, &host, address);
     let ns = rig.ns(0).clone();
@@ -55,7 +65,7 @@ fn no_connection_fails_while_agents_come_and_go_and_rules_change() {
         let flags: Vec<&str> = FLAGS.into_iter().chain(extra).collect();
         rig.start_agent(0, &flags);
         rig.wait_ready(0);
-        let random = NFT.save(&ns, 4).contains("--random-fully");
+        let random = variant.save(&ns, 4).contains("--random-fully");
         assert_eq!(random, extra != Some("--ip-masq-fully-random-disable"));
         connections.go_on(300);
     }
@@ -66,10 +76,10 @@ fn no_connection_fails_while_agents_come_and_go_and_rules_change() {
         "-F FLANNEL-FWD",
         "-t nat -A POSTROUTING -j FLANNEL-POSTRTG",
     ] {
-        let before = NFT.save(&ns, 4);
-        NFT.run(&ns, 4, damage);
+        let before = variant.save(&ns, 4);
+        variant.run(&ns, 4, damage);
         eventually(PATIENCE, damage, || {
-            let now = NFT.save(&ns, 4);
+            let now = variant.save(&ns, 4);
             (now == before).then_some(()).ok_or(now)
         });
         connections.go_on(100);
@@ -87,7 +97,7 @@ fn no_connection_fails_while_agents_come_and_go_and_rules_change() {
         rig.start_agent(0, &flags);
         rig.wait_ready(0);
         connections.go_on(300);
-        assert_eq!(NFT.save(&ns, 4).contains("FLANNEL"), conf == NET_CONF);
+        assert_eq!(variant.save(&ns, 4).contains("FLANNEL"), conf == NET_CONF);
         assert_eq!(masq_rig::flannels(&ns).is_empty(), conf == NET_CONF);
     }
     let outcome = connections.stop();
@@ -214,44 +224,6 @@ fn what_drops_pods_packets_is_named_with_what_helps() {
         rig.start_agent(0, &FLAGS);
         rig.wait_ready(0);
         assert_eq!(warned(&mut rig), 0, "{}", rig.agent(0).log());
-    }
-}
-
-/// The agent on a machine without these programs: a script that hides their directory from it.
-fn without_firewall_programs(rig: &Rig) -> PathBuf {
-    let script = rig.node(0).run_dir.join("bare-agent");
-    let agent = rig::agent_binary().display();
-    let text = format!(
-        "#!/bin/sh\nexec unshare --mount sh -c 'mount -t tmpfs none /usr/sbin && exec {agent} \"$@\"' sh \"$@\"\n"
-    );
-    fs::write(&script, text).expect("write a script");
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("make it executable");
-    script
-}
-
-#[test]
-fn without_the_programs_the_agent_says_so_once_and_runs() {
-    if !privileged() {
-        return;
-    }
-    for (conf, package) in [
-        (NET_CONF, "install the package iptables"),
-        (NFT_CONF, "install the package nftables"),
-    ] {
-        let mut rig = Rig::with(
-            LabOptions {
-                nodes: 1,
-                ..LabOptions::default()
-            },
-            conf,
-        );
-        let script = without_firewall_programs(&rig);
-        rig.start_binary(0, &script, &FLAGS, &[]);
-        rig.wait_ready(0);
-        std::thread::sleep(3 * masq_rig::RESYNC);
-        let log = rig.agent(0).log();
-        assert_eq!(log.matches(package).count(), 1, "{log}");
-        assert!(rig.agent(0).is_running());
     }
 }
 

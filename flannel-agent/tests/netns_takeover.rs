@@ -76,7 +76,8 @@ fn round_trip(store: StoreKind, firewall: Firewall, flags: &[&str], carrier: Car
     if carrier == Carrier::Bpf {
         cluster.wait_grown("eBPF carries both ways", 200, |it| it.carried(0));
     }
-    cluster.stop_agent(0);
+    // Upstream may also come after a crash of ours.
+    cluster.kill_agent(0);
     cluster.start_upstream(0);
     cluster.stop_agent(1);
     cluster.start_upstream(1);

@@ -202,21 +202,6 @@ impl Upstream {
         self.ns.ip(&route).map(drop)
     }
 
-    /// Removes a lease's entries as upstream does on an event.
-    pub fn remove_peer(&self, subnet: Subnet, lease: &Value) -> anyhow::Result<()> {
-        let mac = lease["BackendData"]["VtepMAC"]
-            .as_str()
-            .context("VtepMAC")?;
-        let public_ip = lease["PublicIP"].as_str().context("PublicIP")?;
-        let (device, base) = (self.conf.device(), subnet.base());
-        self.ns.ip(&format!("neigh del {base} dev {device}"))?;
-        let forward = format!("bridge fdb del {mac} dev {device} dst {public_ip} self");
-        self.ns.exec(forward.split(' '))?;
-        self.ns
-            .ip(&format!("route del {subnet} dev {device}"))
-            .map(drop)
-    }
-
     /// The value of the node's lease, byte for byte.
     pub fn lease(&self, mac: &str) -> String {
         let (ip, vni) = (self.public_ip, self.conf.vni);

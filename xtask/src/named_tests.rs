@@ -21,7 +21,7 @@ const CRATES: [(&str, &str); 2] = [
 
 /// Fails with the names in `docs/*.md` that no test has.
 pub(crate) fn check(root: &Path) -> Result<()> {
-    let mut sources = BTreeMap::new();
+    let mut sources: BTreeMap<String, String> = BTreeMap::new();
     let mut unknown = Vec::new();
     let mut named = 0;
     for document in files(&root.join("docs"), "md")? {
@@ -32,13 +32,10 @@ pub(crate) fn check(root: &Path) -> Result<()> {
             let Some((first, rest)) = name.split_once("::") else {
                 continue;
             };
-            let source = match sources.get(first) {
-                Some(source) => source,
-                None => {
-                    let text = source_of(root, first)?;
-                    sources.entry(first.to_owned()).or_insert(text)
-                }
-            };
+            if !sources.contains_key(first) {
+                sources.insert(first.to_owned(), source_of(root, first)?);
+            }
+            let source = sources.get(first).map_or("", String::as_str);
             let test = rest.rsplit("::").next().unwrap_or(rest);
             if !source.contains(&format!("fn {test}()")) {
                 unknown.push(format!("{}: {name}", document.display()));

@@ -26,7 +26,9 @@ impl Leasing {
         cancel: &CancellationToken,
     ) -> Result<Option<Self>, StartError> {
         board.lack(Part::Lease, format!("waiting for {}", store.describe()));
-        let Some(held) = store.acquire_until(&offer, cancel).await.transpose()? else {
+        let tell = |trouble: &str| board.lack(Part::Lease, trouble);
+        let held = store.acquire_telling(&offer, cancel, tell).await;
+        let Some(held) = held.transpose()? else {
             return Ok(None);
         };
         board.settle(Part::Lease);

@@ -40,6 +40,8 @@ pub(crate) struct Reach {
 
 /// Looks and judges.
 pub(crate) async fn run(given: &Args, reach: Reach) -> Result<Report, NetlinkError> {
+    // A store that is silent to the end must leave time for the peers.
+    let patience = Instant::now() + reach.timeout / 2;
     let deadline = Instant::now() + reach.timeout;
     let state = State::read(&given.subnet_file).ok().flatten();
     let running = state.as_ref().filter(|state| state.is_running());
@@ -50,7 +52,10 @@ pub(crate) async fn run(given: &Args, reach: Reach) -> Result<Report, NetlinkErr
     let uplink = iface::select(&uplinks.links, &uplinks.routes, &args.wanted(), true, false)
         .map(|chosen| UplinkSeen {
             chosen,
-            asked_for: !args.uplink.iface.is_empty() || args.uplink.public_ip.is_some(),
+            asked_for: !args.uplink.iface.is_empty()
+                || !args.uplink.iface_regex.is_empty()
+                || args.uplink.iface_can_reach.is_some()
+                || args.uplink.public_ip.is_some(),
         })
         .map_err(|error| chain(&error));
     let network = Network {
@@ -58,7 +63,7 @@ pub(crate) async fn run(given: &Args, reach: Reach) -> Result<Report, NetlinkErr
         links: uplinks.links,
         defaults: survey.defaults.clone(),
     };
-    let store = store::look(&args, origin, deadline).await;
+    let store = store::look(&args, origin, patience).await;
     let vni = store
         .conf()
         .map(|conf| conf.backend.vxlan.vni)

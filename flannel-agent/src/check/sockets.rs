@@ -2,10 +2,7 @@
 
 use std::{collections::BTreeMap, fs};
 
-use flannel_core::{
-    check::{OtherVxlan, Owner, Sockets, UdpSocket},
-    plan::ObservedKind,
-};
+use flannel_core::check::{Owner, Sockets, UdpSocket};
 
 use crate::dataplane::netlink::Survey;
 
@@ -14,15 +11,8 @@ pub(super) fn look(survey: &Survey, ours: &str, headroom: &str) -> Sockets {
     let vxlan = survey
         .vxlans
         .iter()
-        .filter(|(name, _)| *name != ours && *name != headroom)
-        .filter_map(|(name, kind)| match kind {
-            ObservedKind::Vxlan { vni, port, .. } => Some(OtherVxlan {
-                name: name.clone(),
-                vni: *vni,
-                port: *port,
-            }),
-            _ => None,
-        })
+        .filter(|other| other.name != ours && other.name != headroom)
+        .cloned()
         .collect();
     Sockets { udp: udp(), vxlan }
 }

@@ -190,6 +190,10 @@ pub enum Command {
         /// Also remove the device of this VNI, when no trace of an agent says which it was.
         #[arg(long, value_name = "VNI", value_parser = vni)]
         vni: Option<u32>,
+        /// Leave the device with its peers, the firewall's rules and subnet.env: the kernel goes on carrying the overlay, for flanneld
+        /// to take the node back without losing a packet.
+        #[arg(long)]
+        keep_device: bool,
         /// Do it even while an agent is running, which will make it all again.
         #[arg(long)]
         force: bool,

@@ -19,13 +19,25 @@ use crate::{
     state::State,
 };
 
+/// What to remove.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Scope {
+    pub(super) dry_run: bool,
+    /// A device that no trace of an agent names.
+    pub(super) vni: Option<u32>,
+    /// Programs and maps alone, so that the kernel's device carries the overlay from now on.
+    pub(super) keep_device: bool,
+    pub(super) force: bool,
+}
+
 /// Removes, or says what it would remove. False when something could not be removed.
-pub(super) async fn run(
-    args: &Args,
-    dry_run: bool,
-    vni: Option<u32>,
-    force: bool,
-) -> anyhow::Result<bool> {
+pub(super) async fn run(args: &Args, scope: Scope) -> anyhow::Result<bool> {
+    let Scope {
+        dry_run,
+        vni,
+        keep_device,
+        force,
+    } = scope;
     let state = State::read(&args.subnet_file)
         .with_context(|| format!("read {}", State::path(&args.subnet_file).display()))?;
     if let Some(state) = state
@@ -54,7 +66,17 @@ pub(super) async fn run(
     let net = Netlink::open()?;
     let act = Act { dry_run };
     let mut clean = true;
-    let places = places(state.as_ref(), &instances);
+    let mut places = places(state.as_ref(), &instances);
+    if keep_device {
+        for vni in &vnis {
+            // Filters that are not on tcx links go with the device otherwise.
+            places.extend(carries_alone(&net, *vni).await?.map(|index| (index, false)));
+        }
+        // With its qdisc a device loses what it sends at that moment.
+        for ours in places.values_mut() {
+            *ours = false;
+        }
+    }
     for (_, instance) in &instances {
         clean &= act.on(
             &format!("eBPF programs and maps under {}", instance.dir().display()),
@@ -65,10 +87,17 @@ pub(super) async fn run(
         clean &= remove_filter(&net, &act, index, qdisc_is_ours).await?;
     }
     for vni in &vnis {
-        clean &= remove_device(&net, &act, *vni).await?;
+        clean &= remove_headroom(&net, &act, *vni).await?;
+        if !keep_device {
+            clean &= remove_device(&net, &act, *vni).await?;
+        }
     }
     if let Some(state) = &state {
-        for file in [&state.subnet_file, &State::path(&args.subnet_file)] {
+        let subnet_file = (!keep_device).then_some(&state.subnet_file);
+        for file in subnet_file
+            .into_iter()
+            .chain([&State::path(&args.subnet_file)])
+        {
             if file.exists() {
                 clean &= act.on(&format!("file {}", file.display()), || {
                     std::fs::remove_file(file)
@@ -78,7 +107,7 @@ pub(super) async fn run(
     }
     let nets = state.as_ref().map(|state| (state.network, state.subnet));
     // Where nothing says that we have been here, rules are those of another flannel.
-    let rules = if vnis.is_empty() {
+    let rules = if vnis.is_empty() || keep_device {
         Vec::new()
     } else {
         leftovers::find(nets).await
@@ -137,13 +166,27 @@ async fn remove_filter(
     Ok(clean)
 }
 
-async fn remove_device(net: &Netlink, act: &Act, vni: Vni) -> anyhow::Result<bool> {
-    if let Some(there) = net.headroom(vni).await? {
-        let what = format!("device {}", mark::headroom_name(vni));
-        if act.announce(&what) && !Act::outcome(&what, net.delete_device(there.index).await) {
-            return Ok(false);
-        }
+/// The tunnel device, which has to be able to carry the overlay without eBPF.
+async fn carries_alone(net: &Netlink, vni: Vni) -> anyhow::Result<Option<IfIndex>> {
+    let name = mark::device_name(vni);
+    match net.device(&name).await? {
+        Some(device) if matches!(device.kind, ObservedKind::Veth { .. }) => bail!(
+            "--keep-device: {name} is not a vxlan device, only eBPF carries the overlay on this node: use cleanup without it"
+        ),
+        Some(device) => Ok(Some(device.index)),
+        None => Ok(None),
     }
+}
+
+async fn remove_headroom(net: &Netlink, act: &Act, vni: Vni) -> anyhow::Result<bool> {
+    let Some(there) = net.headroom(vni).await? else {
+        return Ok(true);
+    };
+    let what = format!("device {}", mark::headroom_name(vni));
+    Ok(!act.announce(&what) || Act::outcome(&what, net.delete_device(there.index).await))
+}
+
+async fn remove_device(net: &Netlink, act: &Act, vni: Vni) -> anyhow::Result<bool> {
     let name = mark::device_name(vni);
     let Some(device) = net.device(&name).await? else {
         return Ok(true);

@@ -63,8 +63,17 @@ async fn dispatch(args: Args) -> ExitCode {
         Some(Command::Cleanup {
             dry_run,
             vni,
+            keep_device,
             force,
-        }) => report(cleanup::run(&args, *dry_run, *vni, *force).await),
+        }) => {
+            let scope = cleanup::Scope {
+                dry_run: *dry_run,
+                vni: *vni,
+                keep_device: *keep_device,
+                force: *force,
+            };
+            report(cleanup::run(&args, scope).await)
+        }
         Some(Command::Check {
             output,
             no_peers,

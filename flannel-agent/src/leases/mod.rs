@@ -168,6 +168,16 @@ impl Store {
         offer: &Offer,
         cancel: &CancellationToken,
     ) -> Option<Result<Held, LeaseError>> {
+        self.acquire_telling(offer, cancel, |_trouble| {}).await
+    }
+
+    /// Like [`Store::acquire_until`], telling each trouble to whoever asks for it later.
+    pub async fn acquire_telling(
+        &self,
+        offer: &Offer,
+        cancel: &CancellationToken,
+        tell: impl Fn(&str),
+    ) -> Option<Result<Held, LeaseError>> {
         cancel
             .run_until_cancelled(async {
                 let mut backoff = retry::Backoff::new();
@@ -178,6 +188,7 @@ impl Store {
                         Err(error) if error.kind() == ErrorKind::Config => return Err(error),
                         Err(error) => {
                             let text = error.chain();
+                            tell(&text);
                             if !error.is_logged() && reported.as_ref() != Some(&text) {
                                 tracing::warn!(error = text, "no lease yet, trying again");
                                 reported = Some(text);

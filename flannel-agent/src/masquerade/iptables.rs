@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// What is known of iptables on this node.
 #[derive(Debug, Default)]
 pub(super) struct Iptables {
-    families: Vec<Kept>,
+    families: [Option<Kept>; 2],
 }
 
 /// One family.
@@ -39,7 +39,7 @@ struct Kept {
 impl Iptables {
     /// Whether a change of the rules cannot go unnoticed.
     pub(super) fn is_nft_only(&self) -> bool {
-        self.families.iter().all(|kept| {
+        self.families.iter().flatten().all(|kept| {
             let chosen = kept.chosen.as_ref();
             chosen.is_some_and(|tool| tool.version.backend == Backend::Nft)
         })
@@ -51,9 +51,13 @@ impl Iptables {
             tracing::info!("Starting flannel in iptables mode...");
         }
         let mut troubles = Vec::new();
-        for (family, request) in Family::ALL.into_iter().zip(wanted.requests()) {
+        let families = Family::ALL.into_iter().zip(wanted.requests());
+        for ((family, request), kept) in families.zip(&mut self.families) {
             let Some(request) = request else { continue };
-            let kept = self.kept(family).await;
+            let kept = match kept {
+                Some(kept) => kept,
+                None => kept.insert(Kept::find(family).await),
+            };
             troubles.extend(kept.pass(request, moment).await);
         }
         troubles
@@ -73,19 +77,6 @@ impl Iptables {
             }
         }
         troubles
-    }
-
-    async fn kept(&mut self, family: Family) -> &mut Kept {
-        let at = match self.families.iter().position(|kept| kept.family == family) {
-            Some(at) => at,
-            None => {
-                self.families.push(Kept::find(family).await);
-                self.families.len() - 1
-            }
-        };
-        // Just looked up or pushed.
-        #[expect(clippy::indexing_slicing, reason = "the index was just found")]
-        &mut self.families[at]
     }
 }
 
@@ -182,7 +173,7 @@ impl Kept {
             }
         }
         Err(match failed {
-            Some(error) => self.refused(&error),
+            Some(error) => refused(&error),
             None => self.does_not_stick(),
         })
     }
@@ -193,12 +184,6 @@ impl Kept {
                 "Failed to ensure iptables rules: list them: {error}"
             ))
         })
-    }
-
-    fn refused(&self, error: &ProgramError) -> Trouble {
-        Trouble::lack(format!(
-            "Failed to ensure iptables rules: change them: {error}"
-        ))
     }
 
     fn does_not_stick(&self) -> Trouble {
@@ -248,6 +233,12 @@ async fn withdraw(tool: &Tool, family: Family, request: &Request) -> Option<Trou
             tool.version.backend.as_str()
         ))
     })
+}
+
+fn refused(error: &ProgramError) -> Trouble {
+    Trouble::lack(format!(
+        "Failed to ensure iptables rules: change them: {error}"
+    ))
 }
 
 fn announce_move(request: &Request) {

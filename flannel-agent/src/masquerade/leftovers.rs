@@ -111,7 +111,7 @@ fn removal(dump: &Dump, family: Family, nets: Option<(Ipv4Net, Option<Ipv4Net>)>
                 forward: false,
                 random_fully: false,
             };
-            iptables::plan(dump, &nothing, Moment::Resync)
+            iptables::plan(dump, &nothing, Moment::Start)
         }
     }
 }

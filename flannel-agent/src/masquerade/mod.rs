@@ -194,6 +194,7 @@ pub async fn start(wanted: Wanted, board: Board, cancel: CancellationToken) -> K
         seen: None,
         obstacles: BTreeSet::new(),
         looked: None,
+        retired: false,
     };
     cancel
         .run_until_cancelled(keeping.pass(Moment::Start))
@@ -216,6 +217,8 @@ struct Keeping {
     /// What drops pods' packets, and when that was looked for.
     obstacles: BTreeSet<Trouble>,
     looked: Option<Instant>,
+    /// Whether the rules of the manager that is not wanted have been removed.
+    retired: bool,
 }
 
 impl Keeping {
@@ -257,7 +260,9 @@ impl Keeping {
             } else {
                 troubles.extend(self.iptables.pass(&self.wanted, moment).await);
             }
-            if moment == Moment::Start {
+            // Rules of the other manager carry the node until those of this one do.
+            if !self.retired && troubles.is_empty() {
+                self.retired = true;
                 tracing::info!("Cleaning-up unused traffic manager rules");
                 if self.wanted.nftables {
                     troubles.extend(self.iptables.retire(&self.wanted).await);

@@ -25,6 +25,8 @@ const PORT: u16 = 4242;
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
+    /// For the server, which goes on until nobody connects any more.
+    close: AtomicBool,
     opened: AtomicU64,
     failures: Mutex<Vec<String>>,
     sources: Mutex<BTreeSet<IpAddr>>,
@@ -35,7 +37,8 @@ pub(crate) struct Connections {
     shared: Arc<Shared>,
     address: SocketAddr,
     outside: Netns,
-    threads: Vec<JoinHandle<()>>,
+    server: JoinHandle<()>,
+    clients: Vec<JoinHandle<()>>,
 }
 
 /// What became of them.
@@ -53,10 +56,11 @@ impl Connections {
         let shared = Arc::new(Shared::default());
         let address = SocketAddr::from((address, PORT));
         let listener = outside.run(|| TcpListener::bind(address)).expect("listen");
-        let mut threads = vec![spawn(&shared, move |shared| serve(&listener, shared))];
+        let server = spawn(&shared, move |shared| serve(&listener, shared));
+        let mut clients = Vec::new();
         for task in 0..TASKS {
             let pod = pod.clone();
-            threads.push(spawn(&shared, move |shared| {
+            clients.push(spawn(&shared, move |shared| {
                 pod.enter().expect("enter the pod");
                 std::thread::sleep(EVERY / TASKS * task);
                 open(address, shared);
@@ -66,7 +70,8 @@ impl Connections {
             shared,
             address,
             outside: outside.clone(),
-            threads,
+            server,
+            clients,
         }
     }
 
@@ -95,15 +100,17 @@ impl Connections {
     /// Ends it and tells what became of them.
     pub(crate) fn stop(self) -> Outcome {
         self.shared.stop.store(true, Ordering::Relaxed);
+        for client in self.clients {
+            client.join().expect("no panic");
+        }
+        self.shared.close.store(true, Ordering::Relaxed);
         // The server waits for one more.
         let address = self.address;
         drop(
             self.outside
                 .run(|| TcpStream::connect_timeout(&address, LIMIT)),
         );
-        for thread in self.threads {
-            thread.join().expect("no panic");
-        }
+        self.server.join().expect("no panic");
         let failures = self.shared.failures.lock().expect("no panic").clone();
         let mut sources = self.shared.sources.lock().expect("no panic").clone();
         sources.remove(&address.ip());
@@ -121,7 +128,7 @@ fn spawn(shared: &Arc<Shared>, work: impl FnOnce(&Shared) + Send + 'static) -> J
 }
 
 fn serve(listener: &TcpListener, shared: &Shared) {
-    while !shared.stop.load(Ordering::Relaxed) {
+    while !shared.close.load(Ordering::Relaxed) {
         let Ok((mut stream, peer)) = listener.accept() else {
             continue;
         };

@@ -156,14 +156,18 @@ impl Variant {
         }
     }
 
-    /// What `iptables-save` (4) or `ip6tables-save` (6) shows, without the comments, and without the rule above.
+    /// What `iptables-save` (4) or `ip6tables-save` (6) shows, without comments and counters, and without the rule above.
     pub(crate) fn save(self, ns: &Netns, family: u8) -> String {
         let six = if family == 6 { "6" } else { "" };
         let program = format!("ip{six}tables-{}-save", self.backend);
         let text = ns.exec([&program]).expect("list rules");
         text.lines()
             .filter(|line| !line.starts_with('#') && *line != "-A INPUT -i lo -j ACCEPT")
-            .fold(String::new(), |all, line| all + line + "\n")
+            .map(|line| match line.split_once('[') {
+                Some((chain, _counters)) if line.starts_with(':') => format!("{chain}[0:0]"),
+                _ => line.to_owned(),
+            })
+            .fold(String::new(), |all, line| all + &line + "\n")
     }
 
     /// Runs the program of the family with the words of `line`.

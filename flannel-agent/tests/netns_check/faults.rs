@@ -1,6 +1,6 @@
 //! One thing of the overlay broken at a time.
 
-use std::{fs, net::Ipv4Addr, net::UdpSocket};
+use std::{fs, net::Ipv4Addr};
 
 use flannel_testkit::{Subnet, eventually, privileged};
 
@@ -103,48 +103,6 @@ fn a_peer_that_is_reached_only_at_the_underlay_is_named() {
         .unwrap();
     let peer = rig.node(1).ip.to_string();
     assert_fails(&check(&rig, 0), "overlay", &peer, "UDP port 8472");
-}
-
-#[test]
-fn a_port_that_a_program_has_is_named_with_the_program() {
-    if !privileged() {
-        return;
-    }
-    let rig = Rig::new(1);
-    let dir = format!("--lease-dir={}", rig.lease_dir().display());
-    // As C programs listen, as Go programs do, and on one address only.
-    for address in ["0.0.0.0:8472", "[::]:8472", "127.0.0.1:8472"] {
-        let thief = rig.ns(0).run(|| UdpSocket::bind(address));
-        let thief = thief.expect("take the port");
-        let answer = check_with(&rig, 0, &[&dir]);
-        let pid = std::process::id();
-        assert_fails(&answer, "port", &format!("pid {pid}"), "another Port");
-        drop(thief);
-    }
-    let elsewhere = rig.ns(0).run(|| UdpSocket::bind("[::1]:8472"));
-    assert_healthy(&check_with(&rig, 0, &[&dir]), &[]);
-    drop(elsewhere);
-}
-
-#[test]
-fn another_vxlan_device_with_our_network_identifier_is_named() {
-    if !privileged() {
-        return;
-    }
-    let rig = Rig::new(1);
-    let dir = format!("--lease-dir={}", rig.lease_dir().display());
-    let make = |vni: u32| {
-        format!("link add stranger type vxlan id {vni} dstport 8472 dev eth0 nolearning")
-    };
-    rig.ns(0).ip(&make(1)).unwrap();
-    rig.ns(0).ip("link set stranger up").unwrap();
-    let answer = check_with(&rig, 0, &[&dir]);
-    assert_fails(&answer, "port", "stranger", "ip link del stranger");
-    // Another identifier on the same port is no conflict.
-    rig.ns(0).ip("link del stranger").unwrap();
-    rig.ns(0).ip(&make(7)).unwrap();
-    rig.ns(0).ip("link set stranger up").unwrap();
-    assert_healthy(&check_with(&rig, 0, &[&dir]), &[]);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::fs;
 use flannel_testkit::{AgentProcess, Etcd, privileged, process};
 
 use crate::{
-    assert_fails, assert_healthy, assert_warns, check, check_with,
+    assert_fails, assert_healthy, assert_warns, check, check_with, ended,
     rig::{NET_CONF, PATIENCE, Rig, agent_binary},
 };
 
@@ -37,6 +37,22 @@ fn an_etcd_that_is_absent_empty_or_right_is_told_apart() {
         "/elsewhere/config",
         "--etcd-prefix",
     );
+}
+
+#[test]
+fn without_its_store_a_node_is_still_tried() {
+    if !privileged() {
+        return;
+    }
+    let rig = Rig::start(2, &[]);
+    // Nobody answers there, not even that the port is closed.
+    let silent = "--etcd-endpoints=http://192.168.77.250:2379";
+    let (findings, code) = check_with(&rig, 0, &[silent, "--timeout=4"]);
+    assert_eq!(code, 1);
+    assert_eq!(ended(&findings, "FAIL"), ["store"], "{findings:#?}");
+    for name in ["underlay", "overlay", "path-mtu"] {
+        assert_eq!(findings[name].0, "OK", "{findings:#?}");
+    }
 }
 
 #[test]

@@ -60,8 +60,8 @@ pub(crate) fn conf() -> UpstreamConf {
     UpstreamConf::new(Subnet::new(Ipv4Addr::new(10, 5, 0, 0), 16))
 }
 
-/// Index and MAC of the device, stored leases, lines of `subnet.env`.
-pub(crate) type Identity = (u32, String, BTreeMap<String, String>, Vec<String>);
+/// Index and MAC of the device, stored leases, `subnet.env`.
+pub(crate) type Identity = (u32, String, BTreeMap<String, String>, String);
 
 /// Nodes that upstream runs on, with a pod each.
 pub(crate) struct Cluster {
@@ -274,11 +274,7 @@ impl Cluster {
             upstream.ns.ifindex(&self.device()).expect("the device"),
             upstream.device_mac().expect("its MAC"),
             self.store().stored().expect("the leases"),
-            env.lines()
-                // The business of those who test the firewall.
-                .filter(|line| !line.starts_with("FLANNEL_IPMASQ="))
-                .map(str::to_owned)
-                .collect(),
+            env,
         )
     }
 

@@ -326,10 +326,7 @@ fn named(rules: &Rules) -> String {
 
 fn input(seen: &Observations, chains: &[Chain]) -> Finding {
     const NAME: &str = "firewall-input";
-    let port = seen
-        .store
-        .conf()
-        .map_or(crate::config::DEFAULT_PORT, |conf| conf.backend.vxlan.port);
+    let port = seen.port();
     let uplink = seen.network.uplink();
     let peer = super::peers::targets(seen).keys().next().copied();
     let packet = Packet {

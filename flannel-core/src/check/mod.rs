@@ -18,6 +18,8 @@ mod store;
 
 use serde::Serialize;
 
+use crate::{config::DEFAULT_PORT, plan::ObservedKind};
+
 pub use agent::Agent;
 pub use cert::{Certificate, validity};
 pub use firewall::Rules;
@@ -157,6 +159,20 @@ pub struct Observations {
     pub rules: Rules,
     /// What became of packets to other nodes; `None` when none were to be sent.
     pub probes: Option<Probes>,
+}
+
+impl Observations {
+    /// The UDP port of the overlay: as configured, else as the device has it, else the usual one.
+    fn port(&self) -> u16 {
+        let configured = self.store.conf().map(|conf| conf.backend.vxlan.port);
+        let device = self.overlay.device.as_ref();
+        configured
+            .or(match device.map(|device| &device.kind) {
+                Some(ObservedKind::Vxlan { port, .. }) => Some(*port),
+                _ => None,
+            })
+            .unwrap_or(DEFAULT_PORT)
+    }
 }
 
 /// Judges everything.

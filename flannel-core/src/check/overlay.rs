@@ -1,9 +1,6 @@
 //! The tunnel device, the peers on it, and the pods' bridge.
 
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr},
-};
+use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 
@@ -16,7 +13,7 @@ use crate::{
 };
 
 /// The key of a node without a lease.
-const NOBODY: SubnetKey = SubnetKey { v4: None, v6: None };
+pub(super) const NOBODY: SubnetKey = SubnetKey { v4: None, v6: None };
 
 /// The tunnel device, and what belongs to it.
 #[derive(Clone, Debug, Default)]
@@ -481,20 +478,4 @@ fn offload(seen: &Observations) -> Finding {
         ),
         Offload::Unknown => Finding::skip(NAME, format!("the features of {name} cannot be read")),
     }
-}
-
-/// Peers by public address and the base address of their subnet.
-pub(super) fn peers(seen: &Observations) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
-    let own = seen.store.own(seen).map_or(NOBODY, |(key, _)| *key);
-    let Some(leases) = seen.store.list() else {
-        return BTreeMap::new();
-    };
-    peers_of(leases, &own)
-        .0
-        .into_iter()
-        .filter_map(|(subnet, peer)| match (subnet.network(), peer.vtep) {
-            (IpAddr::V4(base), IpAddr::V4(vtep)) => Some((vtep, base)),
-            _ => None,
-        })
-        .collect()
 }

@@ -1,9 +1,13 @@
 //! Packets to other nodes: what became of them.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
 
-use super::{Finding, Observations, few, overlay};
-use crate::config::OVERHEAD_V4;
+use super::{Finding, Observations, few, overlay::NOBODY};
+use crate::{config::OVERHEAD_V4, plan::peers_of};
 
 /// What became of packets to other nodes.
 #[derive(Clone, Debug, Default)]
@@ -29,7 +33,37 @@ pub struct PeerProbe {
 
 /// The peers to send to: public address and base address of the subnet.
 pub fn targets(seen: &Observations) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
-    overlay::peers(seen)
+    let own = seen.store.own(seen).map_or(NOBODY, |(key, _)| *key);
+    let Some(leases) = seen.store.list() else {
+        return programmed(seen);
+    };
+    peers_of(leases, &own)
+        .0
+        .into_iter()
+        .filter_map(|(subnet, peer)| match (subnet.network(), peer.vtep) {
+            (IpAddr::V4(base), IpAddr::V4(vtep)) => Some((vtep, base)),
+            _ => None,
+        })
+        .collect()
+}
+
+/// The peers that the tunnel device knows, for when the store does not answer.
+fn programmed(seen: &Observations) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
+    let Some(device) = &seen.overlay.device else {
+        return BTreeMap::new();
+    };
+    let peer = |base: &IpAddr| {
+        let vtep = device.fdb.get(device.neighbours.get(base)?)?;
+        match (vtep, base) {
+            (IpAddr::V4(vtep), IpAddr::V4(base)) => Some((*vtep, *base)),
+            _ => None,
+        }
+    };
+    device
+        .routes
+        .values()
+        .filter_map(|route| peer(&route.gateway))
+        .collect()
 }
 
 pub(super) fn judge(seen: &Observations) -> Vec<Finding> {
@@ -139,10 +173,7 @@ fn through(seen: &Observations) -> Finding {
             ),
         );
     }
-    let port = seen
-        .store
-        .conf()
-        .map_or(crate::config::DEFAULT_PORT, |conf| conf.backend.vxlan.port);
+    let port = seen.port();
     Finding::fail(
         NAME,
         format!(

@@ -1,7 +1,7 @@
 //! Who has the UDP port of the overlay.
 
 use super::{Finding, Observations};
-use crate::{config::DEFAULT_PORT, plan::ObservedKind};
+use crate::plan::ObservedKind;
 
 /// UDP sockets and vxlan devices of this network namespace.
 #[derive(Clone, Debug, Default)]
@@ -46,14 +46,14 @@ pub struct OtherVxlan {
     pub vni: u32,
     /// UDP port.
     pub port: u16,
+    /// Whether it takes packets of every identifier, as other overlays' devices do.
+    pub external: bool,
 }
 
 pub(super) fn judge(seen: &Observations) -> Finding {
     const NAME: &str = "port";
+    let port = seen.port();
     let conf = seen.store.conf();
-    let port = conf
-        .as_ref()
-        .map_or(DEFAULT_PORT, |conf| conf.backend.vxlan.port);
     let vni = conf.as_ref().map_or(1, |conf| conf.backend.vxlan.vni.get());
     let sockets = &seen.sockets;
     let ours = &seen.overlay.name;
@@ -83,6 +83,23 @@ pub(super) fn judge(seen: &Observations) -> Finding {
     let is_vxlan_up = seen.overlay.device.as_ref().is_some_and(|device| {
         device.up && matches!(device.kind, ObservedKind::Vxlan { port: has, .. } if has == port)
     });
+    if let Some(other) = sockets
+        .vxlan
+        .iter()
+        .find(|other| other.external && other.port == port)
+    {
+        return Finding::fail(
+            NAME,
+            format!(
+                "{} has UDP port {port} for all VNIs, as Cilium's device does: {ours} cannot be set up beside it",
+                other.name
+            ),
+            format!(
+                "remove what made {}, or set another Port in the network configuration of all nodes",
+                other.name
+            ),
+        );
+    }
     let at_port: Vec<&UdpSocket> = sockets
         .udp
         .iter()

@@ -169,11 +169,33 @@ fn network_config(seen: &Observations) -> Finding {
             );
         }
     };
+    let unsupported = if conf.enable_ipv6 {
+        Some("EnableIPv6 is true: only IPv4 is supported yet")
+    } else if !conf.enable_ipv4 {
+        Some("EnableIPv4 is false: only IPv4 is supported yet")
+    } else {
+        None
+    };
+    if let Some(unsupported) = unsupported {
+        return Finding::fail(NAME, unsupported, format!("correct it in {}", store.name));
+    }
     let vxlan = &conf.backend.vxlan;
     let network = conf.ipv4.map_or("no IPv4 network".into(), |family| {
         family.network.to_string()
     });
     let text = format!("{network}, vxlan, VNI {}, port {}", vxlan.vni, vxlan.port);
+    if vxlan.direct_routing {
+        return Finding::warn(
+            NAME,
+            format!(
+                "{text}: DirectRouting is not supported yet, peers on the same link are reached by VXLAN too"
+            ),
+            format!(
+                "leave it out in {}, or do nothing: peers understand both",
+                store.name
+            ),
+        );
+    }
     match conf.warnings.first() {
         Some(warning) => Finding::warn(
             NAME,

@@ -37,6 +37,7 @@ fn link(number: u32, name: &str, address: &str) -> Link {
         name: name.into(),
         mtu: 1500,
         up: true,
+        kind: None,
         addrs: vec![LinkAddr {
             ip: address.addr().into(),
             prefix_len: address.prefix_len(),
@@ -203,6 +204,9 @@ fn healthy() -> Observations {
     }
 }
 
+/// A change to a device.
+type Change = fn(&mut Device);
+
 fn statuses(report: &Report) -> BTreeMap<&'static str, Status> {
     let pairs = report.checks.iter().map(|one| (one.name, one.status));
     pairs.collect()
@@ -270,4 +274,19 @@ fn a_healthy_node_passes_every_check() {
 
 fn own_lease(seen: &mut Observations) -> &mut BTreeMap<SubnetKey, LeaseAttrs> {
     seen.store.leases.as_mut().expect("leases")
+}
+
+#[test]
+fn the_documentation_lists_every_check_in_order() {
+    let text = include_str!("../../../docs/check.md");
+    let listed: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .collect();
+    let names: Vec<&str> = judge(&healthy())
+        .checks
+        .iter()
+        .map(|one| one.name)
+        .collect();
+    assert_eq!(listed, names);
 }

@@ -186,7 +186,9 @@ fn plan_table(
         let nothing_left = there
             .iter()
             .all(|rule| stale.contains(&rule) || rules.shared.contains(rule));
-        if table.has(rules.chain) && nothing_left {
+        // Upstream's other instance may be between emptying the chain and filling it.
+        let due = moment == Moment::Start || !stale.is_empty();
+        if table.has(rules.chain) && nothing_left && due {
             for jump in table.jumps(rules.base, rules.chain) {
                 lines.delete(rules.base, jump);
                 plan.stale.push(format!("-A {} {jump}", rules.base));

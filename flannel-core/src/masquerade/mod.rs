@@ -53,6 +53,7 @@ impl Request {
     }
 
     /// The same without any rule: what is planned for it is removal.
+    #[must_use]
     pub fn withdrawn(self) -> Self {
         Self {
             masq: false,

@@ -32,11 +32,10 @@ pub fn in_iptables(filter: &Table, network: &IpNet, command: &str) -> Option<Str
     let mut passed = Passed::default();
     let cause = match walk(filter, "FORWARD", network, &mut passed, DEPTH) {
         Met::Dropped(rule) => format!("the rule `{rule}`"),
-        Met::Accepted => return None,
         Met::Nothing if filter.policy("FORWARD") == Some("DROP") => {
             "the policy DROP of chain FORWARD".to_owned()
         }
-        Met::Nothing => return None,
+        Met::Accepted | Met::Nothing => return None,
     };
     let remedy = remedy(filter, network, command);
     Some(format!(

@@ -286,6 +286,20 @@ fn withdrawing_removes_ours_and_leaves_the_other_instance() {
 }
 
 #[test]
+fn a_chain_that_another_instance_is_filling_is_left_to_it() {
+    let mut model = in_place(&request("10.12.0.0/16", "10.12.1.0/24"));
+    while !model.rules("nat", "FLANNEL-POSTRTG").is_empty() {
+        model.remove_at("nat", "FLANNEL-POSTRTG", 0);
+    }
+    let forwarding = Request {
+        masq: false,
+        ..ours()
+    };
+    let plan = plan(&model.dump(), &forwarding, Moment::Resync);
+    assert!(!plan.payload.contains("*nat"), "{}", plan.payload);
+}
+
+#[test]
 fn clearing_removes_all_there_is() {
     let mut model = in_place(&ours());
     model.append("filter", "FORWARD", "-i eth9 -j DROP");

@@ -45,15 +45,6 @@ impl LeaseStore<'_> {
         }
     }
 
-    /// Removes a lease.
-    pub fn remove(&self, subnet: Subnet) -> anyhow::Result<()> {
-        let key = subnet.lease_key();
-        match self {
-            LeaseStore::Etcd(etcd) => etcd.delete(&format!("{PREFIX}/subnets/{key}")),
-            LeaseStore::Dir(dir) => Ok(fs::remove_file(dir.join("subnets").join(key))?),
-        }
-    }
-
     /// Keys and values of all leases, as they are stored.
     pub fn stored(&self) -> anyhow::Result<BTreeMap<String, String>> {
         match self {

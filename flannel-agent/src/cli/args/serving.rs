@@ -1,6 +1,6 @@
 //! Flags about what others read of the agent: health endpoints and log lines.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use clap::{Args as Group, ValueEnum};
 
@@ -29,6 +29,13 @@ pub struct ServingArgs {
     /// Shape of log lines.
     #[arg(long, env = "FLANNELD_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT", global = true)]
     pub log_format: LogFormat,
+}
+
+impl ServingArgs {
+    /// Where to serve health endpoints, if at all.
+    pub fn healthz(&self) -> Option<SocketAddr> {
+        (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port))
+    }
 }
 
 /// `--log-format`.

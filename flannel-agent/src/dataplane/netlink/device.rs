@@ -94,7 +94,7 @@ impl Netlink {
         )
     }
 
-    pub(super) async fn kind(&self, link: &LinkMessage) -> Result<ObservedKind, NetlinkError> {
+    async fn kind(&self, link: &LinkMessage) -> Result<ObservedKind, NetlinkError> {
         let mut kind = String::from("plain");
         let mut vxlan = None;
         for attribute in &link.attributes {

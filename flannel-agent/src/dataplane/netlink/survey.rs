@@ -2,12 +2,15 @@
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
-use flannel_core::{check::Bridge, config::DEFAULT_PORT, plan::ObservedKind};
+use flannel_core::{
+    check::{Bridge, OtherVxlan},
+    config::DEFAULT_PORT,
+};
 use futures_util::TryStreamExt as _;
 use rtnetlink::{
     LinkVxlan, RouteMessageBuilder,
     packet_route::{
-        link::{LinkAttribute, LinkMessage},
+        link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage},
         route::{RouteAttribute, RouteHeader},
     },
 };
@@ -20,8 +23,8 @@ use super::{
 /// What `check` needs of interfaces and routes beyond the tunnel's own.
 #[derive(Debug, Default)]
 pub struct Survey {
-    /// vxlan devices by name.
-    pub vxlans: BTreeMap<String, ObservedKind>,
+    /// All vxlan devices.
+    pub vxlans: Vec<OtherVxlan>,
     /// The pods' bridge.
     pub bridge: Option<Bridge>,
     /// IPv4 default routes of the main table: interface and metric, best first.
@@ -44,9 +47,7 @@ impl Netlink {
         for link in &links {
             let Some(name) = name_of(link) else { continue };
             names.insert(link.header.index, name.clone());
-            if is_vxlan(link) {
-                survey.vxlans.insert(name.clone(), self.kind(link).await?);
-            }
+            survey.vxlans.extend(vxlan(link, &name));
             if name == bridge {
                 let index = index_of(link, &name)?;
                 survey.bridge = Some(Bridge {
@@ -55,7 +56,9 @@ impl Netlink {
                     addresses: self.addresses(index).await?.into_iter().collect(),
                     ports: links
                         .iter()
-                        .filter(|port| controller(port) == Some(index.get()) && !is_vxlan(port))
+                        .filter(|port| {
+                            controller(port) == Some(index.get()) && vxlan(port, "").is_none()
+                        })
                         .filter_map(|port| Some((name_of(port)?, mtu_of(port))))
                         .collect(),
                 });
@@ -112,14 +115,36 @@ impl Netlink {
     }
 }
 
-fn is_vxlan(link: &LinkMessage) -> bool {
-    use rtnetlink::packet_route::link::LinkInfo;
-    link.attributes.iter().any(|attribute| match attribute {
-        LinkAttribute::LinkInfo(infos) => infos
-            .iter()
-            .any(|info| matches!(info, LinkInfo::Kind(kind) if kind.to_string() == "vxlan")),
-        _ => false,
-    })
+/// What a vxlan device asks of its port.
+fn vxlan(link: &LinkMessage, name: &str) -> Option<OtherVxlan> {
+    let infos = link
+        .attributes
+        .iter()
+        .filter_map(|attribute| match attribute {
+            LinkAttribute::LinkInfo(infos) => Some(infos),
+            _ => None,
+        });
+    let data = infos.flatten().find_map(|info| match info {
+        LinkInfo::Data(InfoData::Vxlan(data)) => Some(data),
+        _ => None,
+    })?;
+    let mut found = OtherVxlan {
+        name: name.to_owned(),
+        vni: 0,
+        port: 0,
+        external: false,
+    };
+    for attribute in data {
+        match attribute {
+            InfoVxlan::Id(vni) => found.vni = *vni,
+            InfoVxlan::Port(port) => found.port = *port,
+            InfoVxlan::CollectMetadata(external) => found.external = *external,
+            // Over IPv6 it has another socket.
+            InfoVxlan::Local6(_) | InfoVxlan::Group6(_) => return None,
+            _ => {}
+        }
+    }
+    Some(found)
 }
 
 /// The bridge or bond that an interface is a port of.

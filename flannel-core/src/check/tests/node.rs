@@ -6,20 +6,20 @@ use super::*;
 fn kernel_and_privileges() {
     use Status::{Fail, Ok, Skip, Warn};
     assert_only("kernel", Warn, &["4.19.0", "5.10"], |seen| {
-        seen.node.kernel = "4.19.0-27-amd64".into()
+        seen.node.kernel = "4.19.0-27-amd64".into();
     });
     assert_only("kernel", Ok, &["5.10.223"], |seen| {
-        seen.node.kernel = "5.10.223".into()
+        seen.node.kernel = "5.10.223".into();
     });
     assert_only("btf", Warn, &["CONFIG_DEBUG_INFO_BTF"], |seen| {
-        seen.node.btf = false
+        seen.node.btf = false;
     });
     assert_only("btf", Skip, &[], |seen| {
         seen.node.btf = false;
         seen.node.wants = Wants::Kernel;
     });
     assert_only("capabilities", Fail, &["CAP_NET_ADMIN"], |seen| {
-        seen.node.capabilities.net_admin = false
+        seen.node.capabilities.net_admin = false;
     });
     let no_bpf = |wants| {
         move |seen: &mut Observations| {
@@ -46,16 +46,16 @@ fn kernel_and_privileges() {
         no_bpf(Wants::Kernel),
     );
     assert_only("bpf", Warn, &["ENOSYS", "CONFIG_BPF_SYSCALL"], |seen| {
-        seen.node.bpf = Err("ENOSYS".into())
+        seen.node.bpf = Err("ENOSYS".into());
     });
     assert_only("bpffs", Ok, &["mounts it"], |seen| {
-        seen.node.bpffs = Bpffs::Mountable
+        seen.node.bpffs = Bpffs::Mountable;
     });
     assert_only("bpffs", Warn, &["mount -t bpf"], |seen| {
-        seen.node.bpffs = Bpffs::Missing("no".into())
+        seen.node.bpffs = Bpffs::Missing("no".into());
     });
     assert_only("hooks", Ok, &["clsact", "6.6"], |seen| {
-        seen.node.hooks = "clsact"
+        seen.node.hooks = "clsact";
     });
 }
 
@@ -86,10 +86,10 @@ fn a_missing_vxlan_module_names_the_package() {
         seen.node.wants = Wants::Kernel;
     });
     assert_only("vxlan", Ok, &["vxlan.ko"], |seen| {
-        seen.node.vxlan = Vxlan::Loadable("/lib/modules/x/vxlan.ko.xz".into())
+        seen.node.vxlan = Vxlan::Loadable("/lib/modules/x/vxlan.ko.xz".into());
     });
     assert_only("vxlan", Skip, &["EPERM"], |seen| {
-        seen.node.vxlan = Vxlan::Untried("EPERM".into())
+        seen.node.vxlan = Vxlan::Untried("EPERM".into());
     });
 }
 
@@ -118,23 +118,19 @@ fn settings() {
             value: 2,
         });
     });
-    assert_only(
-        "rp-filter",
-        Warn,
-        &["DirectRouting", "conf.flannel.1.rp_filter=2"],
-        |seen| {
-            conf(
-                seen,
-                r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}"#,
-            );
-            seen.node.reverse.tunnel = Some(ReverseFilter {
-                interface: "flannel.1".into(),
-                value: 1,
-            });
-        },
+    let mut seen = healthy();
+    conf(
+        &mut seen,
+        r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}"#,
     );
+    seen.node.reverse.tunnel = Some(ReverseFilter {
+        interface: "flannel.1".into(),
+        value: 1,
+    });
+    let ended = statuses(&judge(&seen));
+    assert_eq!((ended["rp-filter"], ended["network-config"]), (Warn, Warn));
     assert_only("rp-filter", Skip, &[], |seen| {
-        seen.node.reverse = Reverse::default()
+        seen.node.reverse = Reverse::default();
     });
     let kube_proxy = ":KUBE-SERVICES - [0:0]\n";
     for (module, word) in [(None, "not loaded"), (Some(false), "= 0")] {
@@ -184,13 +180,13 @@ fn settings() {
 fn the_daemon() {
     use Status::{Ok, Skip, Warn};
     assert_only("agent", Warn, &["not running", "systemctl start"], |seen| {
-        seen.agent.pid = None
+        seen.agent.pid = None;
     });
     assert_only("agent", Skip, &["never"], |seen| {
-        seen.agent = Agent::default()
+        seen.agent = Agent::default();
     });
     assert_only("agent", Warn, &["0.0.9", "restart"], |seen| {
-        seen.agent.version = Some("0.0.9".into())
+        seen.agent.version = Some("0.0.9".into());
     });
     assert_only("agent", Warn, &["disk full", "1 more", "status"], |seen| {
         seen.agent.problems = vec!["disk full".into(), "other".into()];

@@ -84,7 +84,7 @@ fn the_device() {
         seen.agent = Agent::default();
     });
     assert_only("device", Fail, &["add address 10.244.1.0/32"], |seen| {
-        device(seen).addresses.clear()
+        device(seen).addresses.clear();
     });
     assert_only("device", Fail, &["remove address 10.244.8.0/32"], |seen| {
         device(seen).addresses.insert(net("10.244.8.0/32"));
@@ -114,13 +114,13 @@ fn the_device() {
 #[test]
 fn entries_of_peers() {
     use Status::{Fail, Warn};
-    let missing: [(&str, fn(&mut Device)); 4] = [
+    let missing: [(&str, Change); 4] = [
         ("set route 10.244.2.0/24", |device| device.routes.clear()),
         ("set neighbour 10.244.2.0", |device| {
-            device.neighbours.clear()
+            device.neighbours.clear();
         }),
         ("set forwarding entry 02:00:00:00:00:02", |device| {
-            device.fdb.clear()
+            device.fdb.clear();
         }),
         ("dst 192.168.77.12", |device| {
             device
@@ -130,10 +130,10 @@ fn entries_of_peers() {
     ];
     for (word, change) in missing {
         assert_only("peer-entries", Fail, &[word, "within seconds"], |seen| {
-            change(device(seen))
+            change(device(seen));
         });
     }
-    let stale: [(&str, fn(&mut Device)); 2] = [
+    let stale: [(&str, Change); 2] = [
         ("delete neighbour 10.244.9.0", |device| {
             device
                 .neighbours
@@ -145,7 +145,7 @@ fn entries_of_peers() {
     ];
     for (word, change) in stale {
         assert_only("peer-entries", Warn, &[word, "left over"], |seen| {
-            change(device(seen))
+            change(device(seen));
         });
     }
     assert_only(
@@ -184,7 +184,7 @@ fn the_bridge() {
             .clear();
     });
     assert_only("bridge", Ok, &["first pod"], |seen| {
-        seen.overlay.bridge = None
+        seen.overlay.bridge = None;
     });
     assert_only("bridge", Skip, &[], |seen| {
         seen.overlay.subnet_file = None;
@@ -242,10 +242,10 @@ fn checksums() {
         |_| {},
     );
     assert_only("offload", Ok, &["computes checksums itself"], |seen| {
-        seen.overlay.offload = Offload::Off
+        seen.overlay.offload = Offload::Off;
     });
     assert_only("offload", Skip, &[], |seen| {
-        seen.overlay.offload = Offload::Unknown
+        seen.overlay.offload = Offload::Unknown;
     });
 }
 
@@ -257,18 +257,19 @@ fn the_port() {
         name: "nginx".into(),
     };
     assert_only("port", Fail, &["nginx, pid 7", "another Port"], |seen| {
-        seen.sockets.udp[0].owner = process(7)
+        seen.sockets.udp[0].owner = process(7);
     });
     assert_only("port", Fail, &["without a socket", "dmesg"], |seen| {
-        seen.sockets.udp.clear()
+        seen.sockets.udp.clear();
     });
     assert_only("port", Ok, &[], |seen| {
-        seen.sockets.udp[0].owner = process(42)
+        seen.sockets.udp[0].owner = process(42);
     });
     let stranger = |vni| OtherVxlan {
         name: "vxlan.calico".into(),
         vni,
         port: 8472,
+        external: false,
     };
     assert_only(
         "port",
@@ -279,7 +280,14 @@ fn the_port() {
         },
     );
     assert_only("port", Ok, &["vxlan.calico with another VNI"], |seen| {
-        seen.sockets.vxlan.push(stranger(4096))
+        seen.sockets.vxlan.push(stranger(4096));
+    });
+    assert_only("port", Fail, &["cilium_vxlan", "for all VNIs"], |seen| {
+        seen.sockets.vxlan.push(OtherVxlan {
+            name: "cilium_vxlan".into(),
+            external: true,
+            ..stranger(0)
+        });
     });
     let never = |seen: &mut Observations| {
         seen.overlay.device = None;

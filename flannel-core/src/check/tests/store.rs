@@ -17,7 +17,7 @@ fn the_uplink() {
     let twin = |seen: &mut Observations| {
         seen.network
             .links
-            .push(link(3, "wlan0", "192.168.77.99/24"))
+            .push(link(3, "wlan0", "192.168.77.99/24"));
     };
     assert_only("uplink", Warn, &["LAN: wlan0", "--iface=eth0"], twin);
     assert_only("uplink", Ok, &[], |seen| {
@@ -68,7 +68,7 @@ fn the_store() {
         seen.store.older_api = Some("http://a:2379".into());
     });
     assert_only("network-config", Fail, &["correct it in etcd"], |seen| {
-        conf(seen, "{")
+        conf(seen, "{");
     });
     assert_only("network-config", Warn, &["Backend is missing"], |seen| {
         conf(seen, r#"{"Network":"10.244.0.0/16"}"#);
@@ -95,7 +95,7 @@ fn the_store() {
     );
     assert_only("certificates", Fail, &["no certificate"], valid(None));
     assert_only("certificates", Skip, &[], |seen| {
-        seen.store.certificates.clear()
+        seen.store.certificates.clear();
     });
 }
 

@@ -2,14 +2,18 @@
 
 use super::*;
 
+/// A change to a node.
+type Event = fn(&mut Observations);
+
 /// `iptables-save` of a filter table.
-fn filter(policies: &str, rules: &str) -> Option<String> {
-    Some(format!("*filter\n{policies}{rules}COMMIT\n"))
+fn filter(policies: &str, rules: &str) -> String {
+    format!("*filter\n{policies}{rules}COMMIT\n")
 }
 
 #[test]
 fn what_keeps_the_port_out() {
     use Status::{Fail, Ok, Warn};
+    const ACCEPT: &str = ":INPUT ACCEPT [0:0]\n:mine - [0:0]\n";
     const DROP: &str = ":INPUT DROP [0:0]\n:FORWARD ACCEPT [0:0]\n";
     for (rules, status) in [
         ("", Fail),
@@ -39,10 +43,9 @@ fn what_keeps_the_port_out() {
         ),
     ] {
         assert_only("firewall-input", status, &[], |seen| {
-            seen.rules.compat = filter(DROP, rules)
+            seen.rules.compat = Some(filter(DROP, rules));
         });
     }
-    const ACCEPT: &str = ":INPUT ACCEPT [0:0]\n:mine - [0:0]\n";
     for (rules, status) in [
         ("", Ok),
         ("-A INPUT -p udp -j DROP\n", Fail),
@@ -67,7 +70,7 @@ fn what_keeps_the_port_out() {
         ("-A INPUT -j mine\n-A mine -j mine\n", Ok),
     ] {
         assert_only("firewall-input", status, &[], |seen| {
-            seen.rules.legacy = filter(ACCEPT, rules)
+            seen.rules.legacy = Some(filter(ACCEPT, rules));
         });
     }
     for (manager, fix) in [
@@ -75,7 +78,7 @@ fn what_keeps_the_port_out() {
         ("firewalld", "firewall-cmd --permanent --add-port=8472/udp"),
     ] {
         assert_only("firewall-input", Fail, &[fix, manager], |seen| {
-            seen.rules.compat = filter(DROP, "");
+            seen.rules.compat = Some(filter(DROP, ""));
             seen.rules.managers = vec![manager];
         });
     }
@@ -124,7 +127,7 @@ fn rules_of_nftables() {
         },
     );
     assert_only("firewall-input", Ok, &[], |seen| {
-        seen.rules.nft = Some("nonsense".into())
+        seen.rules.nft = Some("nonsense".into());
     });
 }
 
@@ -139,11 +142,11 @@ fn what_keeps_pods_from_being_forwarded() {
         Fail,
         &["policy DROP", "iptables -I DOCKER-USER"],
         |seen| {
-            seen.rules.compat = filter(DROP, "");
+            seen.rules.compat = Some(filter(DROP, ""));
         },
     );
     assert_only("firewall-forward", Ok, &[], |seen| {
-        seen.rules.compat = filter(DROP, OURS)
+        seen.rules.compat = Some(filter(DROP, OURS));
     });
     let behind = format!("-A FORWARD -i flannel.1 -j DROP\n{OURS}");
     assert_only(
@@ -151,26 +154,26 @@ fn what_keeps_pods_from_being_forwarded() {
         Fail,
         &["-i flannel.1 -j DROP"],
         |seen| {
-            seen.rules.compat = filter(DROP, &behind);
+            seen.rules.compat = Some(filter(DROP, &behind));
         },
     );
     // Only what is sent.
     let one_way = "-A FORWARD -d 10.244.1.0/24 -j ACCEPT\n";
     assert_only("firewall-forward", Fail, &["packets from pods"], |seen| {
-        seen.rules.compat = filter(DROP, one_way);
+        seen.rules.compat = Some(filter(DROP, one_way));
     });
     assert_only(
         "firewall-forward",
         Warn,
         &["--iptables-forward-rules"],
         |seen| {
-            seen.rules.compat = filter(DROP, "");
+            seen.rules.compat = Some(filter(DROP, ""));
             seen.agent = Agent::default();
         },
     );
     // One table accepts, another one drops: the packet is gone.
     assert_only("firewall-forward", Fail, &["nft inet f forward"], |seen| {
-        seen.rules.compat = filter(":FORWARD ACCEPT [0:0]\n", "");
+        seen.rules.compat = Some(filter(":FORWARD ACCEPT [0:0]\n", ""));
         seen.rules.nft = Some(
             r#"{"nftables":[{"chain":{"family":"inet","table":"f","name":"forward","type":"filter","hook":"forward","policy":"drop"}}]}"#
                 .into(),
@@ -217,13 +220,13 @@ fn packets_to_peers() {
     assert_only("underlay", Ok, &["no time for 3 more"], |seen| {
         seen.probes.as_mut().expect("probes").unfinished = 3;
     });
-    let not: [(&str, fn(&mut Observations)); 4] = [
+    let not: [(&str, Event); 4] = [
         ("--no-peers", |seen| seen.probes = None),
         ("CAP_NET_RAW", |seen| {
             seen.probes.as_mut().expect("probes").refused = Some("CAP_NET_RAW is missing".into());
         }),
         ("no other nodes", |seen| {
-            seen.probes.as_mut().expect("probes").peers.clear()
+            seen.probes.as_mut().expect("probes").peers.clear();
         }),
         ("does not say who", |seen| {
             seen.probes.as_mut().expect("probes").peers.clear();
@@ -241,4 +244,15 @@ fn packets_to_peers() {
             assert!(finding.found.contains(word), "{finding:?}");
         }
     }
+}
+
+#[test]
+fn without_the_store_the_device_says_who_the_peers_are() {
+    let mut seen = healthy();
+    let base = Ipv4Addr::new(10, 244, 2, 0);
+    assert_eq!(targets(&seen), [(PEER, base)].into());
+    seen.store.leases = Err("x".into());
+    assert_eq!(targets(&seen), [(PEER, base)].into());
+    device(&mut seen).fdb.clear();
+    assert_eq!(targets(&seen), BTreeMap::new());
 }

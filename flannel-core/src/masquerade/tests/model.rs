@@ -49,18 +49,18 @@ impl Model {
     pub(super) fn render(&self) -> String {
         let mut text = String::new();
         for (table, chains) in &self.tables {
-            text += &format!("*{table}\n");
+            text.extend(["*", table, "\n"]);
             for name in chains.keys() {
                 let policy = if is_built_in(table, name) {
                     "ACCEPT"
                 } else {
                     "-"
                 };
-                text += &format!(":{name} {policy} [0:0]\n");
+                text.extend([":", name, " ", policy, " [0:0]\n"]);
             }
             for (name, rules) in chains {
                 for rule in rules {
-                    text += &format!("-A {name} {rule}\n");
+                    text.extend(["-A ", name, " ", rule, "\n"]);
                 }
             }
             text += "COMMIT\n";

@@ -85,7 +85,7 @@ fn foreign(model: &Model) -> Vec<String> {
         let jump = line.contains("-j FLANNEL-");
         let shared = line.contains("0x4000/0x4000");
         let commented = line.contains("flanneld") || line.starts_with("-A FLANNEL");
-        line.starts_with("-A") && !jump && !shared && !(named && commented)
+        line.starts_with("-A") && !(jump || shared || named && commented)
     };
     let text = model.render();
     text.lines().filter(not_ours).map(str::to_owned).collect()

@@ -2,9 +2,16 @@
 //!
 //! Every part of the agent reports here; nothing here decides anything.
 
+mod answer;
+mod pulse;
+mod server;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use tokio::sync::watch;
+
+pub(crate) use pulse::Pulse;
+pub(crate) use server::serve;
 
 /// A part of the agent that the node needs before pods can talk, in the order in which they come about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,26 +59,32 @@ pub type Lacking = BTreeMap<Part, String>;
 
 /// Where parts report, and what others read. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Board(Arc<watch::Sender<Lacking>>);
+pub struct Board {
+    lacking: Arc<watch::Sender<Lacking>>,
+    summary: Arc<watch::Sender<String>>,
+}
 
 impl Default for Board {
     fn default() -> Self {
         let lacking = Part::ALL.map(|part| (part, "not yet".to_owned()));
-        Self(Arc::new(watch::Sender::new(lacking.into())))
+        Self {
+            lacking: Arc::new(watch::Sender::new(lacking.into())),
+            summary: Arc::default(),
+        }
     }
 }
 
 impl Board {
     /// The part is in place.
     pub fn settle(&self, part: Part) {
-        self.0
+        self.lacking
             .send_if_modified(|lacking| lacking.remove(&part).is_some());
     }
 
     /// The part is not in place, and this is why.
     pub fn lack(&self, part: Part, why: impl Into<String>) {
         let why = why.into();
-        self.0.send_if_modified(|lacking| {
+        self.lacking.send_if_modified(|lacking| {
             let changed = lacking.get(&part) != Some(&why);
             if changed {
                 lacking.insert(part, why);
@@ -82,7 +95,23 @@ impl Board {
 
     /// Follows the board.
     pub fn watch(&self) -> watch::Receiver<Lacking> {
-        self.0.subscribe()
+        self.lacking.subscribe()
+    }
+
+    /// Says in a few words what the node does when nothing is lacking.
+    pub fn summarize(&self, summary: String) {
+        self.summary.send_if_modified(|current| {
+            let changed = *current != summary;
+            if changed {
+                *current = summary;
+            }
+            changed
+        });
+    }
+
+    /// Follows that summary.
+    pub fn watch_summary(&self) -> watch::Receiver<String> {
+        self.summary.subscribe()
     }
 }
 
