@@ -123,7 +123,8 @@ impl Readiness {
             ip_masq: self.ip_masq,
         };
         let text = env.render();
-        if self.written.as_ref() != Some(&text) {
+        // Pods cannot be started without it: it is put back when somebody has emptied /run.
+        if self.written.as_ref() != Some(&text) || !self.subnet_file.exists() {
             if let Err(error) = files::replace(&self.subnet_file, &text) {
                 let trouble = chain(&error);
                 self.board.lack(Part::SubnetFile, trouble.as_str());

@@ -256,7 +256,7 @@ impl Keeper<'_> {
                 warn!(
                     %subnet,
                     address = addresses(&self.offer.attrs),
-                    "our lease file was rewritten by somebody else, restoring it: if this repeats, another node has the same public address"
+                    "our lease file was rewritten by somebody else, restoring it: if this repeats, another node has the same public address; give each its own with --iface or --public-ip"
                 );
                 self.write().await
             }

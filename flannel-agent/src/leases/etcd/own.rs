@@ -158,7 +158,7 @@ impl Keeper<'_> {
         warn!(
             subnet = %self.held.lease.key,
             address = addresses(&self.offer.attrs),
-            "our lease was rewritten by somebody else, restoring it: if this repeats, another node has the same public address"
+            "our lease was rewritten by somebody else, restoring it: if this repeats, another node has the same public address; give each its own with --iface or --public-ip"
         );
         self.write_own(entry.mod_revision, reserved).await
     }
