@@ -117,10 +117,11 @@ async fn live(
     let mut up = node.bring_up(&setting).await?;
     let previous = previous_subnet(&args.subnet_file);
     let offer = setting.offer(mac, previous);
+    let conf_store = store.twin();
     let Some(leasing) = Leasing::start(store, offer, &node.board, &cancel).await? else {
         return Ok(());
     };
-    let mut settings = follow::start(args, &node.net, &setting, text, &cancel);
+    let mut settings = follow::start(args, &node.net, &setting, (conf_store, text), &cancel);
     let mut ready = Readiness::new(
         args.subnet_file.clone(),
         args.firewall.ip_masq,

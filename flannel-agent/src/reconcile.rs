@@ -126,6 +126,9 @@ impl<'a> Loop<'a> {
                 self.converge(scope).await;
                 self.agenda.end(scope, begun.elapsed());
             }
+            if let Err(error) = self.dataplane.keep(&self.desired) {
+                tracing::debug!(error = chain(&error), "say that the maps are kept");
+            }
             let farewell = self.next_farewell();
             due = tokio::select! {
                 () = cancel.cancelled() => break,

@@ -2,6 +2,8 @@
 
 #[path = "netns_serving/endpoints.rs"]
 mod endpoints;
+#[path = "netns_serving/logs.rs"]
+mod logs;
 #[path = "netns_serving/notify.rs"]
 mod notify;
 mod rig;

@@ -135,6 +135,8 @@ drop_reasons! {
     Ecn = "ecn",
     /// Outer source that no other host can have (loopback, multicast, broadcast, our own): the kernel calls it martian.
     OuterSource = "outer_source",
+    /// No agent has kept the maps for [`crate::map::TRUST`]: the kernel's device may know better.
+    Stale = "stale",
 }
 
 /// Number of entries of the per-CPU map `reasons`.

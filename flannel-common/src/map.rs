@@ -5,6 +5,10 @@ use crate::header::HEADER_LEN;
 /// Version of every layout in this crate. It is part of the pin path, so an agent never reads another version's maps.
 pub const LAYOUT_VERSION: u32 = 2;
 
+/// How many seconds the maps are believed after the agent has last said, in the map `alive`, that it keeps them. Longer than a restart or
+/// an upgrade takes; after that the kernel's tables are followed, which another program may keep by then.
+pub const TRUST: u64 = 60;
+
 /// Index into the array `nodes`. Zero means "no node".
 pub type NodeId = u32;
 

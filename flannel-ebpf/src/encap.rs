@@ -44,6 +44,9 @@ pub(crate) fn try_to_overlay(ctx: &TcContext, config: &Config) -> Result<Verdict
     if config.flags & config_flags::ENCAP == 0 {
         return Err(DropReason::Disabled);
     }
+    if !maps::are_kept(gate::clock()) {
+        return Err(DropReason::Stale);
+    }
     if !linear(ctx, ETH_LEN + Ipv4Hdr::LEN as u32) {
         return Err(DropReason::TooShort);
     }

@@ -26,7 +26,7 @@ fn helpers() -> u32 {
 }
 
 #[inline(always)]
-fn clock() -> u64 {
+pub(crate) fn clock() -> u64 {
     // SAFETY: helpers without parameters.
     unsafe {
         if helpers() & flannel_common::map::helper_flags::COARSE_CLOCK != 0 {
@@ -64,7 +64,7 @@ pub(crate) fn is_fast(ctx: &TcContext, config: &Config, case: &Case, target: u32
     let now = case.now(config);
     let flow = maps::flow(&case.key);
     match judge(&now, case.packet, flow.as_deref(), clock) {
-        Judgement::Fast => true,
+        Judgement::Fast => maps::are_kept(clock()),
         Judgement::Slow => false,
         Judgement::Close => {
             if let Some(flow) = flow {
@@ -74,7 +74,8 @@ pub(crate) fn is_fast(ctx: &TcContext, config: &Config, case: &Case, target: u32
         }
         Judgement::Admit => {
             let pair = case.key.pair(case.packet.way);
-            let fast = !maps::is_translated(&pair)
+            let fast = maps::are_kept(clock())
+                && !maps::is_translated(&pair)
                 && is_alive(ctx, target)
                 && maps::put_flow(&case.key, &admitted(&now));
             if fast {
@@ -89,6 +90,7 @@ pub(crate) fn is_fast(ctx: &TcContext, config: &Config, case: &Case, target: u32
 #[inline(always)]
 pub(crate) fn is_by_syn(config: &Config, key: &FlowKey, generation: u32) -> bool {
     config.mode == flow::mode::SYN
+        && maps::are_kept(clock())
         && maps::flow(key).is_some_and(|flow| {
             flow.by_syn != 0 && flow.epoch == config.epoch && flow.generation == generation
         })

@@ -15,6 +15,10 @@ use flannel_common::{
 #[map(name = "config")]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
+/// One entry: the time since boot, in nanoseconds, until which the other maps count as kept; 0 is for ever.
+#[map(name = "alive")]
+static ALIVE: Array<u64> = Array::with_max_entries(1, 0);
+
 /// Subnet number inside the network to node id. The agent sizes it to the network.
 #[map(name = "subnets")]
 static SUBNETS: Array<NodeId> = Array::with_max_entries(256, 0);
@@ -54,6 +58,15 @@ static LAST: PerCpuArray<LastSighting> = PerCpuArray::with_max_entries(1, 0);
 #[inline(always)]
 pub(crate) fn config() -> Option<&'static Config> {
     CONFIG.get(0)
+}
+
+/// Whether somebody keeps the maps at the time `now`. Otherwise what they say may be of the past, while the kernel's own tables may be kept
+/// by another program: by flanneld, after a node was handed back.
+#[inline(always)]
+pub(crate) fn are_kept(now: u64) -> bool {
+    ALIVE
+        .get(0)
+        .is_some_and(|until| *until == 0 || now <= *until)
 }
 
 #[inline(always)]

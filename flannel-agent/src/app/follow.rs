@@ -19,7 +19,7 @@ use super::{Setting, StartError};
 use crate::{
     cli::Args,
     dataplane::netlink::{self, Change, Netlink},
-    leases::{Store, StoreConfig},
+    leases::Store,
     telemetry::{chain, one_line},
 };
 
@@ -37,7 +37,7 @@ pub(super) fn start(
     args: &Args,
     net: &Netlink,
     setting: &Setting,
-    text: String,
+    (store, text): (Store, String),
     cancel: &CancellationToken,
 ) -> watch::Receiver<Setting> {
     let (settings, out) = watch::channel(setting.clone());
@@ -49,7 +49,7 @@ pub(super) fn start(
         unusable: None,
     };
     let conf = ConfFollower {
-        store: args.store(),
+        store,
         known: text,
         settings,
     };
@@ -62,7 +62,7 @@ pub(super) fn start(
 /// Follows the network configuration.
 #[derive(Debug)]
 struct ConfFollower {
-    store: StoreConfig,
+    store: Store,
     /// The text as it was last seen.
     known: String,
     settings: Arc<watch::Sender<Setting>>,
@@ -70,19 +70,9 @@ struct ConfFollower {
 
 impl ConfFollower {
     async fn run(mut self) {
-        // A connection of its own: the other one belongs to the lease.
-        let store = loop {
-            match Store::open(&self.store).await {
-                Ok(store) => break store,
-                Err(error) => {
-                    tracing::debug!(error = error.chain(), "open the store of the configuration");
-                    sleep(RESYNC).await;
-                }
-            }
-        };
         loop {
-            let text = store.net_conf_after(&self.known).await;
-            self.take(&text, &store.describe());
+            let text = self.store.net_conf_after(&self.known).await;
+            self.take(&text, &self.store.describe());
             self.known = text;
         }
     }

@@ -37,7 +37,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(args) => args,
         Err(error) => return usage(&program, &error),
     };
-    telemetry::init(args.verbosity);
+    telemetry::init(args.verbosity, args.serving.log_format);
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -123,7 +123,8 @@ fn watch_signals(cancel: &CancellationToken) -> std::io::Result<()> {
             if cancel.is_cancelled() {
                 std::process::exit(130);
             }
-            tracing::info!("stopping; the data path stays as it is");
+            tracing::info!("shutdownHandler sent cancel signal...");
+            tracing::info!("Waiting for all goroutines to exit");
             cancel.cancel();
         }
     });

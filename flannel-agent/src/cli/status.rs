@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Context as _;
-use flannel_common::Counter;
+use flannel_common::{Counter, map::TRUST};
 use flannel_core::{
     fastpath::Choice,
     plan::{Device, GateMode, Hook, ObservedKind},
@@ -197,6 +197,11 @@ async fn collect(args: &Args) -> anyhow::Result<Status> {
             "the agent is not running: traffic goes on, changes in the cluster are not followed"
                 .into(),
         );
+        if instance.is_some_and(|(_, instance)| !instance.is_kept()) {
+            problems.push(format!(
+                "no agent has kept the eBPF maps for {TRUST} seconds: the kernel's device carries the traffic"
+            ));
+        }
     }
     let path = match (&state, instance) {
         (Some(state), instance) => {

@@ -180,6 +180,16 @@ impl Dataplane {
         })
     }
 
+    /// Says that the maps are kept, see [`Bpf::keep`].
+    pub fn keep(&mut self, desired: &Desired) -> Result<(), DataplaneError> {
+        let alone = matches!(desired.tunnel.kind, DeviceKind::Veth { .. });
+        match &mut self.bpf {
+            // Until all peers are known, what an earlier run left may be of the past.
+            Some(bpf) if alone || desired.peers.is_some() => Ok(bpf.keep(alone)?),
+            _ => Ok(()),
+        }
+    }
+
     /// What shows whether native XDP runs; `None` where it is not attached.
     pub fn xdp_sample(&self) -> Result<Option<Sample>, DataplaneError> {
         let there = self.seen.bpf.as_ref().and_then(|state| state.xdp);

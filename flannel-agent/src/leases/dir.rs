@@ -71,6 +71,16 @@ impl DirLeases {
         }
     }
 
+    /// Another view of the same directory.
+    pub(super) fn twin(&self) -> Self {
+        DirLeases {
+            dir: self.dir.clone(),
+            net_config_path: self.net_config_path.clone(),
+            rescan: self.rescan,
+            reported: Reported::default(),
+        }
+    }
+
     pub(super) fn describe(&self) -> String {
         format!("directory {}", self.dir.display())
     }

@@ -12,7 +12,7 @@ mod own;
 
 use std::{
     path::PathBuf,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -136,7 +136,7 @@ struct Listing {
 /// The lease store in etcd.
 #[derive(Debug)]
 pub struct EtcdLeases {
-    connection: Box<Connection>,
+    connection: Arc<Connection>,
     prefix: String,
     ttl: Duration,
     renew_margin: Duration,
@@ -148,13 +148,25 @@ pub struct EtcdLeases {
 impl EtcdLeases {
     pub(super) async fn open(options: &EtcdOptions) -> Result<Self, LeaseError> {
         Ok(EtcdLeases {
-            connection: Box::new(Connection::open(options).await?),
+            connection: Arc::new(Connection::open(options).await?),
             prefix: clean_path(&options.prefix),
             ttl: options.ttl,
             renew_margin: options.renew_margin,
             reported: Reported::default(),
             orphans: Mutex::default(),
         })
+    }
+
+    /// Another view of the same store, over the same connection.
+    pub(super) fn twin(&self) -> Self {
+        EtcdLeases {
+            connection: Arc::clone(&self.connection),
+            prefix: self.prefix.clone(),
+            ttl: self.ttl,
+            renew_margin: self.renew_margin,
+            reported: Reported::default(),
+            orphans: Mutex::default(),
+        }
     }
 
     pub(super) fn describe(&self) -> String {
@@ -403,7 +415,7 @@ mod tests {
             (".", "config"),
         ] {
             let store = EtcdLeases {
-                connection: Box::new(Connection::offline()),
+                connection: Arc::new(Connection::offline()),
                 prefix: clean_path(given),
                 ttl: DEFAULT_TTL,
                 renew_margin: DEFAULT_RENEW_MARGIN,

@@ -111,6 +111,15 @@ impl Store {
         }
     }
 
+    /// Another handle to the same store, for a task that only reads.
+    #[must_use]
+    pub fn twin(&self) -> Store {
+        match self {
+            Store::Etcd(store) => Store::Etcd(store.twin()),
+            Store::Dir(store) => Store::Dir(store.twin()),
+        }
+    }
+
     /// Names the store in log lines, without secrets: `etcd http://10.0.0.1:2379 prefix /coreos.com/network`.
     pub fn describe(&self) -> String {
         match self {

@@ -91,7 +91,7 @@ impl Rig {
     }
 
     #[track_caller]
-    fn map_values(&self, node: usize, map: &str) -> Vec<Vec<u8>> {
+    pub(crate) fn map_values(&self, node: usize, map: &str) -> Vec<Vec<u8>> {
         let dump = self.map_dump(node, map);
         list(&dump)
             .iter()

@@ -22,6 +22,7 @@ use aya::{
 use flannel_common::{
     Config, LAYOUT_VERSION, NodeId, NodeRecord, PodRecord,
     flow::{self, Flow, LastSighting, Sighting},
+    map::TRUST,
 };
 use flannel_core::{
     addr::IfIndex,
@@ -65,6 +66,7 @@ pub struct Bpf {
     attach: AttachMode,
     room: Room,
     config: Array<MapData, Config>,
+    alive: Array<MapData, u64>,
     subnets: Array<MapData, NodeId>,
     nodes: Array<MapData, NodeRecord>,
     pods: PodMap,
@@ -132,6 +134,7 @@ impl Bpf {
             .min(1 << 20);
         let maps = instance.prepare(&[
             ("config", size_of::<Config>(), 1),
+            ("alive", size_of::<u64>(), 1),
             ("subnets", size_of::<NodeId>(), *subnet_count),
             ("nodes", size_of::<NodeRecord>(), node_capacity),
             (
@@ -187,6 +190,7 @@ impl Bpf {
         }
         Ok(Self {
             config: array(&mut ebpf, "config")?,
+            alive: array(&mut ebpf, "alive")?,
             subnets: array(&mut ebpf, "subnets")?,
             nodes: array(&mut ebpf, "nodes")?,
             pods: hash(&mut ebpf, "pods")?,
@@ -338,12 +342,29 @@ impl Bpf {
         Ok(())
     }
 
+    /// Says that the maps are kept, for [`TRUST`] from now; for ever where eBPF is alone, because nobody else would carry a packet.
+    pub fn keep(&mut self, alone: bool) -> Result<(), BpfError> {
+        let until = if alone { 0 } else { since_boot() + TRUST };
+        self.alive
+            .set(0, until.saturating_mul(1_000_000_000), 0)
+            .map_err(|source| BpfError::write("alive", 0, source))
+    }
+
     /// Writes `config`.
     pub fn put_settings(&mut self, settings: &Settings) -> Result<(), BpfError> {
         self.config
             .set(0, settings.encode(), 0)
             .map_err(|source| BpfError::write("config", 0, source))
     }
+}
+
+/// Seconds of the clock that `bpf_ktime_get_ns` reads, rounded up.
+fn since_boot() -> u64 {
+    use nix::time::{ClockId, clock_gettime};
+    // A clock that cannot be read would let the maps age at once: then they do not age at all.
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(u64::MAX / 2_000_000_000, |now| {
+        now.tv_sec().unsigned_abs() + 1
+    })
 }
 
 fn remove(instance: &Instance) {

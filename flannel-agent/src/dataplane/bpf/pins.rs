@@ -272,6 +272,15 @@ impl Instance {
         Ok(found)
     }
 
+    /// Whether the programs still believe the maps, see [`super::Bpf::keep`]. Those of an agent that knew no such thing do for ever.
+    pub fn is_kept(&self) -> bool {
+        let until = self
+            .open::<Array<_, u64>>("alive")
+            .ok()
+            .and_then(|alive| alive.get(&0, 0).ok());
+        until.is_none_or(|until| until == 0 || super::since_boot() * 1_000_000_000 <= until)
+    }
+
     /// The peers as the maps have them, by subnet.
     pub fn peers(&self) -> Result<Vec<(Ipv4Net, Option<Node>)>, BpfError> {
         let config: Array<_, Config> = self.open("config")?;

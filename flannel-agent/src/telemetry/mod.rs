@@ -1,11 +1,16 @@
 //! Logging: text on standard error, one INFO line per change made to the kernel.
 
+mod klog;
+
 use std::{error::Error, io::IsTerminal as _};
 
+use tracing::subscriber::set_global_default;
 use tracing_subscriber::{EnvFilter, fmt};
 
+use crate::cli::LogFormat;
+
 /// Starts logging. flannel's `-v`: 0 is info, 1 debug, 2 and more trace; `RUST_LOG` overrides.
-pub(crate) fn init(verbosity: u8) {
+pub(crate) fn init(verbosity: u8, format: LogFormat) {
     let level = match verbosity {
         0 => "info",
         1 => "debug",
@@ -15,14 +20,17 @@ pub(crate) fn init(verbosity: u8) {
     let fallback = format!("{level},netlink_proto=error,aya=warn,tower=warn,h2=warn,hyper=warn");
     let filter =
         EnvFilter::try_from_default_env().unwrap_or_else(|_unset| EnvFilter::new(fallback));
-    let subscriber = fmt::Subscriber::builder()
+    let lines = fmt::Subscriber::builder()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .finish();
+        .with_ansi(std::io::stderr().is_terminal() && format == LogFormat::Text)
+        .with_target(false);
     // Set already only when a test runs two daemons in one process.
-    let _already = tracing::subscriber::set_global_default(subscriber);
+    let _already = match format {
+        LogFormat::Text => set_global_default(lines.finish()),
+        LogFormat::Klog => set_global_default(lines.event_format(klog::Klog).finish()),
+        LogFormat::Json => set_global_default(lines.json().flatten_event(true).finish()),
+    };
 }
 
 /// An error with its causes, each once: `attach program x: bpf_link_create: Operation not permitted`.
