@@ -87,17 +87,11 @@ fn a_mac_address_of_udevs_right_after_creation_is_put_right() {
     }
     for flags in [&[][..], &["--datapath=kernel"]] {
         let mut rig = Rig::new(2);
-        let udev = || {
-            let script =
-                format!("until ip link set {DEVICE} address {UDEVS} 2>/dev/null; do :; done");
-            let mut command = rig.ns(0).command("sh");
-            command.args(["-c", &script]);
-            command.spawn().expect("run sh")
-        };
-        let mut strikes = vec![udev()];
+        let script = format!("until ip link set {DEVICE} address {UDEVS} 2>/dev/null; do :; done");
+        let mut udev = rig.ns(0).command("sh");
+        let mut udev = udev.args(["-c", &script]).spawn().expect("run sh");
         rig.start_all(flags);
-        let ended = strikes[0].wait().expect("udev's end");
-        assert!(ended.success());
+        assert!(udev.wait().expect("udev's end").success());
         let published = rig.lease(0).mac;
         let has_published = |rig: &Rig| {
             wait_mended(rig, "the pods reach each other");
@@ -112,7 +106,6 @@ fn a_mac_address_of_udevs_right_after_creation_is_put_right() {
         has_published(&rig);
         // And when the device comes again.
         rig.ns(0).ip(&format!("link del {DEVICE}")).unwrap();
-        let script = format!("until ip link set {DEVICE} address {UDEVS} 2>/dev/null; do :; done");
         rig.ns(0).exec(["sh", "-c", &script]).unwrap();
         has_published(&rig);
         assert_eq!(rig.lease(0).mac, published);
