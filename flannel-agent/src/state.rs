@@ -55,6 +55,9 @@ pub struct State {
     pub problems: Vec<String>,
     /// The file written for CNI plugins.
     pub subnet_file: PathBuf,
+    /// Whether the blackhole route for the own subnet is of our making, if there is one.
+    #[serde(default)]
+    pub blackhole: bool,
     /// How the flow gate stands; `None` in the file of an agent that knew none.
     #[serde(default)]
     pub fast_path: Option<FastPath>,

@@ -134,7 +134,7 @@ fn removed_pins_come_back() {
     let dir = rig.instance(0);
     let maps = || rig::dump::pins(&rig.maps_dir(0));
     let before = maps();
-    assert_eq!(before.len(), 10, "{before:?}");
+    assert_eq!(before.len(), 11, "{before:?}");
 
     // The links alone: this detaches.
     for hook in ["to_overlay", "from_wire"] {

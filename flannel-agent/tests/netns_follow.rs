@@ -292,3 +292,34 @@ fn another_firewall_is_applied() {
     });
     pings(&rig);
 }
+
+/// A subnet that another node has taken is given up, and everything that names it follows: device, `subnet.env`, masquerade.
+#[test]
+fn another_subnet_is_taken_up() {
+    if !privileged() {
+        return;
+    }
+    let mut rig = Rig::start(2, &["--ip-masq"]);
+    let pid = rig.agent(0).pid();
+    let old = rig.node(0).subnet;
+    let stranger = "192.168.77.66".parse().unwrap();
+    rig.put_lease(old, stranger, "02:00:00:00:00:66");
+    let rules = |rig: &Rig, subnet: &str| {
+        let saved = rig.ns(0).exec(["iptables-save", "-t", "nat"]).unwrap();
+        saved.contains(&format!("-A FLANNEL-POSTRTG -s {subnet} -d 10.244.0.0/16 "))
+    };
+    eventually(PATIENCE, "another subnet stands everywhere", || {
+        let new = rig.subnet_env(0, "FLANNEL_SUBNET");
+        let base = new.replace(".1/24", ".0/24");
+        let address = ip_json(rig.ns(0), &["-4", "addr", "show", "dev", DEVICE])
+            .map_err(|error| format!("{error:#}"))?;
+        let address = text(&address[0]["addr_info"][0], "local").unwrap_or_default();
+        let done = base != old.to_string()
+            && rules(&rig, &base)
+            && !rules(&rig, &old.to_string())
+            && format!("{address}/24") == base;
+        done.then_some(()).ok_or(format!("{new}, {address}"))
+    });
+    assert_eq!(rig.agent(0).pid(), pid);
+    assert!(rig.agent(0).is_running());
+}

@@ -51,6 +51,7 @@ impl Strangers {
             "link set flannel.7 up",
             "route add 10.50.0.0/16 via 192.168.77.1 dev eth0",
             "route add blackhole 10.51.0.0/16",
+            "route add blackhole 10.244.1.0/24 metric 700",
             "route add 10.244.0.0/16 via 192.168.77.1 dev eth0 metric 500",
             "route add 10.52.0.0/16 via 192.168.77.1 dev eth0 table 100",
             "rule add from 10.52.0.0/16 lookup 100",

@@ -174,6 +174,42 @@ fn flannels_own_capabilities_are_enough_for_the_kernels_device() {
     assert_eq!(rig.status(0)["datapath"]["mode"], "bpf");
 }
 
+/// What the systemd unit leaves to the agent is enough for everything.
+#[test]
+fn the_units_capabilities_are_enough_for_ebpf_and_rules() {
+    if !privileged() {
+        return;
+    }
+    let unit = include_str!("../../deploy/systemd/flannel-agent.service");
+    let caps: Vec<Capability> = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="))
+        .expect("the setting")
+        .split(' ')
+        .map(|name| match name {
+            "CAP_NET_ADMIN" => Capability::NetAdmin,
+            "CAP_NET_RAW" => Capability::NetRaw,
+            "CAP_BPF" => Capability::Bpf,
+            "CAP_PERFMON" => Capability::Perfmon,
+            "CAP_SYS_MODULE" => Capability::SysModule,
+            "CAP_DAC_READ_SEARCH" => Capability::DacReadSearch,
+            other => panic!("{other}: add it here"),
+        })
+        .collect();
+    let confinement = Confinement {
+        caps: Some(&caps),
+        ..Confinement::default()
+    };
+    let mut rig = beside_a_bpf_node(&["--ip-masq"], &confinement);
+    exchange(&rig, 0, 1);
+    let status = rig.status_is_ok(1);
+    assert_eq!(status["datapath"]["mode"], "bpf");
+    assert_eq!(status["fast_path"]["mode"], "established");
+    let rules = rig.ns(1).exec(["iptables-save"]).unwrap();
+    assert!(rules.contains("-A FLANNEL-POSTRTG") && rules.contains("-A FLANNEL-FWD"));
+    assert_eq!(complaints(&rig.agent(1).log()), Vec::<&str>::new());
+}
+
 #[test]
 fn a_kernel_without_ebpf_carries_the_overlay_alone() {
     if !privileged() {

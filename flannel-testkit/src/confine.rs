@@ -14,6 +14,7 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Capability {
+    DacReadSearch = 2,
     NetBindService = 10,
     NetAdmin = 12,
     NetRaw = 13,

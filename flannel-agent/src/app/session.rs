@@ -215,6 +215,7 @@ impl Node<'_> {
             store_connected: true,
             problems: Vec::new(),
             subnet_file: self.args.subnet_file.clone(),
+            blackhole: self.args.firewall.ip_blackhole_route,
             fast_path: None,
         };
         datapath::retire(&self.net, &state).await;

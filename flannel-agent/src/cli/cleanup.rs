@@ -110,7 +110,8 @@ pub(super) async fn run(args: &Args, scope: Scope) -> anyhow::Result<bool> {
     let rules = if vnis.is_empty() || keep_device {
         Vec::new()
     } else {
-        leftovers::find(nets).await
+        let blackhole = state.as_ref().is_some_and(|state| state.blackhole);
+        leftovers::find(nets, blackhole).await
     };
     for leftover in &rules {
         if act.announce(&leftover.what) {

@@ -43,8 +43,12 @@ pub(crate) enum RemoveError {
 }
 
 /// What an agent with these networks has left. Without networks: everything that bears our names. Another instance's rules are
-/// none of ours as long as ours are known.
-pub(crate) async fn find(nets: Option<(Ipv4Net, Option<Ipv4Net>)>) -> Vec<Leftover> {
+/// none of ours as long as ours are known. A `blackhole` route, which anybody might have made, is looked for only if we are known to
+/// make one.
+pub(crate) async fn find(
+    nets: Option<(Ipv4Net, Option<Ipv4Net>)>,
+    blackhole: bool,
+) -> Vec<Leftover> {
     let mut found = Vec::new();
     for family in Family::ALL {
         let tools = Tools::find(family).await;
@@ -85,7 +89,8 @@ pub(crate) async fn find(nets: Option<(Ipv4Net, Option<Ipv4Net>)>) -> Vec<Leftov
             });
         }
     }
-    if let Some(subnet) = nets.and_then(|(_, subnet)| subnet)
+    if blackhole
+        && let Some(subnet) = nets.and_then(|(_, subnet)| subnet)
         && let Ok(net) = Netlink::open()
         && net.has_blackhole(subnet).await.unwrap_or(false)
     {

@@ -19,8 +19,8 @@ const LONG: Duration = Duration::from_mins(3);
 const SPELL: Duration = Duration::from_secs(12);
 /// What one CPU has in a second.
 const TICKS: u64 = 100;
-/// Upstream's manifest gives its daemon 50 MiB, of which it needs more in such a cluster; in kB.
-const MEMORY: u64 = 50 << 10;
+/// In kB. A debug build needs 44 MB; how much more it takes from the system depends on the order in which its threads allocate.
+const MEMORY: u64 = 64 << 10;
 
 fn peer(number: u32) -> (Subnet, Peer) {
     let (high, low) = (number / 250, number % 250);
