@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -298,13 +300,16 @@ proptest! {
             let ip = Ipv4Addr::from(0x0a05_0000 | u32::from(low));
             SubnetKey::from_v4(Ipv4Net::new(ip, len).unwrap())
         };
-        let list: Vec<StoredLease> = list
+        // No store has a key twice.
+        let list: BTreeMap<SubnetKey, StoredLease> = list
             .into_iter()
             .map(|(host, low, len, fixed)| {
-                let key = subnet(low, len).to_string();
-                if fixed { reserved(host, &key) } else { stored(host, &key) }
+                let key = subnet(low, len);
+                let name = key.to_string();
+                (key, if fixed { reserved(host, &name) } else { stored(host, &name) })
             })
             .collect();
+        let list: Vec<StoredLease> = list.into_values().collect();
         let previous = previous.map(|(low, len)| subnet(low, len));
         if let Ok(decision) = choose(&conf, &US, previous, &list) {
             let dropped = decision.drop_incompatible.map(|(key, _)| key);
