@@ -69,6 +69,8 @@ pub(crate) struct Loop<'a> {
     agenda: Agenda,
     /// Whether the leases have changed since they were looked at.
     view_changed: bool,
+    /// Whether a look at the kernel failed: the kernel ends a list that changes while it is read with EBUSY or EINTR.
+    unanswered: bool,
     changes: mpsc::Receiver<Change>,
     notify: Option<mpsc::Sender<Change>>,
 }
@@ -99,6 +101,7 @@ impl<'a> Loop<'a> {
             xdp,
             agenda: Agenda::default(),
             view_changed: true,
+            unanswered: false,
             changes,
             notify: Some(notify),
         }
@@ -157,6 +160,8 @@ impl<'a> Loop<'a> {
                     if last_full.elapsed() >= RESYNC {
                         self.dataplane.forget_asked();
                         Some(Scope::Everything)
+                    } else if std::mem::take(&mut self.unanswered) {
+                        Some(Scope::Kernel)
                     } else {
                         Some(Scope::Maps)
                     }
@@ -264,6 +269,8 @@ impl<'a> Loop<'a> {
             self.xdp.set(&mut self.desired);
             self.gate.set(&mut self.desired, self.dataplane.seen());
             if let Err(error) = self.dataplane.observe(&self.desired, scope).await {
+                // What asked for this look has been answered with nothing.
+                self.unanswered |= scope != Scope::Maps;
                 self.ready.fault(
                     &mut troubles,
                     format!("look at the kernel: {}", chain(&error)),
