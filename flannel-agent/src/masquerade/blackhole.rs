@@ -3,7 +3,6 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use flannel_core::masquerade::Request;
-use futures_util::TryStreamExt as _;
 use ipnet::{IpNet, Ipv4Net};
 use rtnetlink::{
     RouteMessageBuilder,
@@ -44,14 +43,7 @@ impl Netlink {
     /// Whether a subnet has a blackhole route of upstream's shape.
     pub(crate) async fn has_blackhole(&self, subnet: Ipv4Net) -> Result<bool, NetlinkError> {
         let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let routes: Vec<RouteMessage> = self
-            .handle()
-            .route()
-            .get(request)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|error| NetlinkError::new("list routes", &error))?;
+        let routes = self.list_routes(request).await?;
         let address = RouteAddress::Inet(subnet.network());
         Ok(routes.iter().any(|route| {
             route.header.kind == RouteType::BlackHole

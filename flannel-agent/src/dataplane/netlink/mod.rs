@@ -12,7 +12,11 @@ mod write;
 
 use std::io;
 
-use rtnetlink::{Error as RtError, Handle, new_connection};
+use futures_util::TryStreamExt as _;
+use rtnetlink::{
+    Error as RtError, Handle, new_connection,
+    packet_route::{link::LinkMessage, route::RouteMessage},
+};
 use thiserror::Error;
 
 pub use monitor::{Change, LinkChange, NeighbourChange, watch};
@@ -90,6 +94,22 @@ impl Netlink {
         let (connection, handle, _) = new_connection().map_err(NetlinkError::Open)?;
         tokio::spawn(connection);
         Ok(Self { handle })
+    }
+
+    /// All interfaces.
+    async fn list_links(&self) -> Result<Vec<LinkMessage>, NetlinkError> {
+        let links = self.handle.link().get().execute().try_collect().await;
+        links.map_err(|error| NetlinkError::new("list links", &error))
+    }
+
+    /// All routes of the family that is asked for.
+    pub(crate) async fn list_routes(
+        &self,
+        request: RouteMessage,
+    ) -> Result<Vec<RouteMessage>, NetlinkError> {
+        let routes = self.handle.route().get(request).execute().try_collect();
+        let routes = routes.await;
+        routes.map_err(|error| NetlinkError::new("list routes", &error))
     }
 
     /// The connection itself, for requests that live elsewhere.

@@ -6,7 +6,6 @@ use flannel_core::{
     check::{Bridge, OtherVxlan},
     config::DEFAULT_PORT,
 };
-use futures_util::TryStreamExt as _;
 use rtnetlink::{
     LinkVxlan, RouteMessageBuilder,
     packet_route::{
@@ -34,14 +33,7 @@ pub struct Survey {
 impl Netlink {
     /// Looks at all interfaces. `bridge` is the name of the pods' bridge.
     pub async fn survey(&self, bridge: &str) -> Result<Survey, NetlinkError> {
-        let links: Vec<LinkMessage> = self
-            .handle
-            .link()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|e| NetlinkError::new("list links", &e))?;
+        let links = self.list_links().await?;
         let mut survey = Survey::default();
         let mut names = BTreeMap::new();
         for link in &links {
@@ -80,14 +72,7 @@ impl Netlink {
         names: &BTreeMap<u32, String>,
     ) -> Result<Vec<(String, u32)>, NetlinkError> {
         let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let routes: Vec<_> = self
-            .handle
-            .route()
-            .get(request)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|e| NetlinkError::new("list routes", &e))?;
+        let routes = self.list_routes(request).await?;
         let mut found: Vec<(u32, String)> = routes
             .iter()
             .filter(|route| {

@@ -114,14 +114,7 @@ impl Netlink {
     }
 
     async fn ethernet_links(&self) -> Result<BTreeMap<IfIndex, (VtepMac, u32)>, NetlinkError> {
-        let links: Vec<LinkMessage> = self
-            .handle
-            .link()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|e| NetlinkError::new("list links", &e))?;
+        let links = self.list_links().await?;
         Ok(links
             .iter()
             .filter(|link| {

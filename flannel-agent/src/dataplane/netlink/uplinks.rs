@@ -34,14 +34,7 @@ pub struct Uplinks {
 impl Netlink {
     /// Reads interfaces, addresses and default routes, and the way to the address that must be reachable.
     pub async fn uplinks(&self, wanted: &Wanted) -> Result<Uplinks, NetlinkError> {
-        let messages: Vec<_> = self
-            .handle
-            .link()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|e| NetlinkError::new("list links", &e))?;
+        let messages = self.list_links().await?;
         let addresses: Vec<_> = self
             .handle
             .address()
@@ -85,14 +78,7 @@ impl Netlink {
 
     /// The default route with the lowest metric in the main table.
     async fn default_route(&self, request: RouteMessage) -> Result<DefaultRoute, NetlinkError> {
-        let routes: Vec<_> = self
-            .handle
-            .route()
-            .get(request)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|e| NetlinkError::new("list routes", &e))?;
+        let routes = self.list_routes(request).await?;
         Ok(routes
             .iter()
             .filter(|route| {
