@@ -263,11 +263,12 @@ const fn order(hook: Hook) -> LinkOrder {
     }
 }
 
-/// Removes a pinned link, and with it what it holds attached, or the note of a filter.
+/// Removes a pinned link and at once what it holds attached, or the note of a filter.
 pub(super) fn remove_pin(pin: &Path) -> Result<(), BpfError> {
     let removed = if pin.is_dir() {
         fs::remove_dir(pin)
     } else {
+        link::detach(pin);
         fs::remove_file(pin)
     };
     match removed {

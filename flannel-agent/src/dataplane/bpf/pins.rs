@@ -216,7 +216,7 @@ impl Instance {
             .collect()
     }
 
-    /// Detaches our programs by unpinning their links, then removes the maps. Running it again is success.
+    /// Detaches our programs and unpins their links, then removes the maps. Running it again is success.
     pub fn remove(&self) -> Result<(), BpfError> {
         let contents = self.contents();
         let is_link = |path: &&PathBuf| {
@@ -226,6 +226,10 @@ impl Instance {
         let links: Vec<&PathBuf> = contents.iter().filter(is_link).collect();
         // What XDP strips needs `from_wire`.
         link::detach(&self.xdp_link());
+        // A link that is only unpinned leaves its interface some time later; who asked for it to go looks at once.
+        for path in &links {
+            link::detach(path);
+        }
         // Links first: a program must not run on maps that are going away.
         for path in links.into_iter().chain(&contents) {
             let removed = if path.is_dir() {

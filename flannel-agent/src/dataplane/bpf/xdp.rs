@@ -64,7 +64,6 @@ impl Bpf {
     /// Detaches native XDP, and waits until no frame that it has stripped is on its way to `from_wire`.
     pub fn detach_xdp(&mut self) -> Result<(), BpfError> {
         let pin = self.instance.xdp_link();
-        link::detach(&pin);
         remove_pin(&pin)?;
         wait_for_programs();
         Ok(())

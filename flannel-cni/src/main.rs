@@ -1,0 +1,3 @@
+//! The flannel CNI plugin.
+
+fn main() {}
