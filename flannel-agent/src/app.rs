@@ -28,6 +28,7 @@ use crate::{
     files,
     health::{self, Board, Part, Pulse},
     leases::{ErrorKind, Store},
+    metrics::{self, Metrics},
     notify,
     preflight::Capabilities,
     reconcile::Readiness,
@@ -50,8 +51,12 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     if let Some(address) = args.serving.healthz() {
         health::serve(address, board.clone(), cancel.clone());
     }
+    let metrics = Metrics::default();
+    if let Some(address) = args.serving.metrics_addr {
+        metrics::serve(address, metrics.clone(), board.clone(), cancel.clone());
+    }
     let telling = tokio::spawn(notify::attend(&board, pulse.clone(), cancel.clone()));
-    let outcome = live(args, board, pulse, cancel.clone()).await;
+    let outcome = live(args, board, pulse, metrics, cancel.clone()).await;
     cancel.cancel();
     if let Err(error) = telling.await {
         tracing::error!(%error, "the task that informs the service manager ended");
@@ -63,6 +68,7 @@ async fn live(
     args: &Args,
     board: Board,
     pulse: Pulse,
+    metrics: Metrics,
     cancel: CancellationToken,
 ) -> Result<(), StartError> {
     args.check().map_err(StartError::Flags)?;
@@ -127,6 +133,7 @@ async fn live(
         args.firewall.ip_masq,
         node.board.clone(),
         pulse,
+        metrics,
     );
     let mut first = true;
     loop {
