@@ -44,7 +44,7 @@ const SERVING: &str = "Serving and logs";
 #[derive(Clone, Debug, Parser)]
 #[command(
     name = "flannel-agent",
-    version,
+    version = super::VERSION,
     subcommand_negates_reqs = true,
     args_override_self = true,
     max_term_width = 80,
@@ -169,7 +169,7 @@ pub struct Args {
 }
 
 /// What to do instead of running the daemon.
-#[derive(Clone, Copy, Debug, Subcommand)]
+#[derive(Clone, Debug, Subcommand)]
 pub enum Command {
     /// Shows what carries this node's traffic, also while the daemon is down.
     Status {
@@ -217,6 +217,18 @@ pub enum Command {
     /// Writes options for the Docker daemon that fit this node's subnet.env, as flannel's mk-docker-opts.sh does.
     #[command(name = "mk-docker-opts", after_help = docker_opts::OPTIONS)]
     MkDockerOpts,
+    /// Copies a file to where others read it, all at once: they find the old one or the new one, never half. Permissions are kept.
+    ///
+    /// Called by the name of install-conf, the program does nothing else.
+    #[command(name = "install-conf")]
+    InstallConf {
+        /// The file to copy.
+        #[arg(value_name = "SRC")]
+        source: PathBuf,
+        /// The file to be, in a directory that exists.
+        #[arg(value_name = "DEST")]
+        destination: PathBuf,
+    },
     /// Prints the version.
     Version,
 }
