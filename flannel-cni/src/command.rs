@@ -1,6 +1,7 @@
 //! The commands.
 
 mod add;
+mod check;
 mod del;
 mod gc;
 mod status;
@@ -15,11 +16,8 @@ use flannel_core::pods::{
 use crate::{
     agent,
     call::{Call, Verb},
-    delegate::Delegate,
-    error::{CniError, UNKNOWN_CONTAINER},
+    error::CniError,
     netconf::NetConf,
-    plugin,
-    saved::Saved,
     subnet_env::SubnetEnv,
     version,
 };
@@ -38,7 +36,7 @@ pub(crate) fn run(call: &Call, stdin: &[u8]) -> Result<String, CniError> {
         }
         Verb::Check => {
             version::check_allows(conf.spec_version(), "CHECK", version::WITH_CHECK)?;
-            check(call, &conf).map(|()| String::new())
+            check::run(call, &conf).map(|()| String::new())
         }
         Verb::Gc => {
             version::check_allows(conf.spec_version(), "GC", version::WITH_GC)?;
@@ -50,29 +48,6 @@ pub(crate) fn run(call: &Call, stdin: &[u8]) -> Result<String, CniError> {
         }
         Verb::Version => Ok(version::answer()),
     }
-}
-
-/// CHECK: the delegate looks whether everything is as ADD left it. Upstream's always says yes.
-fn check(call: &Call, conf: &NetConf) -> Result<(), CniError> {
-    let saved = Saved::new(&conf.data_dir);
-    let path = saved.path(&call.container);
-    let Some(text) = saved.get(&call.container)? else {
-        return Err(CniError::new(
-            UNKNOWN_CONTAINER,
-            format!(
-                "{} does not exist: the container was not added, or was deleted",
-                path.display()
-            ),
-        ));
-    };
-    let delegate = Delegate::read(&text)
-        .map_err(|reason| CniError::internal(format!("read {}: {reason}", path.display())))?;
-    // The result comes in the version of the configuration that we are called with.
-    let mut delegate = delegate.with("cniVersion", conf.spec_version().into());
-    if let Some(result) = &conf.prev_result {
-        delegate = delegate.with("prevResult", result.clone());
-    }
-    plugin::run(call, Verb::Check, &delegate).map(drop)
 }
 
 /// This node's subnet, with upstream's message if there is none.

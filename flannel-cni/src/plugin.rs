@@ -40,10 +40,10 @@ pub(crate) fn delete(
     .map(drop)
 }
 
-/// Whether a delegate knows a version of the specification.
-pub(crate) fn knows(call: &Call, delegate: &Delegate, version: &str) -> Result<bool, CniError> {
+/// The versions of the specification that a delegate knows.
+pub(crate) fn versions(call: &Call, delegate: &Delegate) -> Result<Vec<String>, CniError> {
     let answer = exec(call, Verb::Version, delegate, |_| {})?;
-    Ok(version::is_in_answer(&answer, version))
+    Ok(version::in_answer(&answer))
 }
 
 fn exec(

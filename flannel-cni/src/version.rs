@@ -121,20 +121,26 @@ const fn architecture() -> &'static str {
     }
 }
 
-/// Whether the answer of a delegate to VERSION says that it knows a version.
-pub(crate) fn is_in_answer(answer: &str, version: &str) -> bool {
+/// The versions in a delegate's answer to VERSION. None that we can read is none.
+pub(crate) fn in_answer(answer: &str) -> Vec<String> {
     #[derive(serde::Deserialize)]
     struct Answer {
         #[serde(rename = "supportedVersions", default)]
         supported: Vec<String>,
     }
     match serde_json::from_str::<Answer>(answer) {
-        Ok(answer) => answer.supported.iter().any(|known| known == version),
+        Ok(answer) => answer.supported,
         Err(error) => {
             complain(&format!("the delegate's answer to VERSION: {error}"));
-            false
+            Vec::new()
         }
     }
+}
+
+/// The newest version that a delegate and we know.
+pub(crate) fn newest_common(theirs: &[String]) -> Option<&'static str> {
+    let mut ours = SUPPORTED.into_iter().rev();
+    ours.find(|version| theirs.iter().any(|known| known == version))
 }
 
 #[cfg(test)]
@@ -157,9 +163,11 @@ mod tests {
             answer(),
             "{\"cniVersion\":\"1.1.0\",\"supportedVersions\":[\"0.1.0\",\"0.2.0\",\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\"]}\n"
         );
-        assert!(is_in_answer(&answer(), "1.1.0"));
-        assert!(!is_in_answer(&answer(), "1.2.0"));
-        assert!(!is_in_answer("", "1.1.0"));
+        assert_eq!(in_answer(&answer()), SUPPORTED);
+        assert!(in_answer("").is_empty());
+        let older = ["0.3.0".to_owned(), "1.0.0".to_owned(), "7.0.0".to_owned()];
+        assert_eq!(newest_common(&older), Some("1.0.0"));
+        assert_eq!(newest_common(&[]), None);
     }
 
     #[test]

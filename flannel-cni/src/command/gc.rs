@@ -14,6 +14,7 @@ use crate::{
     netconf::{Attachment, NetConf},
     plugin,
     saved::Saved,
+    version,
 };
 
 /// The name of the interface where nobody has written it down: every runtime that has one network gives this.
@@ -32,10 +33,7 @@ pub(super) fn run(call: &Call, conf: &NetConf) -> Result<(), CniError> {
         errors.extend(free_saved(call, conf, &saved, &container, valid).err());
     }
     match current {
-        Ok(delegate) => {
-            errors.extend(free_reserved(call, &delegate, valid).err());
-            errors.extend(pass_on(call, conf, &delegate, valid).err());
-        }
+        Ok(delegate) => errors.extend(free_others(call, conf, &delegate, valid).err()),
         Err(error) => errors.push(error),
     }
     let mut errors = errors.into_iter();
@@ -90,13 +88,27 @@ fn free_saved(
     saved.remove(container)
 }
 
-/// Frees addresses of our network of which nothing is saved: upstream's plugin forgets a pod whose DEL has failed.
-fn free_reserved(call: &Call, delegate: &Delegate, valid: &[Attachment]) -> Result<(), CniError> {
-    let valid: BTreeSet<&Attachment> = valid.iter().collect();
-    for attachment in host_local::attachments(delegate)? {
-        if !valid.contains(&attachment) {
-            delete(call, delegate, &attachment)?;
+/// Frees addresses of our network of which nothing is saved, since upstream's plugin forgets a pod whose DEL has failed; and has a
+/// delegate that knows GC free what else it may have.
+fn free_others(
+    call: &Call,
+    conf: &NetConf,
+    delegate: &Delegate,
+    valid: &[Attachment],
+) -> Result<(), CniError> {
+    let stale: Vec<Attachment> = host_local::attachments(delegate)?
+        .into_iter()
+        .filter(|attachment| !valid.contains(attachment))
+        .collect();
+    let known = plugin::versions(call, delegate)?;
+    if let Some(version) = version::newest_common(&known) {
+        let delegate = delegate.with("cniVersion", json!(version));
+        for attachment in &stale {
+            delete(call, &delegate, attachment)?;
         }
+    }
+    if known.iter().any(|version| version == conf.spec_version()) {
+        pass_on(call, delegate, valid)?;
     }
     Ok(())
 }
@@ -109,16 +121,7 @@ fn delete(call: &Call, delegate: &Delegate, attachment: &Attachment) -> Result<(
     plugin::delete(call, delegate, attachment)
 }
 
-/// A delegate that knows GC may have something to free as well.
-fn pass_on(
-    call: &Call,
-    conf: &NetConf,
-    delegate: &Delegate,
-    valid: &[Attachment],
-) -> Result<(), CniError> {
-    if !plugin::knows(call, delegate, conf.spec_version())? {
-        return Ok(());
-    }
+fn pass_on(call: &Call, delegate: &Delegate, valid: &[Attachment]) -> Result<(), CniError> {
     let valid: Vec<_> = valid
         .iter()
         .map(|stays| json!({ "containerID": stays.container, "ifname": stays.ifname }))

@@ -26,7 +26,8 @@ pub(super) fn run(call: &Call, conf: &NetConf) -> Result<(), CniError> {
             format!("flannel is not ready: {}", answer.reason),
         ));
     }
-    if plugin::knows(call, &delegate, conf.spec_version())? {
+    let known = plugin::versions(call, &delegate)?;
+    if known.iter().any(|version| version == conf.spec_version()) {
         plugin::run(call, Verb::Status, &delegate)?;
     }
     Ok(())
