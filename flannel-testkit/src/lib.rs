@@ -19,6 +19,7 @@
 
 pub mod agent;
 pub mod capture;
+pub mod cni;
 mod confine;
 pub mod conntrack;
 pub mod etcd;
