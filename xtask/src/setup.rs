@@ -52,7 +52,7 @@ const fn tool(
     }
 }
 
-const TOOLS: [Tool; 27] = [
+const TOOLS: [Tool; 28] = [
     tool("cc", "build-essential", "gcc", "base-devel", Needs::Ebpf),
     tool(
         "pkg-config",
@@ -151,6 +151,13 @@ const TOOLS: [Tool; 27] = [
         "openssl",
         "openssl",
         "openssl",
+        Needs::Everything,
+    ),
+    tool(
+        "kubectl",
+        "kubernetes-client",
+        "kubernetes-client",
+        "kubectl",
         Needs::Everything,
     ),
     tool("ps", "procps", "procps-ng", "procps-ng", Needs::Everything),
