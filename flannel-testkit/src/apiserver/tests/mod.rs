@@ -1,7 +1,10 @@
 //! The server against what the Kubernetes API conventions and its documentation say, through a client of its own.
 
+mod access;
 mod client;
 mod reading;
+mod watching;
+mod writing;
 
 use super::{ApiServer, Kind, Rule, User};
 use client::{Client, JSON, MERGE, STRATEGIC};
