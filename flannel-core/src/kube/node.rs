@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{
-    Deserialize,
+    Deserialize, Serialize, Serializer,
     de::{Deserializer, MapAccess, Visitor},
 };
 use thiserror::Error;
@@ -68,6 +68,23 @@ impl<'de> Deserialize<'de> for Node {
             pod_cidr: spec.pod_cidr.unwrap_or_default(),
             pod_cidrs: spec.pod_cidrs.unwrap_or_default(),
         })
+    }
+}
+
+/// In the API's form, so that it is read back the same way.
+impl Serialize for Node {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serde_json::json!({
+            "metadata": {
+                "name": self.name,
+                "uid": self.uid,
+                "resourceVersion": self.resource_version,
+                "creationTimestamp": self.created,
+                "annotations": self.annotations,
+            },
+            "spec": {"podCIDR": self.pod_cidr, "podCIDRs": self.pod_cidrs},
+        })
+        .serialize(serializer)
     }
 }
 
