@@ -18,6 +18,7 @@
 //! ```
 
 pub mod agent;
+pub mod apiserver;
 pub mod capture;
 mod confine;
 pub mod conntrack;
@@ -42,6 +43,7 @@ pub mod traffic;
 pub mod upstream;
 
 pub use agent::AgentProcess;
+pub use apiserver::ApiServer;
 pub use capture::{Capture, Captured, Direction};
 pub use confine::{BpfCall, Capability, Confinement};
 pub use etcd::{Etcd, EtcdVersion};
