@@ -17,9 +17,11 @@ use std::{ffi::OsString, process::ExitCode};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use args::last_known_state;
 pub use args::{
     Args, AttachChoice, Command, DatapathChoice, DeviceChoice, EtcdArgs, FastPathChoice,
-    FirewallArgs, KubeArgs, LogFormat, Output, RulesetChoice, ServingArgs, UplinkArgs, XdpChoice,
+    FirewallArgs, KubeArgs, KubeVariables, LogFormat, Output, RulesetChoice, ServingArgs,
+    UplinkArgs, XdpChoice,
 };
 
 use crate::{app, telemetry};

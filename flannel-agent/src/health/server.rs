@@ -37,6 +37,7 @@ fn router(board: Board) -> Router {
         let lacking = lacking.borrow();
         respond(answer::ready(
             &lacking,
+            &board.notes(),
             answer::is_verbose(query.as_deref()),
         ))
     };
