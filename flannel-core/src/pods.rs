@@ -5,6 +5,7 @@
 //! first packet. In doubt an address is left out: its packets then go through the stack, which is never wrong.
 
 pub mod cni;
+pub mod report;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
