@@ -112,22 +112,37 @@ fn by_default_it_is_the_manifest() {
 }
 
 #[test]
-fn without_privileges_it_is_the_overlay() {
-    let mut overlay = objects(&kustomize("capabilities"));
-    overlay.retain(|(kind, _), _| kind != "Namespace");
-    let mut ours = rendered(&json!({"securityContext": {"privileged": false}}));
-    for objects in [&mut ours, &mut overlay] {
-        sort_mounts(objects);
+fn without_privileges_or_with_metrics_it_is_the_overlay() {
+    for (overlay, given) in [
+        (
+            "capabilities",
+            json!({"securityContext": {"privileged": false}}),
+        ),
+        ("metrics", json!({"metrics": {"enabled": true}})),
+    ] {
+        let mut wanted = objects(&kustomize(overlay));
+        // The dashboard is a file of the overlay's.
+        wanted.retain(|(kind, name), _| kind != "Namespace" && name != "flannel-dashboard");
+        let mut ours = rendered(&given);
+        for objects in [&mut ours, &mut wanted] {
+            sort_lists(objects);
+        }
+        assert_eq!(
+            differences(&ours, &wanted),
+            Vec::<String>::new(),
+            "{overlay}"
+        );
     }
-    assert_eq!(differences(&ours, &overlay), Vec::<String>::new());
 }
 
-/// By path: kustomize puts those of a patch first.
-fn sort_mounts(objects: &mut Objects) {
+/// By name: kustomize puts what comes from a patch first.
+fn sort_lists(objects: &mut Objects) {
     for object in objects.values_mut() {
-        let mounts = object.pointer_mut("/spec/template/spec/containers/0/volumeMounts");
-        if let Some(Value::Array(mounts)) = mounts {
-            mounts.sort_by_key(|mount| mount["mountPath"].to_string());
+        for list in ["volumeMounts", "env"] {
+            let list = format!("/spec/template/spec/containers/0/{list}");
+            if let Some(Value::Array(all)) = object.pointer_mut(&list) {
+                all.sort_by_key(|one| one["name"].to_string());
+            }
         }
     }
 }

@@ -45,8 +45,10 @@ fn texts() -> Vec<(String, String)> {
     paths.extend(files("docs", false));
     paths.extend(files("deploy", true));
     let wanted = |path: &String| {
-        // The templates' flags are checked as they are rendered; the script is upstream's own.
-        !path.contains("/templates/") && !path.starts_with("deploy/bin/")
+        // The templates' flags are checked as they are rendered; the script is upstream's own, and the image's recipe buildah's.
+        !path.contains("/templates/")
+            && !path.starts_with("deploy/bin/")
+            && path != "deploy/Containerfile"
     };
     let paths = paths.into_iter().filter(wanted);
     paths.map(|path| (path.clone(), read(&path))).collect()
