@@ -1,113 +1,183 @@
-//! Agents in what a container runtime makes of a manifest: its capabilities, read-only /proc/sys and /sys, no modules, its command
-//! line. The store is a directory here, for there is no Kubernetes.
+//! Agents in what a container runtime makes of a manifest: its command line, variables, files, mounts, capabilities and rights, with
+//! read-only /proc/sys and /sys, and without modules, where it is not privileged.
 
+#[path = "manifests/container.rs"]
+mod container;
 mod manifest_rig;
 mod rig;
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, time::Duration};
+use std::{fs, net::Ipv4Addr, time::Duration};
 
 use anyhow::ensure;
-use flannel_testkit::{eventually, privileged, traffic};
-use manifest_rig::{UPSTREAM, agent, arguments, kustomize, list, objects, read, strings};
+use container::Container;
+use flannel_testkit::{
+    AgentProcess,
+    apiserver::{ApiServer, Asked, Kind, Rule, service_account},
+    eventually, privileged, traffic,
+};
+use manifest_rig::{Objects, UPSTREAM, agent, kustomize, object, objects, read, text_of};
 use rig::{PATIENCE, Rig, agent_binary};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-/// Flags of the Kubernetes store and what takes its place; the rig brings the lease directory.
-const STORE: [&str; 1] = ["--kube-subnet-mgr"];
+/// Host number of the API server on the underlay.
+const API_HOST: u8 = 200;
 
-/// A program that runs the agent as the container's security context has it, and a node's worth of mounts.
-///
-/// `setpriv` bounds the capabilities, which are what uid 0 has after the next exec.
-#[track_caller]
-fn container(rig: &Rig, node: usize, container: &Value) -> PathBuf {
-    let context = &container["securityContext"];
-    assert_eq!(context["privileged"], false, "{context}");
-    let capabilities: Vec<String> = strings(&context["capabilities"]["add"])
-        .iter()
-        .map(|name| format!("+{}", name.to_lowercase()))
-        .collect();
-    let capabilities = capabilities.join(",");
-    let mounts = list(&container["volumeMounts"]).iter();
-    let bpffs = mounts
-        .filter(|mount| mount["mountPath"] == "/sys/fs/bpf")
-        .count();
-    let keep = if bpffs == 1 {
-        [
-            "mount --bind /sys/fs/bpf /mnt",
-            "mount --move /mnt /sys/fs/bpf",
-        ]
-    } else {
-        ["", ""]
-    };
-    let inside = format!(
-        "set -e\n{}\nmount -t sysfs -o ro sysfs /sys\n{}\n\
-         mount --bind /proc/sys /proc/sys\nmount -o remount,ro,bind /proc/sys\n\
-         mount -t tmpfs -o ro tmpfs /lib/modules\n\
-         exec setpriv --bounding-set=-all,{capabilities} --inh-caps=-all,{capabilities} {} \"$@\"\n",
-        keep[0],
-        keep[1],
-        agent_binary().display()
-    );
-    let dir = &rig.node(node).run_dir;
-    let put = |name: &str, text: &str| {
-        let path = dir.join(name);
-        fs::write(&path, text).expect("write a script");
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("make it a program");
-        path
-    };
-    let inside = put("inside", &format!("#!/bin/sh\n{inside}"));
-    let outside = format!(
-        "#!/bin/sh\nmkdir -p /lib/modules\nexec unshare --mount {} \"$@\"\n",
-        inside.display()
-    );
-    put("container", &outside)
+/// Two nodes with the DaemonSet of a manifest and a pod each, and the API that they ask.
+struct Cluster {
+    rig: Rig,
+    api: ApiServer,
+    objects: Objects,
 }
 
-/// A rig with an unconfined node and one with the container of a manifest on it, and a pod each.
-fn beside_a_free_node(manifest: &str) -> Rig {
-    let objects = objects(manifest);
-    let agent = agent(&objects);
-    let mut rig = Rig::new(2);
-    rig.start_agent(0, &["--ip-masq"]);
-    let program = container(&rig, 1, agent);
-    let flags: Vec<&str> = arguments(agent)
-        .into_iter()
-        .filter(|flag| !STORE.contains(flag))
-        .collect();
-    assert!(flags.contains(&"--ip-masq"), "{flags:?}");
-    let env = [
-        ("POD_NAME", "kube-flannel-ds-x"),
-        ("POD_NAMESPACE", "kube-flannel"),
-        ("EVENT_QUEUE_DEPTH", "5000"),
-        ("CONT_WHEN_CACHE_NOT_READY", "false"),
-    ];
-    rig.start_binary(1, &program, &flags, &env);
-    for node in 0..2 {
-        rig.wait_ready(node);
-        rig.add_pod(node);
+impl Cluster {
+    /// Nodes on which nothing runs yet.
+    #[track_caller]
+    fn new(manifest: &str) -> Self {
+        let objects = objects(manifest);
+        let rig = Rig::new(2);
+        let host = rig.lab().host("api", API_HOST).expect("a host for the API");
+        let ip = Ipv4Addr::new(192, 168, 77, API_HOST);
+        let api = ApiServer::start(Some(&host), ip).expect("the API");
+        let rules = Rule::of_role(object(&objects, "ClusterRole", "flannel")).expect("rules");
+        api.set_rules(&service_account(), rules);
+        Self { rig, api, objects }
     }
-    rig.wait_converged();
-    rig
-}
 
-/// Ping and datagrams of all sizes in both directions.
-#[track_caller]
-fn exchange(rig: &Rig) {
-    for (from, to) in [(0, 1), (1, 0)] {
-        let (client, server) = (rig.pod(from), rig.pod(to));
-        let stats = traffic::ping(&client.ns, server.ip, 20, Duration::from_millis(5))
-            .unwrap_or_else(|error| panic!("ping from {from} to {to}: {error:#}"));
-        assert_eq!(stats.lost, 0, "ping from {from} to {to}: {stats:?}");
-        traffic::udp_echo(&server.ns, server.ip, &client.ns, &[1, 1422, 9000])
-            .unwrap_or_else(|error| panic!("UDP from {from} to {to}: {error:#}"));
+    /// Nodes that know each other.
+    #[track_caller]
+    fn start(manifest: &str) -> Self {
+        let mut cluster = Self::new(manifest);
+        for node in 0..2 {
+            cluster.start_agent(node);
+        }
+        for node in 0..2 {
+            cluster.rig.wait_ready(node);
+            cluster.rig.add_pod(node);
+        }
+        for node in 0..2 {
+            eventually(PATIENCE, &format!("node {node} knows the other"), || {
+                let peers = cluster.rig.peers(node);
+                ensure!(
+                    peers.as_array().is_some_and(|all| all.len() == 1),
+                    "{peers}"
+                );
+                Ok(())
+            });
+        }
+        cluster
+    }
+
+    /// What the DaemonSet's controller, the kubelet and the runtime do.
+    #[track_caller]
+    fn start_agent(&mut self, node: usize) {
+        let (name, pod) = (format!("n{node}"), format!("kube-flannel-ds-{node}"));
+        let place = self.rig.node(node);
+        let cidr = place.subnet.to_string();
+        self.api.create_node(&name, &cidr).expect("a node");
+        let object = json!({
+            "metadata": {"name": pod, "namespace": "kube-flannel"},
+            "spec": {"nodeName": name, "containers": []},
+        });
+        self.api.create(Kind::Pod, object).expect("a pod");
+        let account = place.run_dir.join("account");
+        self.api.write_service_account(&account).expect("a token");
+        let container = Container {
+            node: &name,
+            pod: &pod,
+            api: self.api.address(),
+            run_dir: &place.run_dir,
+            config: &object_data(&self.objects),
+            spec: agent(&self.objects),
+        };
+        let program = container.program();
+        let (args, env) = (container.args(), container.env());
+        let env: Vec<(&str, &str)> = env
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_str()))
+            .collect();
+        let agent = AgentProcess::spawn(place, &program, &args, &env).expect("an agent");
+        self.rig.agents.insert(node, agent);
+    }
+
+    /// Ping and datagrams of all sizes in both directions.
+    #[track_caller]
+    fn exchange(&self) {
+        for (from, to) in [(0, 1), (1, 0)] {
+            let (client, server) = (self.rig.pod(from), self.rig.pod(to));
+            let stats = traffic::ping(&client.ns, server.ip, 20, Duration::from_millis(5))
+                .unwrap_or_else(|error| panic!("ping from {from} to {to}: {error:#}"));
+            assert_eq!(stats.lost, 0, "ping from {from} to {to}: {stats:?}");
+            traffic::udp_echo(&server.ns, server.ip, &client.ns, &[1, 1422, 9000])
+                .unwrap_or_else(|error| panic!("UDP from {from} to {to}: {error:#}"));
+        }
+    }
+
+    /// Rules, annotations, the condition and the kubelet's view are as they should be.
+    #[track_caller]
+    fn assert_in_service(&self, node: usize) {
+        let rules = self
+            .rig
+            .ns(node)
+            .exec(["iptables-save"])
+            .expect("the rules");
+        for chain in ["-A FLANNEL-POSTRTG", "-A FLANNEL-FWD"] {
+            assert!(rules.contains(chain), "{chain}: {rules}");
+        }
+        let name = format!("n{node}");
+        let annotations = self.api.annotations(&name);
+        let public_ip = &annotations["flannel.alpha.coreos.com/public-ip"];
+        assert_eq!(*public_ip, self.rig.node(node).ip.to_string());
+        eventually(PATIENCE, "the node's network is there", || {
+            let node = self.api.node(&name).expect("the node");
+            let conditions = node["status"]["conditions"].as_array().cloned();
+            let conditions = conditions.unwrap_or_default();
+            let is = |one: &Value| one["type"] == "NetworkUnavailable" && one["status"] == "False";
+            ensure!(conditions.iter().any(is), "{conditions:?}");
+            Ok(())
+        });
+        for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
+            let probe = &agent(&self.objects)[probe]["httpGet"];
+            if probe.is_null() {
+                continue;
+            }
+            let address = probe["host"].as_str().unwrap_or("127.0.0.1");
+            let ask = format!(
+                "exec 3<>/dev/tcp/{address}/{}; printf 'GET {} HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3",
+                probe["port"],
+                text_of(probe, "/path")
+            );
+            let said = self
+                .rig
+                .ns(node)
+                .exec(["bash", "-c", &ask])
+                .expect("an answer");
+            assert!(said.contains("200 OK"), "{probe}: {said}");
+        }
+    }
+
+    /// What the API has refused to the agents.
+    fn refused(&self) -> Vec<Asked> {
+        let asked = self.api.asked();
+        asked.into_iter().filter(|one| one.status == 403).collect()
+    }
+
+    /// The lines of a node's log that a person should read.
+    #[track_caller]
+    fn complaints(&mut self, node: usize) -> Vec<String> {
+        let log = self.rig.agent(node).log();
+        let lines = log.lines().filter(|line| !line.contains(" INFO "));
+        lines.map(str::to_owned).collect()
     }
 }
 
+/// The files of the ConfigMap.
 #[track_caller]
-fn has_rules(rig: &Rig) {
-    let rules = rig.ns(1).exec(["iptables-save"]).expect("the rules");
-    assert!(rules.contains("-A FLANNEL-POSTRTG"), "{rules}");
-    assert!(rules.contains("-A FLANNEL-FWD"), "{rules}");
+fn object_data(objects: &Objects) -> Vec<(String, String)> {
+    let data = &object(objects, "ConfigMap", "kube-flannel-cfg")["data"];
+    let files = data.as_object().expect("files").iter();
+    files
+        .map(|(name, text)| (name.clone(), text.as_str().expect("text").to_owned()))
+        .collect()
 }
 
 #[test]
@@ -115,67 +185,108 @@ fn upstreams_manifest_with_our_image_carries_traffic_on_the_kernels_device() {
     if !privileged() {
         return;
     }
-    let mut rig = beside_a_free_node(UPSTREAM);
-    exchange(&rig);
-    has_rules(&rig);
-    let status = rig.status(1);
-    assert_eq!(status["ok"], true, "{status}");
-    assert_eq!(status["datapath"]["mode"], "kernel", "{status}");
-    let said = status["datapath"]["reason"].as_str().expect("a reason");
-    assert!(said.contains("CAP_BPF"), "{said}");
-    assert!(!rig.instance(1).exists(), "pins on the node");
-    // Once, and nothing else: what upstream does without is no reason to complain.
-    let log = rig.agent(1).log();
-    let said: Vec<&str> = log
-        .lines()
-        .filter(|line| !line.contains(" INFO "))
-        .collect();
-    assert_eq!(said.len(), 1, "{log}");
-    assert!(said[0].contains("CAP_BPF is missing"), "{log}");
-    // The kubelet's probes.
-    let ready = rig.ns(1).exec(["bash", "-c", READY]).expect("an answer");
-    assert!(ready.contains("200 OK"), "{ready}");
+    let mut cluster = Cluster::start(UPSTREAM);
+    cluster.exchange();
+    for node in 0..2 {
+        cluster.assert_in_service(node);
+        let status = cluster.rig.status(node);
+        assert_eq!(status["ok"], true, "{status}");
+        assert_eq!(status["datapath"]["mode"], "kernel", "{status}");
+        let said = status["datapath"]["reason"].as_str().expect("a reason");
+        assert!(said.contains("CAP_BPF"), "{said}");
+        assert!(!cluster.rig.instance(node).exists(), "pins on the node");
+        // Once, and nothing else: what upstream does without is no reason to complain.
+        let said = cluster.complaints(node);
+        assert_eq!(said.len(), 1, "{said:#?}");
+        assert!(said[0].contains("CAP_BPF is missing"), "{said:?}");
+    }
+    // It grants no events.
+    let refused = cluster.refused();
+    assert!(
+        refused.iter().all(|one| one.path.ends_with("/events")),
+        "{refused:#?}"
+    );
 }
 
-/// A request as the kubelet's, to the port of upstream's manifest.
-const READY: &str =
-    "exec 3<>/dev/tcp/127.0.0.1/8081; printf 'GET /readyz HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3";
+#[test]
+fn our_manifest_carries_traffic_by_ebpf_and_has_all_rights_that_it_uses() {
+    if !privileged() {
+        return;
+    }
+    let mut cluster = Cluster::start(&read("deploy/kube-flannel.yml"));
+    cluster.exchange();
+    for node in 0..2 {
+        cluster.assert_in_service(node);
+        let status = cluster.rig.status_is_ok(node);
+        assert_eq!(status["datapath"]["mode"], "bpf", "{status}");
+        assert_eq!(status["fast_path"]["mode"], "established", "{status}");
+        assert!(cluster.rig.instance(node).exists(), "no pins on the node");
+        assert_eq!(cluster.complaints(node), Vec::<String>::new());
+    }
+    assert_eq!(cluster.refused(), []);
+}
+
+#[test]
+fn a_right_that_is_missing_is_noticed() {
+    if !privileged() {
+        return;
+    }
+    let manifest = read("deploy/kube-flannel.yml");
+    let less = manifest.replace("resources: [nodes/status]", "resources: [nodes/proxy]");
+    assert_ne!(less, manifest);
+    let mut cluster = Cluster::new(&less);
+    cluster.start_agent(0);
+    eventually(PATIENCE, "a patch is refused", || {
+        let refused = cluster.refused();
+        let patch = |one: &Asked| one.path.ends_with("/nodes/n0/status");
+        ensure!(refused.iter().any(patch), "{refused:?}");
+        Ok(())
+    });
+}
 
 #[test]
 fn the_capabilities_of_the_overlay_are_enough_for_ebpf_and_with_two_settings_for_the_fast_path() {
     if !privileged() {
         return;
     }
-    let mut rig = beside_a_free_node(&kustomize("capabilities"));
-    exchange(&rig);
-    has_rules(&rig);
-    let status = rig.status_is_ok(1);
-    assert_eq!(status["datapath"]["mode"], "bpf", "{status}");
-    assert!(rig.instance(1).exists(), "no pins on the node");
-    // /proc/sys is read-only: the agent cannot change what the fast path needs, and says so.
-    assert_eq!(status["fast_path"]["mode"], "off", "{status}");
-    let said = status["fast_path"]["reason"].as_str().expect("a reason");
-    assert!(
-        said.contains("nf_conntrack_tcp_be_liberal is 0 and cannot be set"),
-        "{said}"
-    );
-    // As docs/install.md has the node set it.
-    for name in [
-        "nf_conntrack_tcp_be_liberal",
-        "nf_conntrack_tcp_ignore_invalid_rst",
-    ] {
-        let setting = format!("net.netfilter.{name}=1");
-        assert!(read("docs/install.md").contains(&setting), "{setting}");
-        rig.ns(1).exec(["sysctl", "-w", &setting]).expect("set it");
+    let mut cluster = Cluster::start(&kustomize("capabilities"));
+    cluster.exchange();
+    for node in 0..2 {
+        cluster.assert_in_service(node);
+        let status = cluster.rig.status_is_ok(node);
+        assert_eq!(status["datapath"]["mode"], "bpf", "{status}");
+        assert!(cluster.rig.instance(node).exists(), "no pins on the node");
+        // /proc/sys is read-only: the agent cannot change what the fast path needs, and says so.
+        assert_eq!(status["fast_path"]["mode"], "off", "{status}");
+        let said = status["fast_path"]["reason"].as_str().expect("a reason");
+        assert!(
+            said.contains("nf_conntrack_tcp_be_liberal is 0 and cannot be set"),
+            "{said}"
+        );
+        // As docs/install.md has the node set it.
+        for name in [
+            "nf_conntrack_tcp_be_liberal",
+            "nf_conntrack_tcp_ignore_invalid_rst",
+        ] {
+            let setting = format!("net.netfilter.{name}=1");
+            assert!(read("docs/install.md").contains(&setting), "{setting}");
+            cluster
+                .rig
+                .ns(node)
+                .exec(["sysctl", "-w", &setting])
+                .expect("set it");
+        }
+        eventually(PATIENCE, "the fast path is on", || {
+            let status = cluster.rig.status(node);
+            ensure!(status["fast_path"]["mode"] == "established", "{status}");
+            Ok(())
+        });
     }
-    eventually(PATIENCE, "the fast path is on", || {
-        let status = rig.status(1);
-        ensure!(status["fast_path"]["mode"] == "established", "{status}");
-        Ok(())
-    });
-    exchange(&rig);
-    let log = rig.agent(1).log();
-    assert!(!log.contains(" ERROR "), "{log}");
+    cluster.exchange();
+    for node in 0..2 {
+        let log = cluster.rig.agent(node).log();
+        assert!(!log.contains(" ERROR "), "{log}");
+    }
 }
 
 /// In the container of deploy/cleanup.yml the command has the number that the agent had in its own.

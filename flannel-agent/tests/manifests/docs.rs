@@ -1,6 +1,6 @@
 //! What documents, units and manifests name: flags, variables, images, files of the repository.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, path::Path};
 
 use regex::Regex;
 
@@ -10,12 +10,7 @@ use crate::manifest_rig::{REPOSITORY, files, flags, image, read, repository, var
 const FOREIGN: [(&str, &[&str]); 11] = [
     (
         "kubectl",
-        &[
-            "field-selector",
-            "from-file",
-            "ignore-not-found",
-            "overwrite",
-        ],
+        &["field-selector", "from-file", "ignore-not-found"],
     ),
     ("kubeadm", &["pod-network-cidr"]),
     ("k3s", &["cluster-cidr", "flannel-backend"]),
@@ -25,7 +20,7 @@ const FOREIGN: [(&str, &[&str]); 11] = [
     ("etcdctl", &["cacert", "cert", "endpoints", "key"]),
     ("systemctl", &["now"]),
     ("dockerd", &["bip", "containerd", "mtu"]),
-    ("cargo", &["help", "release", "version"]),
+    ("cargo", &["help", "release", "test", "version"]),
     (
         "cargo xtask",
         &[
@@ -50,8 +45,10 @@ fn texts() -> Vec<(String, String)> {
     paths.extend(files("docs", false));
     paths.extend(files("deploy", true));
     let wanted = |path: &String| {
-        // The templates' flags are checked as they are rendered; the script is upstream's own.
-        !path.contains("/templates/") && !path.ends_with(".sh")
+        // The templates' flags are checked as they are rendered; the script is upstream's own, and the image's recipe buildah's.
+        !path.contains("/templates/")
+            && !path.starts_with("deploy/bin/")
+            && path != "deploy/Containerfile"
     };
     let paths = paths.into_iter().filter(wanted);
     paths.map(|path| (path.clone(), read(&path))).collect()
@@ -117,7 +114,7 @@ fn links_and_files_that_are_named_exist() {
     let link = Regex::new(r"\]\(([^)#:]+)(?:#[^)]*)?\)").expect("an expression");
     let file = Regex::new(r"\bdeploy/[-A-Za-z0-9_./]*[A-Za-z0-9]").expect("an expression");
     for (path, text) in texts() {
-        if !path.ends_with(".md") {
+        if Path::new(&path).extension().is_none_or(|kind| kind != "md") {
             continue;
         }
         let dir = path.rsplit_once('/').map_or("", |(dir, _)| dir);

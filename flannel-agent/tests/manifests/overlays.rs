@@ -33,6 +33,7 @@ fn every_directory_renders_and_its_flags_exist() {
             "base",
             "capabilities",
             "etcd",
+            "metrics",
             "on-delete",
             "raspberry-pi",
             "selector-app"
@@ -51,7 +52,7 @@ fn every_directory_renders_and_its_flags_exist() {
         for variable in list(&agent(&objects)["env"]) {
             let variable = variable["name"].as_str().expect("a name");
             assert!(
-                ["NODE_NAME", "POD_NAME", "POD_NAMESPACE"].contains(&variable)
+                ["NODE_NAME", "POD_NAME", "POD_NAMESPACE", "HOST_IP"].contains(&variable)
                     || known.contains(variable),
                 "{name}: {variable}"
             );
@@ -88,11 +89,8 @@ fn capabilities_instead_of_privileges() {
 #[test]
 fn with_etcd_nothing_is_asked_of_the_kubernetes_api() {
     let objects = rendered("etcd");
-    let kinds: Vec<&str> = objects.keys().map(|(kind, _)| kind.as_str()).collect();
-    assert_eq!(
-        kinds,
-        ["ConfigMap", "DaemonSet", "Namespace", "ServiceAccount"]
-    );
+    let role = object(&objects, "ClusterRole", "flannel");
+    assert_eq!(list(&role["rules"]), [] as [Value; 0]);
     let pod = &daemonset(&objects)["spec"]["template"]["spec"];
     assert_eq!(pod["automountServiceAccountToken"], false);
     let args = parse(agent(&objects));
@@ -116,6 +114,21 @@ fn with_etcd_nothing_is_asked_of_the_kubernetes_api() {
     for endpoint in endpoints.expect("a value").split(',') {
         assert!(endpoint.starts_with("https://192.0.2."), "{endpoint}");
     }
+}
+
+#[test]
+fn metrics_are_where_they_are_looked_for() {
+    let objects = rendered("metrics");
+    let template = &daemonset(&objects)["spec"]["template"];
+    let port = &agent(&objects)["ports"][0]["containerPort"];
+    let annotations = &template["metadata"]["annotations"];
+    assert_eq!(annotations["prometheus.io/port"], port.to_string());
+    let mut env = list(&agent(&objects)["env"]).iter();
+    let address = env.find(|one| one["name"] == "FLANNELD_METRICS_ADDR");
+    let address = address.expect("an address");
+    assert_eq!(address["value"], format!("$(HOST_IP):{port}"));
+    let dashboard = object(&objects, "ConfigMap", "flannel-dashboard");
+    assert_eq!(dashboard["metadata"]["labels"]["grafana_dashboard"], "1");
 }
 
 #[test]
