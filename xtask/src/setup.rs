@@ -52,7 +52,7 @@ const fn tool(
     }
 }
 
-const TOOLS: [Tool; 27] = [
+const TOOLS: [Tool; 28] = [
     tool("cc", "build-essential", "gcc", "base-devel", Needs::Ebpf),
     tool(
         "pkg-config",
@@ -153,6 +153,7 @@ const TOOLS: [Tool; 27] = [
         "openssl",
         Needs::Everything,
     ),
+    tool("skopeo", "skopeo", "skopeo", "skopeo", Needs::Everything),
     tool("ps", "procps", "procps-ng", "procps-ng", Needs::Everything),
     tool(
         "qemu-system-x86_64",

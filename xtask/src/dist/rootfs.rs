@@ -44,9 +44,9 @@ const NOT_FOLLOWED: [&str; 11] = [
     "original-awk",
 ];
 
-/// What is taken out again, `*` standing for one directory: documentation, what belongs to a whole system, and the programs that bring
-/// Kerberos and Berkeley's database.
-const PRUNED: [&str; 35] = [
+/// What is taken out again, `*` standing for one directory: documentation, what belongs to a whole system, and the programs and
+/// modules that bring Kerberos, Berkeley's database and ATM.
+const PRUNED: [&str; 44] = [
     "bin/ss",
     "boot",
     "etc/bindresvport.blacklist",
@@ -59,6 +59,7 @@ const PRUNED: [&str; 35] = [
     "etc/issue.net",
     "etc/kernel",
     "etc/profile.d",
+    "etc/skel",
     "etc/update-motd.d",
     "home",
     "lib/*/libmvec.so.1",
@@ -68,7 +69,11 @@ const PRUNED: [&str; 35] = [
     "usr/games",
     "usr/include",
     "usr/lib/*/audit",
+    "usr/lib/*/engines-3",
     "usr/lib/*/gconv",
+    "usr/lib/*/libssl.so.3",
+    "usr/lib/*/ossl-modules",
+    "usr/lib/*/tc/q_atm.so",
     "usr/lib/dpkg",
     "usr/lib/systemd",
     "usr/local",
@@ -77,10 +82,14 @@ const PRUNED: [&str; 35] = [
     "usr/share/base-files",
     "usr/share/bash-completion",
     "usr/share/bug",
+    "usr/share/dict",
     "usr/share/info",
+    "usr/share/initramfs-tools",
     "usr/share/lintian",
     "usr/share/locale",
     "usr/share/man",
+    "usr/share/misc",
+    "usr/src",
     "var",
 ];
 
