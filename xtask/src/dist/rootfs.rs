@@ -136,7 +136,8 @@ pub(super) fn make(arch: Arch, work: &Path, dir: &Path) -> Result<Vec<Package>> 
     }
     arrange(dir)?;
     let release = dir.join("usr/lib/os-release");
-    let release = fs::read_to_string(&release).with_context(|| format!("read {release:?}"))?;
+    let release =
+        fs::read_to_string(&release).with_context(|| format!("read {}", release.display()))?;
     let distro = distro(&release)?;
     let mut packages = Vec::new();
     for (name, fields) in &control {
@@ -315,7 +316,8 @@ fn check(dir: &Path) -> Result<()> {
     let mut present = BTreeSet::new();
     let mut needed: BTreeMap<String, PathBuf> = BTreeMap::new();
     for path in &files {
-        let meta = fs::symlink_metadata(path).with_context(|| format!("look at {path:?}"))?;
+        let meta =
+            fs::symlink_metadata(path).with_context(|| format!("look at {}", path.display()))?;
         present.extend(path.file_name().map(|name| name.display().to_string()));
         if meta.is_symlink() {
             continue;
