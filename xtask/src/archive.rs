@@ -97,10 +97,12 @@ impl Apt {
         process::run(self.command("apt-get").args(["update", "-qq"]))
     }
 
-    pub(crate) fn depends(&self, package: &str) -> Result<Vec<String>> {
+    /// What these packages depend on.
+    pub(crate) fn depends(&self, packages: &[String]) -> Result<Vec<String>> {
         let output = output(
             self.command("apt-cache")
-                .args(["depends", "--important", package]),
+                .args(["depends", "--important"])
+                .args(packages),
         )?;
         Ok(dependencies(&output))
     }

@@ -1,5 +1,7 @@
 //! `cargo xtask setup`, and the check with which every other command begins.
 
+mod programs;
+
 use std::fs;
 use std::io::{self, IsTerminal as _};
 use std::path::Path;
@@ -8,10 +10,11 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 use xtask::ebpf;
 
-use crate::archive;
 use crate::borrowed::Borrowed;
 use crate::cargo;
 use crate::process;
+
+use programs::Tool;
 
 /// How much of the tools a command is going to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,165 +29,12 @@ pub(crate) enum Needs {
     Kernels,
 }
 
-/// A program of the system and the packages that bring it.
-struct Tool {
-    /// Something that is there when the package is: a program, or an absolute path.
-    probe: &'static str,
-    debian: &'static str,
-    fedora: &'static str,
-    arch: &'static str,
-    needs: Needs,
-}
-
-const fn tool(
-    probe: &'static str,
-    debian: &'static str,
-    fedora: &'static str,
-    arch: &'static str,
-    needs: Needs,
-) -> Tool {
-    Tool {
-        probe,
-        debian,
-        fedora,
-        arch,
-        needs,
-    }
-}
-
-const TOOLS: [Tool; 28] = [
-    tool("cc", "build-essential", "gcc", "base-devel", Needs::Ebpf),
-    tool(
-        "pkg-config",
-        "pkg-config",
-        "pkgconf",
-        "pkgconf",
-        Needs::Build,
-    ),
-    tool(
-        "protoc",
-        "protobuf-compiler",
-        "protobuf-compiler",
-        "protobuf",
-        Needs::Build,
-    ),
-    tool(
-        "/etc/ssl/certs",
-        "ca-certificates",
-        "ca-certificates",
-        "ca-certificates",
-        Needs::Build,
-    ),
-    tool("ip", "iproute2", "iproute", "iproute2", Needs::Everything),
-    tool("nft", "nftables", "nftables", "nftables", Needs::Everything),
-    tool(
-        "iptables-nft",
-        "iptables",
-        "iptables-nft",
-        "iptables",
-        Needs::Everything,
-    ),
-    tool(
-        "iptables-legacy",
-        "iptables",
-        "iptables-legacy",
-        "iptables",
-        Needs::Everything,
-    ),
-    tool(
-        "conntrack",
-        "conntrack",
-        "conntrack-tools",
-        "conntrack-tools",
-        Needs::Everything,
-    ),
-    tool(
-        "systemd-analyze",
-        "systemd",
-        "systemd",
-        "systemd",
-        Needs::Everything,
-    ),
-    tool("dash", "dash", "dash", "dash", Needs::Everything),
-    tool("bash", "bash", "bash", "bash", Needs::Everything),
-    tool(
-        "tc",
-        "iproute2",
-        "iproute-tc",
-        "iproute2",
-        Needs::Everything,
-    ),
-    tool("etcd", "etcd-server", "etcd", "etcd", Needs::Everything),
-    tool("etcdctl", "etcd-client", "etcd", "etcd", Needs::Everything),
-    tool("iperf3", "iperf3", "iperf3", "iperf3", Needs::Everything),
-    tool(
-        "tcpdump",
-        "tcpdump",
-        "tcpdump",
-        "tcpdump",
-        Needs::Everything,
-    ),
-    tool(
-        "tshark",
-        "tshark",
-        "wireshark-cli",
-        "wireshark-cli",
-        Needs::Everything,
-    ),
-    tool(
-        "ethtool",
-        "ethtool",
-        "ethtool",
-        "ethtool",
-        Needs::Everything,
-    ),
-    tool(
-        "ping",
-        "iputils-ping",
-        "iputils",
-        "iputils",
-        Needs::Everything,
-    ),
-    tool("bpftool", "bpftool", "bpftool", "bpf", Needs::Everything),
-    tool(
-        "openssl",
-        "openssl",
-        "openssl",
-        "openssl",
-        Needs::Everything,
-    ),
-    tool(
-        "kubectl",
-        "kubernetes-client",
-        "kubernetes-client",
-        "kubectl",
-        Needs::Everything,
-    ),
-    tool("ps", "procps", "procps-ng", "procps-ng", Needs::Everything),
-    tool(
-        "qemu-system-x86_64",
-        "qemu-system-x86",
-        "qemu-system-x86-core",
-        "qemu-system-x86",
-        Needs::Kernels,
-    ),
-    tool("depmod", "kmod", "kmod", "kmod", Needs::Kernels),
-    tool("xz", "xz-utils", "xz", "xz", Needs::Kernels),
-    tool(
-        archive::KEYRING,
-        "debian-archive-keyring",
-        "debian-keyring",
-        "debian-archive-keyring",
-        Needs::Everything,
-    ),
-];
-
 /// Components of the pinned toolchain beside rust-src, and the cargo subcommands they bring.
 const COMPONENTS: [(&str, &str); 2] = [("rustfmt", "cargo-fmt"), ("clippy", "cargo-clippy")];
 
 /// What is not there.
 struct Missing {
-    tools: Vec<&'static Tool>,
+    tools: Vec<Tool>,
     components: Vec<&'static str>,
     /// Why there is no linker to use, when there is none.
     linker: Option<String>,
@@ -194,8 +44,7 @@ struct Missing {
 
 impl Missing {
     fn find(root: &Path, needs: Needs) -> Result<Self> {
-        let tools = TOOLS
-            .iter()
+        let tools = programs::all()
             .filter(|tool| tool.needs <= needs && !present(tool.probe))
             .collect();
         let mut components = Vec::new();
@@ -312,7 +161,7 @@ fn announce(root: &Path, missing: &Missing, channel: &str) {
     }
 }
 
-fn install_packages(tools: &[&'static Tool]) -> Result<()> {
+fn install_packages(tools: &[Tool]) -> Result<()> {
     let packages = debian(tools);
     if !is_debian() {
         bail!(
@@ -415,12 +264,12 @@ pub(crate) fn present(probe: &str) -> bool {
     }
 }
 
-fn debian(tools: &[&'static Tool]) -> Vec<&'static str> {
+fn debian(tools: &[Tool]) -> Vec<&'static str> {
     distinct(tools, |tool| tool.debian)
 }
 
-fn distinct(tools: &[&'static Tool], name: fn(&Tool) -> &'static str) -> Vec<&'static str> {
-    let mut names: Vec<_> = tools.iter().map(|tool| name(tool)).collect();
+fn distinct(tools: &[Tool], name: fn(&Tool) -> &'static str) -> Vec<&'static str> {
+    let mut names: Vec<_> = tools.iter().map(name).collect();
     names.sort_unstable();
     names.dedup();
     names
@@ -463,7 +312,7 @@ mod tests {
 
     #[test]
     fn every_tool_has_a_package_everywhere() {
-        for tool in &TOOLS {
+        for tool in programs::all() {
             for name in [tool.probe, tool.debian, tool.fedora, tool.arch] {
                 assert!(
                     !name.is_empty() && !name.contains(' '),
@@ -476,15 +325,16 @@ mod tests {
 
     #[test]
     fn a_package_is_named_once() {
-        let etcd: Vec<_> = TOOLS.iter().filter(|tool| tool.fedora == "etcd").collect();
+        let etcd: Vec<_> = programs::all()
+            .filter(|tool| tool.fedora == "etcd")
+            .collect();
         assert_eq!(distinct(&etcd, |tool| tool.fedora), ["etcd"]);
         assert_eq!(debian(&etcd), ["etcd-client", "etcd-server"]);
     }
 
     #[test]
     fn building_the_object_needs_no_lab() {
-        let object: Vec<_> = TOOLS
-            .iter()
+        let object: Vec<_> = programs::all()
             .filter(|tool| tool.needs <= Needs::Ebpf)
             .map(|tool| tool.probe)
             .collect();

@@ -53,13 +53,11 @@ pub(super) fn asked_for(arguments: &[OsString]) -> Option<Asked<'_>> {
 
 /// Runs the command (upstream: the same two texts and exit codes).
 pub(super) fn main(asked: &Asked<'_>) -> ExitCode {
-    match asked.paths {
-        [source, destination] => run(Path::new(source), Path::new(destination)),
-        _ => {
-            table::plain_complaint(&format!("usage: {} <src> <dest>", asked.program));
-            ExitCode::FAILURE
-        }
-    }
+    let [source, destination] = asked.paths else {
+        table::plain_complaint(&format!("usage: {} <src> <dest>", asked.program));
+        return ExitCode::FAILURE;
+    };
+    run(Path::new(source), Path::new(destination))
 }
 
 /// Installs, and says why if it cannot.
@@ -67,6 +65,7 @@ pub(super) fn run(source: &Path, destination: &Path) -> ExitCode {
     match install(source, destination) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            let source = source.display().to_string();
             table::plain_complaint(&format!("error installing {source:?}: {}", chain(&error)));
             ExitCode::FAILURE
         }

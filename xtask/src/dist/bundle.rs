@@ -103,7 +103,11 @@ pub(super) fn names(dir: &Path) -> Result<Vec<String>> {
     for entry in fs::read_dir(dir).with_context(reading)? {
         let name = entry.with_context(reading)?.file_name();
         let Some(name) = name.to_str() else {
-            bail!("{} has a name that is not UTF-8: {name:?}", dir.display());
+            bail!(
+                "{} has a name that is not UTF-8: {}",
+                dir.display(),
+                name.display()
+            );
         };
         names.push(name.to_owned());
     }

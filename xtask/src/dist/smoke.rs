@@ -12,27 +12,33 @@ use crate::archive::output;
 use crate::process;
 
 /// Programs that the agent and manifests use, and what each says of itself.
-const PROGRAMS: [(&str, &str, &str); 10] = [
-    ("/usr/sbin/iptables", "--version", "iptables v1.8"),
-    ("/usr/sbin/ip6tables", "--version", "(nf_tables)"),
-    ("/usr/sbin/iptables-nft", "--version", "(nf_tables)"),
+const PROGRAMS: [(&str, &str, &str); 7] = [
     ("/usr/sbin/iptables-legacy", "--version", "(legacy)"),
     (
         "/usr/sbin/ip6tables-legacy-restore",
         "--version",
         "(legacy)",
     ),
+    ("/usr/sbin/iptables-restore", "--version", "(nf_tables)"),
     ("/usr/sbin/ip6tables-nft-save", "--version", "(nf_tables)"),
-    ("/usr/sbin/nft", "--version", "nftables v1."),
     ("/bin/ip", "-V", "iproute2"),
-    ("/sbin/modprobe", "--version", "kmod version"),
-    ("/bin/busybox", "true", ""),
+    ("/bin/kmod", "--version", "kmod version"),
+    ("/bin/uname", "-s", "Linux"),
+];
+
+/// Those that ask the kernel for nftables whatever they are told to do. QEMU's emulation of one program has no such thing.
+const OF_THE_KERNEL: [(&str, &str, &str); 4] = [
+    ("/usr/sbin/iptables", "--version", "(nf_tables)"),
+    ("/usr/sbin/ip6tables", "--version", "(nf_tables)"),
+    ("/usr/sbin/iptables-nft", "--version", "(nf_tables)"),
+    ("/usr/sbin/nft", "--version", "nftables v1."),
 ];
 
 /// Starts each in the base, with the own files beside it; returns their names.
 pub(super) fn run(base: &Path, own: &Path, arch: Arch, stamp: &Stamp) -> Result<String> {
     let mut names = Vec::new();
-    for (program, argument, expected) in PROGRAMS {
+    let of_the_kernel = OF_THE_KERNEL.iter().filter(|_| Arch::host() == Some(arch));
+    for (program, argument, expected) in PROGRAMS.iter().chain(of_the_kernel) {
         let said = output(
             starting(base, arch, program)
                 .arg(argument)
