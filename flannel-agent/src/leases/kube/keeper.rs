@@ -57,8 +57,6 @@ struct Keeper<'a> {
     last: BTreeMap<String, (String, Lease)>,
     said: Said,
     own_error: Option<String>,
-    /// The object that our annotations were last written to, its version then, and when that was.
-    written: Option<(String, u64, Instant)>,
     contest: Contest,
     backoff: Backoff,
     repair_at: Option<Instant>,
@@ -83,7 +81,6 @@ pub(super) async fn run(
         last: BTreeMap::new(),
         said: Said::default(),
         own_error: None,
-        written: None,
         contest: Contest::default(),
         backoff: Backoff::new(),
         repair_at: None,
@@ -247,8 +244,10 @@ impl Keeper<'_> {
     /// Whether what we see of our Node object is older than what we wrote to it.
     fn lags(&self, node: &Node) -> bool {
         let seen = node.resource_version.parse::<u64>().ok();
-        self.written.as_ref().is_some_and(|(uid, version, at)| {
-            *uid == node.uid && seen.is_some_and(|seen| seen < *version) && at.elapsed() < LAG
+        self.store.written().is_some_and(|written| {
+            written.uid == node.uid
+                && seen.is_some_and(|seen| seen < written.version)
+                && written.at.elapsed() < LAG
         })
     }
 
@@ -282,23 +281,16 @@ impl Keeper<'_> {
             }
         };
         if plan.patch.is_empty() {
-            return self.take(&plan);
+            return self.take(&plan, node);
         }
         if !self.may_write(node, &plan) {
             return false;
         }
         announce(&plan);
-        match publish(self.store, &plan).await {
-            Ok(answer) => {
+        match publish(self.store, node, &plan).await {
+            Ok(()) => {
                 self.backoff.reset();
-                if let Some(node) = answer
-                    && let Ok(version) = node.resource_version.parse()
-                {
-                    self.written = Some((node.uid, version, Instant::now()));
-                } else {
-                    self.written = Some((node.uid.clone(), 0, Instant::now()));
-                }
-                self.take(&plan)
+                self.take(&plan, node)
             }
             Err(error) => {
                 let refused = error.kind() == ErrorKind::Refused;
@@ -320,11 +312,12 @@ impl Keeper<'_> {
     fn may_write(&mut self, node: &Node, plan: &OwnPlan) -> bool {
         let ours =
             self.held.lease.attrs == plan.lease.attrs && self.held.lease.key == plan.lease.key;
-        let again = self
-            .written
+        let written = self.store.written();
+        let is_new = written
             .as_ref()
-            .is_none_or(|(uid, ..)| *uid == node.uid);
-        if ours && again && self.ever_written() {
+            .is_some_and(|written| written.uid != node.uid);
+        // Before we have seen ours in place, what is there may be of an earlier run.
+        if ours && !is_new && written.is_some() {
             if let Some(later) = self.contest.entered(Instant::now()) {
                 self.repair_at = Some(later);
                 return false;
@@ -334,7 +327,7 @@ impl Keeper<'_> {
                 annotations = keys.join(" "),
                 "annotations of ours were changed by somebody else, restoring them: if this repeats, another agent runs for this node"
             );
-        } else if ours && !again {
+        } else if ours && is_new {
             info!(
                 node = node.name,
                 "our Node object was made anew, publishing our lease"
@@ -343,19 +336,18 @@ impl Keeper<'_> {
         true
     }
 
-    /// Whether we have seen our annotations in place: before, they may be those of another agent.
-    fn ever_written(&self) -> bool {
-        self.written.is_some()
-    }
-
     /// Our annotations say what they should. True when our lease is another one by that.
-    fn take(&mut self, plan: &OwnPlan) -> bool {
+    fn take(&mut self, plan: &OwnPlan, node: &Node) -> bool {
         let mut changed = false;
         if self.own_error.take().is_some() {
             changed = true;
         }
-        if self.written.is_none() {
-            self.written = Some((self.own_uid(), 0, Instant::now()));
+        if self
+            .store
+            .written()
+            .is_none_or(|written| written.uid != node.uid)
+        {
+            self.store.note_written(node.uid.clone(), 0);
         }
         if self.held.lease.key != plan.lease.key {
             warn!(
@@ -370,13 +362,6 @@ impl Keeper<'_> {
             changed = true;
         }
         changed
-    }
-
-    fn own_uid(&self) -> String {
-        let known = self.store.shared.known.borrow();
-        self.store
-            .own_node(&known)
-            .map_or_else(String::new, |node| node.uid)
     }
 
     /// Notes what is wrong with our own object, in one line. True: the view has to say so.
