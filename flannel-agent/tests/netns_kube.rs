@@ -1,6 +1,13 @@
 //! Leases in the Kubernetes API, end to end: three nodes join, leave, change, and their Node objects with them. Traffic between pods
 //! that are not concerned loses nothing. With `KUBECONFIG` the same runs against the cluster that it names.
 
+#[path = "netns_kube/mixed.rs"]
+mod mixed;
+#[path = "netns_kube/outage.rs"]
+mod outage;
+#[path = "netns_kube/scale.rs"]
+mod scale;
+
 mod kube_rig;
 mod rig;
 
@@ -183,7 +190,7 @@ fn a_node_changes_its_address() {
         let now = rig.annotations(2).remove(&key);
         (now.as_deref() == Some("192.168.77.113"))
             .then_some(())
-            .ok_or(now)
+            .ok_or(format!("{now:?}"))
     });
     rig.wait_converged();
     assert_eq!(rig.leases()[&rig.subnet(2)].public_ip, "192.168.77.113");

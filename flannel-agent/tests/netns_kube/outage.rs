@@ -1,18 +1,8 @@
 //! The Kubernetes API goes away for two minutes, restarts, hangs, refuses, loses its history: traffic goes on, and the nodes agree with
 //! it afterwards. Only the lab's own server does that on demand.
 
-mod kube_rig;
-mod rig;
-
-use std::time::Duration;
-
-use flannel_testkit::{
-    Subnet,
-    apiserver::{self, Failure, Gone, Rule, Verb, WatchEnd},
-    eventually, privileged,
-};
-use kube_rig::{KubeRig, NET_CONF, hold};
-use rig::{PATIENCE, Peer};
+use super::*;
+use flannel_testkit::apiserver::{self, Failure, Gone, Rule, Verb, WatchEnd};
 
 const OUTAGE: Duration = Duration::from_mins(2);
 
@@ -217,7 +207,7 @@ fn the_roles_of_manifests_are_enough_on_the_labs_server() {
     if !privileged() {
         return;
     }
-    let mut rig = KubeRig::new(2, NET_CONF);
+    let mut rig = KubeRig::new(2, kube_rig::NET_CONF);
     let account = apiserver::service_account();
     rig.api().set_rules(
         &account,
@@ -275,7 +265,7 @@ fn a_rotated_token_of_the_labs_server_is_read_again() {
     if !privileged() {
         return;
     }
-    let mut rig = KubeRig::new(2, NET_CONF);
+    let mut rig = KubeRig::new(2, kube_rig::NET_CONF);
     let dir = rig.lab.node(0).run_dir.join("account");
     rig.api().write_service_account(&dir).unwrap();
     let kubeconfig = format!(
