@@ -27,6 +27,8 @@ pub struct Rule {
 
 /// The group whose members may do everything.
 const MASTERS: &str = "system:masters";
+/// Who proves nothing.
+const ANONYMOUS: &str = "system:anonymous";
 
 impl Rule {
     /// Reads the `rules` of a ClusterRole.
@@ -78,7 +80,7 @@ impl User {
 
     fn anonymous() -> User {
         User {
-            name: "system:anonymous".into(),
+            name: ANONYMOUS.into(),
             groups: vec!["system:unauthenticated".into()],
             rules: Vec::new(),
         }
@@ -88,18 +90,18 @@ impl User {
 /// The users and how they prove who they are.
 #[derive(Debug, Default)]
 pub(crate) struct Users {
-    users: BTreeMap<String, User>,
+    known: BTreeMap<String, User>,
     tokens: BTreeMap<String, String>,
     certificates: BTreeMap<Vec<u8>, String>,
 }
 
 impl Users {
     pub(crate) fn add(&mut self, user: User) {
-        self.users.insert(user.name.clone(), user);
+        self.known.insert(user.name.clone(), user);
     }
 
     pub(crate) fn set_rules(&mut self, user: &str, rules: Vec<Rule>) {
-        if let Some(user) = self.users.get_mut(user) {
+        if let Some(user) = self.known.get_mut(user) {
             user.rules = rules;
         }
     }
@@ -129,7 +131,7 @@ impl Users {
             (None, None) => return Ok(User::anonymous()),
             _ => return Err(Refusal::unauthorized()),
         };
-        let user = self.users.get(name);
+        let user = self.known.get(name);
         user.cloned().ok_or_else(Refusal::unauthorized)
     }
 }
@@ -143,10 +145,11 @@ pub(crate) fn authorize(user: &User, target: &Target) -> Result<(), Refusal> {
         Target::Path { path, verb } => {
             let public = ["/healthz", "/livez", "/readyz", "/version", "/version/"];
             // `system:discovery` is bound to everybody who has a name.
-            let discovery = user.name != "system:anonymous"
-                && (path == "/api" || path == "/apis" || path.starts_with("/api/"))
-                || path.starts_with("/apis/") && user.name != "system:anonymous"
-                || path.starts_with("/openapi") && user.name != "system:anonymous";
+            let named = user.name != ANONYMOUS;
+            let described = ["/api", "/apis", "/openapi"]
+                .iter()
+                .any(|root| path == root || path.starts_with(&format!("{root}/")));
+            let discovery = named && described;
             if public.contains(&path.as_str()) || discovery {
                 return Ok(());
             }

@@ -83,7 +83,7 @@ impl Default for Faults {
             failures: Vec::new(),
             gone: Gone::Event,
             streaming_lists: false,
-            bookmark_every: Duration::from_secs(60),
+            bookmark_every: Duration::from_mins(1),
             bookmark_epoch: 0,
         }
     }

@@ -258,11 +258,13 @@ impl Page {
     fn objects(&self, store: &Store, kind: Kind) -> Result<(u64, Vec<Arc<Object>>), Refusal> {
         let now = || (store.revision, store.all(kind).cloned().collect());
         match self.version {
-            Version::Any | Version::Latest | Version::Continued(None) => Ok(now()),
             Version::NotOlderThan(revision) if revision > store.revision => {
                 Err(Refusal::too_large(revision, store.revision))
             }
-            Version::NotOlderThan(_) => Ok(now()),
+            Version::Any
+            | Version::Latest
+            | Version::NotOlderThan(_)
+            | Version::Continued(None) => Ok(now()),
             Version::Exact(revision) => Ok((revision, store.all_at(kind, revision)?)),
             Version::Continued(Some(revision)) => {
                 if revision < store.compacted {

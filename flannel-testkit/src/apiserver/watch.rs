@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 /// How long a watch lasts if the client does not say.
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1800);
+const DEFAULT_TIMEOUT: Duration = Duration::from_mins(30);
 
 /// A watch that was accepted.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ pub(crate) struct Watch {
     first: Vec<Bytes>,
     /// The history began too late; the error is in [`Watch::first`].
     over: bool,
-    watch_epoch: u64,
+    epoch: u64,
     bookmark_epoch: u64,
 }
 
@@ -59,7 +59,7 @@ impl Watch {
             timeout,
             first: Vec::new(),
             over: false,
-            watch_epoch: faults.watch_epoch,
+            epoch: faults.watch_epoch,
             bookmark_epoch: faults.bookmark_epoch,
         };
         // A version of the future is accepted, and what happens before it comes is never shown.
@@ -154,7 +154,7 @@ impl Watch {
         if state.faults.hanging {
             return Next::Wait;
         }
-        if state.faults.watch_epoch != self.watch_epoch {
+        if state.faults.watch_epoch != self.epoch {
             return Next::Over(state.faults.watch_end);
         }
         match state.store.after(self.kind, self.seen) {
