@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 use flannel_testkit::{
-    AgentProcess, Etcd, Lab, LabOptions, Node, Offloads, Pod, Subnet, try_eventually,
+    AgentProcess, ApiServer, Etcd, Lab, LabOptions, Node, Offloads, Pod, Subnet, try_eventually,
 };
 use serde_json::Value;
 
@@ -29,6 +29,8 @@ pub enum StoreChoice {
     Dir,
     /// A real etcd, started and stopped.
     Etcd,
+    /// A server that behaves as the Kubernetes API does, with a Node object for each node.
+    Kube,
 }
 
 /// What to build.
@@ -110,6 +112,7 @@ pub struct Cluster {
     /// All pods, node by node.
     pub pods: Vec<Place>,
     etcd: Option<Etcd>,
+    kube: Option<ApiServer>,
     binary: PathBuf,
     /// The lab.
     pub lab: Lab,
@@ -138,6 +141,7 @@ impl Cluster {
             agents: Vec::new(),
             pods: Vec::new(),
             etcd: None,
+            kube: None,
             binary,
             lab,
         };
@@ -184,6 +188,30 @@ impl Cluster {
                 self.etcd = Some(etcd);
                 Ok(flags)
             }
+            StoreChoice::Kube => {
+                say("starting the Kubernetes API");
+                let kube = ApiServer::start(Some(self.lab.underlay()), Lab::GATEWAY)
+                    .context("start the Kubernetes API")?;
+                for node in self.lab.nodes() {
+                    kube.create_node(&node.name, &node.subnet.to_string())?;
+                }
+                let run_dir = &self.lab.node(0).run_dir;
+                let dir = run_dir.parent().unwrap_or(run_dir);
+                let file = |name: &str, text: &str| {
+                    let path = dir.join(name);
+                    fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+                    anyhow::Ok(path.display().to_string())
+                };
+                let flags = vec![
+                    "--kube-subnet-mgr".into(),
+                    "--kubeconfig-file".into(),
+                    file("kubeconfig", &kube.kubeconfig())?,
+                    "--net-config-path".into(),
+                    file("net-conf.json", &args.net_conf)?,
+                ];
+                self.kube = Some(kube);
+                Ok(flags)
+            }
         }
     }
 
@@ -193,7 +221,9 @@ impl Cluster {
             let subnet_file = node.run_dir.join("subnet.env").display().to_string();
             let mut argv = vec!["--subnet-file", &subnet_file, "--datapath", &args.datapath];
             argv.extend(flags.iter().chain(&args.flags).map(String::as_str));
-            let agent = AgentProcess::spawn(node, &self.binary, &argv, &[])
+            // Only Kubernetes has a name for a node.
+            let env = [("NODE_NAME", node.name.as_str())];
+            let agent = AgentProcess::spawn(node, &self.binary, &argv, &env)
                 .with_context(|| format!("start the agent of {}", node.name))?;
             self.agents.push(agent);
         }
@@ -332,6 +362,7 @@ impl Cluster {
         }
         self.agents.clear();
         self.etcd = None;
+        self.kube = None;
     }
 }
 

@@ -130,6 +130,18 @@ impl Cluster {
         }
     }
 
+    /// All nodes.
+    pub fn nodes(&self) -> anyhow::Result<Vec<Value>> {
+        match self {
+            Cluster::Fake(server) => Ok(server.all(Kind::Node)),
+            Cluster::Real(real) => {
+                let text = real.kubectl(&["get", "nodes", "-o", "json"])?;
+                let mut list: Value = serde_json::from_str(&text)?;
+                Ok(serde_json::from_value(list["items"].take())?)
+            }
+        }
+    }
+
     /// The annotations of a node.
     pub fn annotations(&self, name: &str) -> anyhow::Result<BTreeMap<String, String>> {
         let node = self

@@ -31,6 +31,7 @@ use ipnet::Ipv4Net;
 use tokio::{
     sync::{OnceCell, watch},
     task::JoinHandle,
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -150,6 +151,18 @@ struct Shared {
     /// The task that lists and watches, once started.
     feeding: Mutex<Option<JoinHandle<()>>>,
     recorder: Recorder,
+    /// Our last write of annotations: the watch shows it a moment later.
+    written: Mutex<Option<Written>>,
+}
+
+/// A write to our Node object, or a look at it that found nothing to write.
+#[derive(Clone, Debug)]
+struct Written {
+    /// Of the object.
+    uid: String,
+    /// The version of the object afterwards, 0 where that is not known.
+    version: u64,
+    at: Instant,
 }
 
 impl Drop for Shared {
@@ -180,6 +193,7 @@ impl KubeLeases {
                 known: watch::Sender::new(Known::default()),
                 feeding: Mutex::default(),
                 recorder,
+                written: Mutex::default(),
             }),
         })
     }
@@ -221,6 +235,20 @@ impl KubeLeases {
             tokio::spawn(feed::run(connection, self.shared.known.clone()))
         });
         receiver
+    }
+
+    fn written(&self) -> Option<Written> {
+        let written = self.shared.written.lock();
+        written.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note_written(&self, uid: String, version: u64) {
+        let written = self.shared.written.lock();
+        *written.unwrap_or_else(PoisonError::into_inner) = Some(Written {
+            uid,
+            version,
+            at: Instant::now(),
+        });
     }
 
     /// Our own Node object as it is known.
@@ -296,19 +324,30 @@ impl KubeLeases {
     }
 
     pub(super) async fn snapshot(&self) -> Result<Snapshot, LeaseError> {
-        let text = self.net_conf().await?;
-        let families = NetConf::parse_assigned(&text).map_or(
+        Ok(self.look().await?.0)
+    }
+
+    /// Lists all leases, once, and which of them is this node's.
+    pub async fn look(&self) -> Result<(Snapshot, Option<SubnetKey>), LeaseError> {
+        let conf = self.net_conf().await?;
+        let families = NetConf::parse_assigned(&conf).map_or(
             Families {
                 v4: true,
                 v6: false,
             },
             |conf| Families::from(&conf),
         );
+        let own = name::find(self).await?;
         let (nodes, _) = feed::list(&self.shared.connection, true).await?;
         let cluster = read_cluster(nodes.values(), &self.shared.names, families, "");
-        Ok(Snapshot {
+        let mut holders = cluster.holders.iter();
+        let own = holders
+            .find(|(_, holder)| **holder == own)
+            .map(|(key, _)| *key);
+        let snapshot = Snapshot {
             leases: cluster.leases,
-        })
+        };
+        Ok((snapshot, own))
     }
 
     pub(super) async fn acquire(&self, offer: &Offer) -> Result<Held, LeaseError> {

@@ -158,7 +158,7 @@ pub(super) async fn attempt(store: &KubeLeases, offer: &Offer) -> Result<Held, L
         Outcome::New
     };
     if complete {
-        publish(store, &plan).await?;
+        publish(store, &node, &plan).await?;
     }
     let held = Held {
         lease: plan.lease,
@@ -186,14 +186,16 @@ pub(super) fn announce(plan: &OwnPlan) {
     }
 }
 
-/// Writes the annotations that differ. Returns the object as it is then.
+/// Writes the annotations of this object that differ.
 pub(super) async fn publish(
     store: &KubeLeases,
+    node: &Node,
     plan: &OwnPlan,
-) -> Result<Option<Node>, LeaseError> {
-    let Some(node) = store.shared.node.get().filter(|_| !plan.patch.is_empty()) else {
-        return Ok(None);
-    };
+) -> Result<(), LeaseError> {
+    if plan.patch.is_empty() {
+        return Ok(());
+    }
+    let (uid, node) = (&node.uid, &node.name);
     let path = format!("/api/v1/nodes/{node}/status");
     let patch = serde_json::json!({"metadata": {"annotations": plan.patch}}).to_string();
     let kind = "application/strategic-merge-patch+json";
@@ -212,10 +214,17 @@ pub(super) async fn publish(
         value = plan.lease.attrs.to_json(),
         "published our lease"
     );
-    let node = serde_json::from_str(&answer);
-    Ok(node
+    let after: Option<Node> = serde_json::from_str(&answer)
         .inspect_err(|error| debug!(%error, "the answer to our annotations"))
-        .ok())
+        .ok();
+    match after {
+        Some(after) => {
+            let version = after.resource_version.parse().unwrap_or(0);
+            store.note_written(after.uid, version);
+        }
+        None => store.note_written(uid.clone(), 0),
+    }
+    Ok(())
 }
 
 /// Takes a lease, however long that takes. Each trouble is one line in the log, again every ten seconds, and an Event.

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     future::pending,
+    hash::{Hash as _, Hasher as _},
     sync::Arc,
     time::Duration,
 };
@@ -57,13 +58,12 @@ struct Keeper<'a> {
     last: BTreeMap<String, (String, Lease)>,
     said: Said,
     own_error: Option<String>,
-    /// The object that our annotations were last written to, its version then, and when that was.
-    written: Option<(String, u64, Instant)>,
     contest: Contest,
     backoff: Backoff,
     repair_at: Option<Instant>,
     save_at: Option<Instant>,
-    saved: Option<String>,
+    /// A digest of the last known state as it was written.
+    saved: Option<u64>,
     ever_complete: bool,
 }
 
@@ -83,7 +83,6 @@ pub(super) async fn run(
         last: BTreeMap::new(),
         said: Said::default(),
         own_error: None,
-        written: None,
         contest: Contest::default(),
         backoff: Backoff::new(),
         repair_at: None,
@@ -93,12 +92,16 @@ pub(super) async fn run(
     };
     let mut offers_open = true;
     loop {
-        let now = known.borrow_and_update().clone();
-        keeper.look(&now);
-        if keeper.settle(&now).await {
-            keeper.look(&now);
+        let own = {
+            let known = known.borrow_and_update();
+            keeper.look(&known);
+            known.complete.then(|| store.own_node(&known))
+        };
+        if let Some(own) = own
+            && keeper.settle(own.as_ref()).await
+        {
+            keeper.look(&known.borrow());
         }
-        drop(now);
         tokio::select! {
             changed = known.changed() => match changed {
                 // Changes that come together are looked at together.
@@ -115,8 +118,8 @@ pub(super) async fn run(
             () = until(keeper.repair_at) => keeper.repair_at = None,
             () = until(keeper.save_at) => {
                 keeper.save_at = None;
-                let known = known.borrow().clone();
-                keeper.save(&known).await;
+                let text = keeper.remember(&known.borrow());
+                keeper.save(text).await;
             }
         }
     }
@@ -247,17 +250,19 @@ impl Keeper<'_> {
     /// Whether what we see of our Node object is older than what we wrote to it.
     fn lags(&self, node: &Node) -> bool {
         let seen = node.resource_version.parse::<u64>().ok();
-        self.written.as_ref().is_some_and(|(uid, version, at)| {
-            *uid == node.uid && seen.is_some_and(|seen| seen < *version) && at.elapsed() < LAG
+        self.store.written().is_some_and(|written| {
+            written.uid == node.uid
+                && seen.is_some_and(|seen| seen < written.version)
+                && written.at.elapsed() < LAG
         })
     }
 
     /// Puts our own annotations right, and follows what the cluster assigns to us. True when the view changes by it.
-    async fn settle(&mut self, known: &Known) -> bool {
-        if !known.complete || self.repair_at.is_some_and(|at| Instant::now() < at) {
+    async fn settle(&mut self, own: Option<&Node>) -> bool {
+        if self.repair_at.is_some_and(|at| Instant::now() < at) {
             return false;
         }
-        let Some(node) = known.nodes.get(self.own()) else {
+        let Some(node) = own else {
             return self.fail(format!(
                 "our Node object {:?} is gone: going on, and publishing our lease again when it is back",
                 self.own()
@@ -282,23 +287,16 @@ impl Keeper<'_> {
             }
         };
         if plan.patch.is_empty() {
-            return self.take(&plan);
+            return self.take(&plan, node);
         }
         if !self.may_write(node, &plan) {
             return false;
         }
         announce(&plan);
-        match publish(self.store, &plan).await {
-            Ok(answer) => {
+        match publish(self.store, node, &plan).await {
+            Ok(()) => {
                 self.backoff.reset();
-                if let Some(node) = answer
-                    && let Ok(version) = node.resource_version.parse()
-                {
-                    self.written = Some((node.uid, version, Instant::now()));
-                } else {
-                    self.written = Some((node.uid.clone(), 0, Instant::now()));
-                }
-                self.take(&plan)
+                self.take(&plan, node)
             }
             Err(error) => {
                 let refused = error.kind() == ErrorKind::Refused;
@@ -320,11 +318,12 @@ impl Keeper<'_> {
     fn may_write(&mut self, node: &Node, plan: &OwnPlan) -> bool {
         let ours =
             self.held.lease.attrs == plan.lease.attrs && self.held.lease.key == plan.lease.key;
-        let again = self
-            .written
+        let written = self.store.written();
+        let is_new = written
             .as_ref()
-            .is_none_or(|(uid, ..)| *uid == node.uid);
-        if ours && again && self.ever_written() {
+            .is_some_and(|written| written.uid != node.uid);
+        // Before we have seen ours in place, what is there may be of an earlier run.
+        if ours && !is_new && written.is_some() {
             if let Some(later) = self.contest.entered(Instant::now()) {
                 self.repair_at = Some(later);
                 return false;
@@ -334,7 +333,7 @@ impl Keeper<'_> {
                 annotations = keys.join(" "),
                 "annotations of ours were changed by somebody else, restoring them: if this repeats, another agent runs for this node"
             );
-        } else if ours && !again {
+        } else if ours && is_new {
             info!(
                 node = node.name,
                 "our Node object was made anew, publishing our lease"
@@ -343,19 +342,18 @@ impl Keeper<'_> {
         true
     }
 
-    /// Whether we have seen our annotations in place: before, they may be those of another agent.
-    fn ever_written(&self) -> bool {
-        self.written.is_some()
-    }
-
     /// Our annotations say what they should. True when our lease is another one by that.
-    fn take(&mut self, plan: &OwnPlan) -> bool {
+    fn take(&mut self, plan: &OwnPlan, node: &Node) -> bool {
         let mut changed = false;
         if self.own_error.take().is_some() {
             changed = true;
         }
-        if self.written.is_none() {
-            self.written = Some((self.own_uid(), 0, Instant::now()));
+        if self
+            .store
+            .written()
+            .is_none_or(|written| written.uid != node.uid)
+        {
+            self.store.note_written(node.uid.clone(), 0);
         }
         if self.held.lease.key != plan.lease.key {
             warn!(
@@ -372,13 +370,6 @@ impl Keeper<'_> {
         changed
     }
 
-    fn own_uid(&self) -> String {
-        let known = self.store.shared.known.borrow();
-        self.store
-            .own_node(&known)
-            .map_or_else(String::new, |node| node.uid)
-    }
-
     /// Notes what is wrong with our own object, in one line. True: the view has to say so.
     fn fail(&mut self, text: String) -> bool {
         if self.own_error.as_ref() == Some(&text) {
@@ -389,18 +380,29 @@ impl Keeper<'_> {
         true
     }
 
-    /// Writes the last known state, if it is another one.
-    async fn save(&mut self, known: &Known) {
+    /// The text of the last known state, if it is another one.
+    fn remember(&self, known: &Known) -> Option<String> {
         let shared = &self.store.shared;
-        let Some(path) = shared.options.memory.as_deref() else {
+        shared.options.memory.as_ref()?;
+        let text = memory::text(&known.nodes, self.own(), &shared.names, &self.offer.conf)?;
+        (self.saved != Some(digest(&text))).then_some(text)
+    }
+
+    async fn save(&mut self, text: Option<String>) {
+        let path = self.store.shared.options.memory.clone();
+        let Some((path, text)) = path.zip(text) else {
             return;
         };
-        let text = memory::text(&known.nodes, self.own(), &shared.names, &self.offer.conf);
-        let Some(text) = text.filter(|text| self.saved.as_ref() != Some(text)) else {
-            return;
-        };
-        if memory::save(path, text.clone()).await {
-            self.saved = Some(text);
+        let digest = digest(&text);
+        if memory::save(&path, text).await {
+            self.saved = Some(digest);
         }
     }
+}
+
+/// Stands in for a text that is too long to be kept for a comparison.
+fn digest(text: &str) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish()
 }
