@@ -128,6 +128,7 @@ impl<'a> Loop<'a> {
                 self.agenda.begin(scope);
                 self.converge(scope).await;
                 self.agenda.end(scope, begun.elapsed());
+                self.ready.metrics().looked(scope, begun.elapsed());
             }
             if let Err(error) = self.dataplane.keep(&self.desired) {
                 tracing::debug!(error = chain(&error), "say that the maps are kept");
@@ -339,10 +340,9 @@ impl<'a> Loop<'a> {
             if veth.is_some_and(|veth| given_up.contains(&veth)) {
                 continue;
             }
-            match (
-                self.dataplane.apply(op, &self.desired.tunnel.kind).await,
-                veth,
-            ) {
+            let applied = self.dataplane.apply(op, &self.desired.tunnel.kind).await;
+            self.ready.metrics().changed(op, applied.is_ok());
+            match (applied, veth) {
                 (Ok(()), _) => tracing::info!("{op}"),
                 // It went before we heard of it.
                 (Err(_), Some(veth)) if bpf::interface_name(veth).is_none() => {

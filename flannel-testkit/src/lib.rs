@@ -18,8 +18,10 @@
 //! ```
 
 pub mod agent;
+pub mod apiserver;
 pub mod capture;
 pub mod cni;
+pub mod cluster;
 mod confine;
 pub mod conntrack;
 pub mod etcd;
@@ -34,6 +36,7 @@ pub mod packet;
 pub mod pcap;
 pub mod process;
 pub mod queue;
+pub mod relay;
 pub mod services;
 mod socket;
 mod state;
@@ -43,7 +46,9 @@ pub mod traffic;
 pub mod upstream;
 
 pub use agent::AgentProcess;
+pub use apiserver::ApiServer;
 pub use capture::{Capture, Captured, Direction};
+pub use cluster::Cluster;
 pub use confine::{BpfCall, Capability, Confinement};
 pub use etcd::{Etcd, EtcdVersion};
 pub use eventually::{eventually, try_eventually};

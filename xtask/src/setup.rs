@@ -52,7 +52,7 @@ const fn tool(
     }
 }
 
-const TOOLS: [Tool; 27] = [
+const TOOLS: [Tool; 28] = [
     tool("cc", "build-essential", "gcc", "base-devel", Needs::Ebpf),
     tool(
         "pkg-config",
@@ -151,6 +151,13 @@ const TOOLS: [Tool; 27] = [
         "openssl",
         "openssl",
         "openssl",
+        Needs::Everything,
+    ),
+    tool(
+        "kubectl",
+        "kubernetes-client",
+        "kubernetes-client",
+        "kubectl",
         Needs::Everything,
     ),
     tool("ps", "procps", "procps-ng", "procps-ng", Needs::Everything),
@@ -312,6 +319,17 @@ fn install_packages(tools: &[&'static Tool]) -> Result<()> {
         );
     }
     let fresh_etcd = packages.contains(&"etcd-server");
+    apt_install(&packages)?;
+    // The tests start their own etcd; nobody asked for the service that Debian's package starts.
+    if fresh_etcd && Path::new("/run/systemd/system").is_dir() {
+        eprintln!("setup: stopping the etcd service that came with the package");
+        process::run_undisturbed(as_root("systemctl")?.args(["disable", "--now", "etcd.service"]))?;
+    }
+    Ok(())
+}
+
+/// Installs Debian's packages.
+pub(crate) fn apt_install(packages: &[&str]) -> Result<()> {
     process::run_undisturbed(as_root("apt-get")?.args(["update", "-qq"]))?;
     process::run_undisturbed(
         as_root("apt-get")?
@@ -322,14 +340,8 @@ fn install_packages(tools: &[&'static Tool]) -> Result<()> {
                 "-o=Dpkg::Use-Pty=0",
                 "--no-install-recommends",
             ])
-            .args(&packages),
-    )?;
-    // The tests start their own etcd; nobody asked for the service that Debian's package starts.
-    if fresh_etcd && Path::new("/run/systemd/system").is_dir() {
-        eprintln!("setup: stopping the etcd service that came with the package");
-        process::run_undisturbed(as_root("systemctl")?.args(["disable", "--now", "etcd.service"]))?;
-    }
-    Ok(())
+            .args(packages),
+    )
 }
 
 /// A command run as root: directly, or by sudo, which may ask for a password if there is somebody to ask.
@@ -390,7 +402,8 @@ fn install_linker(root: &Path) -> Result<()> {
     process::run(command.stdin(Stdio::null()))
 }
 
-fn present(probe: &str) -> bool {
+/// Whether a program, or what an absolute path names, is there.
+pub(crate) fn present(probe: &str) -> bool {
     if probe.starts_with('/') {
         Path::new(probe).exists()
     } else {

@@ -20,7 +20,8 @@ mod uplink;
 
 pub use bpf::{AttachChoice, DatapathChoice, DeviceChoice, FastPathChoice, XdpChoice};
 pub use firewall::{FirewallArgs, RulesetChoice};
-pub use kube::KubeArgs;
+pub(crate) use kube::last_known_state;
+pub use kube::{KubeArgs, KubeVariables};
 pub(super) use reading::program;
 pub use serving::{LogFormat, ServingArgs};
 pub use store::EtcdArgs;
@@ -44,7 +45,7 @@ const SERVING: &str = "Serving and logs";
 #[derive(Clone, Debug, Parser)]
 #[command(
     name = "flannel-agent",
-    version,
+    version = super::VERSION,
     subcommand_negates_reqs = true,
     args_override_self = true,
     max_term_width = 80,
@@ -66,7 +67,7 @@ pub struct Args {
     )]
     pub subnet_file: PathBuf,
 
-    /// Network configuration for a lease directory that has no file named config.
+    /// Network configuration with --kube-subnet-mgr, and for a lease directory that has no file named config.
     #[arg(help_heading = STORE, long,
         env = "FLANNELD_NET_CONFIG_PATH",
         default_value = "/etc/kube-flannel/net-conf.json",
@@ -169,7 +170,7 @@ pub struct Args {
 }
 
 /// What to do instead of running the daemon.
-#[derive(Clone, Copy, Debug, Subcommand)]
+#[derive(Clone, Debug, Subcommand)]
 pub enum Command {
     /// Shows what carries this node's traffic, also while the daemon is down.
     Status {
@@ -217,6 +218,18 @@ pub enum Command {
     /// Writes options for the Docker daemon that fit this node's subnet.env, as flannel's mk-docker-opts.sh does.
     #[command(name = "mk-docker-opts", after_help = docker_opts::OPTIONS)]
     MkDockerOpts,
+    /// Copies a file to where others read it, all at once: they find the old one or the new one, never half. Permissions are kept.
+    ///
+    /// Called by the name of install-conf, the program does nothing else.
+    #[command(name = "install-conf")]
+    InstallConf {
+        /// The file to copy.
+        #[arg(value_name = "SRC")]
+        source: PathBuf,
+        /// The file to be, in a directory that exists.
+        #[arg(value_name = "DEST")]
+        destination: PathBuf,
+    },
     /// Prints the version.
     Version,
 }
@@ -238,10 +251,9 @@ impl Args {
                 "--bpf-device=veth needs eBPF, which --datapath=kernel forbids: leave out one of the two",
             );
         }
-        if self.kube.kube_subnet_mgr {
+        if self.kube.kube_subnet_mgr && self.lease_dir.is_some() {
             return Err(
-                "--kube-subnet-mgr: this build has no Kubernetes store: leave it out and keep leases in etcd (--etcd-endpoints) or \
-                 in a shared directory (--lease-dir)",
+                "--kube-subnet-mgr and --lease-dir are two places for leases: leave out one of the two",
             );
         }
         Ok(())
@@ -257,6 +269,10 @@ impl Args {
 
     /// Which lease store the flags ask for.
     pub fn store(&self) -> StoreConfig {
+        if self.kube.kube_subnet_mgr {
+            let options = self.kube.options(&self.net_config_path, &self.subnet_file);
+            return StoreConfig::Kube(Box::new(options));
+        }
         match &self.lease_dir {
             Some(dir) => StoreConfig::Dir(DirOptions {
                 net_config_path: Some(self.net_config_path.clone()),

@@ -9,7 +9,7 @@ use flannel_core::{
     plan::{Hook, ObservedKind},
 };
 
-use super::{Args, table};
+use super::{Args, last_known_state, table};
 use crate::{
     dataplane::{
         bpf::{self, Instance},
@@ -94,10 +94,10 @@ pub(super) async fn run(args: &Args, scope: Scope) -> anyhow::Result<bool> {
     }
     if let Some(state) = &state {
         let subnet_file = (!keep_device).then_some(&state.subnet_file);
-        for file in subnet_file
-            .into_iter()
-            .chain([&State::path(&args.subnet_file)])
-        {
+        for file in subnet_file.into_iter().chain([
+            &State::path(&args.subnet_file),
+            &last_known_state(&args.subnet_file),
+        ]) {
             if file.exists() {
                 clean &= act.on(&format!("file {}", file.display()), || {
                     std::fs::remove_file(file)

@@ -47,7 +47,7 @@ pub enum DataplaneError {
 }
 
 /// How much a look takes in. The rest is as it was at the last look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Scope {
     /// The pods of this node, their map entries and programs.
     Pods,
