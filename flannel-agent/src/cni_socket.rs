@@ -22,7 +22,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{health::Board, telemetry::chain};
+use crate::{
+    health::{Board, Lacking, NOT_YET, Part},
+    telemetry::chain,
+};
 
 /// Calls that may wait while the loop is busy.
 const BACKLOG: usize = 64;
@@ -117,6 +120,17 @@ fn listen(path: &Path) -> Result<UnixListener, SocketError> {
             source,
         }
     })
+}
+
+/// Why no pod can be added. While the agent starts, what an earlier run has left serves: a node must not lose its pods' readiness over an
+/// upgrade. Without an earlier run there is no `subnet.env`, which the plugin sees by itself.
+fn obstacle(lacking: &Lacking) -> Option<String> {
+    if lacking.get(&Part::SubnetFile).map(String::as_str) == Some(NOT_YET) {
+        return None;
+    }
+    [Part::Datapath, Part::SubnetFile]
+        .into_iter()
+        .find_map(|part| Some(format!("{}: {}", part.as_str(), lacking.get(&part)?)))
 }
 
 fn is_socket(path: &Path) -> bool {

@@ -19,12 +19,15 @@ compile_error!(
      arm64 (a Raspberry Pi 3 or newer needs a 64-bit operating system)"
 );
 #[cfg(not(target_endian = "little"))]
-compile_error!("big-endian targets are not supported: the eBPF object is little-endian; build for amd64 or arm64");
+compile_error!(
+    "big-endian targets are not supported: the eBPF object is little-endian; build for amd64 or arm64"
+);
 
 pub mod app;
 mod bridge_netfilter;
 mod check;
 pub mod cli;
+mod cni_socket;
 mod datapath;
 pub mod dataplane;
 mod device;

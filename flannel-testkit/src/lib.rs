@@ -20,8 +20,8 @@
 pub mod agent;
 pub mod apiserver;
 pub mod capture;
-pub mod cni;
 pub mod cluster;
+pub mod cni;
 mod confine;
 pub mod conntrack;
 pub mod etcd;

@@ -28,7 +28,7 @@ pub(crate) enum Needs {
 
 /// A program of the system and the packages that bring it.
 struct Tool {
-    /// Something that is there when the package is: a program, or an absolute path.
+    /// Something that is there when the package is: a program, or absolute paths with colons between them, one of which is there.
     probe: &'static str,
     debian: &'static str,
     fedora: &'static str,
@@ -52,7 +52,10 @@ const fn tool(
     }
 }
 
-const TOOLS: [Tool; 28] = [
+/// Where distributions put the plugins, and where Kubernetes' own packages do.
+const CNI_PLUGINS: &str = "/usr/lib/cni/portmap:/usr/libexec/cni/portmap:/opt/cni/bin/portmap";
+
+const TOOLS: [Tool; 29] = [
     tool("cc", "build-essential", "gcc", "base-devel", Needs::Ebpf),
     tool(
         "pkg-config",
@@ -143,6 +146,13 @@ const TOOLS: [Tool; 28] = [
         "iputils-ping",
         "iputils",
         "iputils",
+        Needs::Everything,
+    ),
+    tool(
+        CNI_PLUGINS,
+        "containernetworking-plugins",
+        "containernetworking-plugins",
+        "cni-plugins",
         Needs::Everything,
     ),
     tool("bpftool", "bpftool", "bpftool", "bpf", Needs::Everything),
@@ -405,7 +415,7 @@ fn install_linker(root: &Path) -> Result<()> {
 /// Whether a program, or what an absolute path names, is there.
 pub(crate) fn present(probe: &str) -> bool {
     if probe.starts_with('/') {
-        Path::new(probe).exists()
+        probe.split(':').any(|path| Path::new(path).exists())
     } else {
         process::on_path(probe)
     }
@@ -490,6 +500,7 @@ mod tests {
     #[test]
     fn probes_may_be_paths() {
         assert!(present("/proc/self"));
+        assert!(present("/nonexistent:/proc/self"));
         assert!(!present("/nonexistent"));
         assert!(present("sh"));
     }

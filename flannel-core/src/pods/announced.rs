@@ -73,7 +73,11 @@ impl Announced {
 
     /// Adds what was announced to what was read, and forgets those whose interface is not among the ports.
     pub fn extend(&mut self, sources: &mut PodSources) {
-        let ports: BTreeSet<&str> = sources.ports.values().map(|port| port.name.as_str()).collect();
+        let ports: BTreeSet<&str> = sources
+            .ports
+            .values()
+            .map(|port| port.name.as_str())
+            .collect();
         self.coming.retain(|_, pods| {
             pods.iter()
                 .flat_map(|pod| &pod.host_interfaces)
@@ -107,11 +111,8 @@ impl Announced {
 
 /// Whether every one of these pods is known with its MAC address.
 pub fn all_known(pods: &[CniPod], known: &BTreeMap<Ipv4Addr, Pod>) -> bool {
-    pods.iter().all(|pod| {
-        known
-            .get(&pod.address)
-            .is_some_and(|is| is.mac == pod.mac)
-    })
+    pods.iter()
+        .all(|pod| known.get(&pod.address).is_some_and(|is| is.mac == pod.mac))
 }
 
 fn key(report: &Report) -> Attachment {
@@ -180,7 +181,10 @@ mod tests {
         let there = sources(&[(20, "veth2")]);
         announced.come(&report("a", 2, "veth2"), Some(&there));
         assert_eq!(learn(&mut announced, &mut table, &there), 1);
-        assert!(announced.coming.is_empty(), "what is known need not be remembered");
+        assert!(
+            announced.coming.is_empty(),
+            "what is known need not be remembered"
+        );
         assert_eq!(learn(&mut announced, &mut table, &there), 1);
     }
 
@@ -193,7 +197,10 @@ mod tests {
         let mut stranger = report("d", 3, "veth2");
         stranger.pods[0].address = Ipv4Addr::new(10, 5, 2, 3);
         announced.come(&stranger, None);
-        assert_eq!(learn(&mut announced, &mut table, &sources(&[(20, "veth2")])), 0);
+        assert_eq!(
+            learn(&mut announced, &mut table, &sources(&[(20, "veth2")])),
+            0
+        );
     }
 
     #[test]
@@ -206,14 +213,25 @@ mod tests {
         assert_eq!(learn(&mut announced, &mut table, &there), 2);
         let known = table.pods().clone();
         // Another pod's address, or another's interface: nobody goes.
-        assert!(announced.go(&report("a", 2, "veth3"), &known, &there, NOW).is_empty());
-        assert!(announced.go(&report("a", 9, "veth2"), &known, &there, NOW).is_empty());
+        assert!(
+            announced
+                .go(&report("a", 2, "veth3"), &known, &there, NOW)
+                .is_empty()
+        );
+        assert!(
+            announced
+                .go(&report("a", 9, "veth2"), &known, &there, NOW)
+                .is_empty()
+        );
         let going = announced.go(&report("a", 2, "veth2"), &known, &there, NOW);
         assert_eq!(going, [index(20)].into());
         assert_eq!(learn(&mut announced, &mut table, &there), 1);
         assert_eq!(announced.leaving(&there, NOW + FAREWELL), [].into());
         announced.go(&report("b", 3, "veth3"), &known, &there, NOW);
-        assert_eq!(announced.leaving(&sources(&[(22, "veth3")]), NOW), [].into());
+        assert_eq!(
+            announced.leaving(&sources(&[(22, "veth3")]), NOW),
+            [].into()
+        );
     }
 
     #[test]
