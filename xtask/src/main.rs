@@ -1,10 +1,10 @@
 //! The commands of this workspace: `cargo xtask <command>`.
 
 mod archive;
+mod borrowed;
 mod build_ebpf;
 mod cargo;
 mod dist;
-mod etcd;
 mod kernels;
 mod labs;
 mod libtest;

@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result, bail};
 use xtask::ebpf;
 
 use crate::archive;
+use crate::borrowed::Borrowed;
 use crate::cargo;
-use crate::etcd;
 use crate::process;
 
 /// How much of the tools a command is going to use.
@@ -198,8 +198,8 @@ struct Missing {
     components: Vec<&'static str>,
     /// Why there is no linker to use, when there is none.
     linker: Option<String>,
-    /// What is going to bring the second etcd, when it is not there.
-    etcd: Option<String>,
+    /// Packages of other releases, to be unpacked below `target`.
+    borrowed: Vec<&'static Borrowed>,
 }
 
 impl Missing {
@@ -222,12 +222,16 @@ impl Missing {
         }
         let linker = ebpf::find_linker().err().map(|error| error.to_string());
         // Elsewhere than on Debian it has to be put there by hand; the tests say where.
-        let absent = needs >= Needs::Everything && is_debian() && !etcd::program(root).exists();
+        let borrowed = if needs >= Needs::Everything && is_debian() {
+            Borrowed::absent(root)
+        } else {
+            Vec::new()
+        };
         Ok(Self {
             tools,
             components,
             linker,
-            etcd: absent.then(|| etcd::announcement(root)),
+            borrowed,
         })
     }
 
@@ -235,17 +239,17 @@ impl Missing {
         self.tools.is_empty()
             && self.components.is_empty()
             && self.linker.is_none()
-            && self.etcd.is_none()
+            && self.borrowed.is_empty()
     }
 
     fn names(&self) -> String {
         let tools = self.tools.iter().map(|tool| tool.probe);
         let linker = self.linker.iter().map(|_| "bpf-linker");
-        let etcd = self.etcd.iter().map(|_| "etcd 3.5");
+        let borrowed = self.borrowed.iter().map(|package| package.name());
         tools
             .chain(self.components.iter().copied())
             .chain(linker)
-            .chain(etcd)
+            .chain(borrowed)
             .collect::<Vec<_>>()
             .join(", ")
     }
@@ -271,7 +275,7 @@ fn install_missing(root: &Path, needs: Needs) -> Result<bool> {
         return Ok(false);
     }
     let channel = ebpf::channel(root)?;
-    announce(&missing, &channel);
+    announce(root, &missing, &channel);
     if !missing.tools.is_empty() {
         install_packages(&missing.tools)?;
     }
@@ -281,8 +285,8 @@ fn install_missing(root: &Path, needs: Needs) -> Result<bool> {
     if missing.linker.is_some() {
         install_linker(root)?;
     }
-    if missing.etcd.is_some() {
-        etcd::fetch(root)?;
+    for package in &missing.borrowed {
+        package.fetch(root)?;
     }
     let still = Missing::find(root, needs)?;
     if !still.is_empty() {
@@ -292,7 +296,7 @@ fn install_missing(root: &Path, needs: Needs) -> Result<bool> {
     Ok(true)
 }
 
-fn announce(missing: &Missing, channel: &str) {
+fn announce(root: &Path, missing: &Missing, channel: &str) {
     eprintln!("setup: missing: {}", missing.names());
     if !missing.tools.is_empty() && is_debian() {
         eprintln!(
@@ -306,8 +310,8 @@ fn announce(missing: &Missing, channel: &str) {
             missing.components.join(", ")
         );
     }
-    if let Some(what) = &missing.etcd {
-        eprintln!("setup: {what}");
+    for package in &missing.borrowed {
+        eprintln!("setup: {}", package.announcement(root));
     }
     if let Some(why) = &missing.linker {
         eprintln!("setup: {why}");
