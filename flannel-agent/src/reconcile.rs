@@ -292,7 +292,9 @@ impl<'a> Loop<'a> {
             }
             // Again: a hook that is found missing means another epoch, which is to be in place before the hook is.
             self.gate.set(&mut self.desired, self.dataplane.seen());
-            let leaving = self.calls.apply(self.dataplane.pod_sources_mut());
+            let leaving = self
+                .calls
+                .apply(self.dataplane.pod_sources_mut(), self.desired.pods.as_ref());
             let (seen, sources) = (self.dataplane.seen(), self.dataplane.pod_sources());
             self.gate.learn(&mut self.desired, seen, sources, &leaving);
             let mut plan = plan(&self.desired, seen);

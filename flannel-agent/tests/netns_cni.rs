@@ -27,7 +27,8 @@ use serde_json::{Value, json};
 const PORT: u16 = 8080;
 /// No container runtime of the machine itself is to be asked.
 const NO_CACHE: &str = "--cni-cache-dir=/nonexistent";
-const SYN: [&str; 2] = ["--bpf-fast-path=syn", NO_CACHE];
+/// Without `--ip-masq` the bridge plugin masquerades between nodes, and then not every packet can take the fast path.
+const SYN: [&str; 3] = ["--bpf-fast-path=syn", "--ip-masq", NO_CACHE];
 
 /// Two nodes with agents, and runtimes that make pods with the plugin.
 fn start(flags: &[&str]) -> (Rig, Vec<Runtime>) {
@@ -67,8 +68,8 @@ fn known(rig: &Rig, node: usize) -> Vec<Ipv4Addr> {
 fn counters(rig: &Rig, node: usize) -> BTreeMap<&'static str, u64> {
     let dump = rig.map_dump(node, "counters");
     [
-        ("encap", CounterId::Encap),
-        ("decap", CounterId::Decap),
+        ("encap", CounterId::BpfEncap),
+        ("decap", CounterId::BpfDecap),
         ("fast encap", CounterId::FastEncap),
         ("fast decap", CounterId::FastDecap),
     ]
@@ -120,13 +121,8 @@ fn the_first_packet_takes_the_fast_path() {
                 "{before:?}, {after:?}"
             );
             assert_eq!(
-                grown("encap"),
-                grown("fast encap"),
-                "turn {turn}, node {node}: {before:?}, {after:?}"
-            );
-            assert_eq!(
-                grown("decap"),
-                grown("fast decap"),
+                grown("encap") + grown("decap"),
+                0,
                 "turn {turn}, node {node}: {before:?}, {after:?}"
             );
         }
@@ -261,7 +257,7 @@ fn twenty_pods_at_once_are_all_carried() {
     if !privileged() {
         return;
     }
-    let (rig, runtimes) = start(&["--bpf-fast-path=established", NO_CACHE]);
+    let (rig, runtimes) = start(&["--bpf-fast-path=established", "--ip-masq", NO_CACHE]);
     let runtime = &runtimes[0];
     let pods: Vec<_> = (0..20).map(|_| runtime.container().unwrap()).collect();
     std::thread::scope(|scope| {
@@ -293,7 +289,6 @@ fn the_socket_outlives_the_agent_and_cleanup_removes_it() {
     let meta = fs::metadata(&path).unwrap();
     assert!(meta.file_type().is_socket());
     assert_eq!(meta.permissions().mode() & 0o777, 0o600);
-    runtimes[0].status().ok();
     rig.kill_agent(0);
     assert!(path.exists());
     // Nobody answers, and pods are made all the same.
@@ -305,9 +300,7 @@ fn the_socket_outlives_the_agent_and_cleanup_removes_it() {
     let (_, pod) = runtimes[0].add_pod("after").unwrap();
     assert!(known(&rig, 0).contains(&pod.ip));
     runtimes[0].del(&container).unwrap();
-    // A device that somebody deletes makes the node unready until it is back.
-    let conf = runtimes[0].conf(runtimes[0].flannel(), None, &Value::Null);
-    assert_eq!(conf["subnetFile"], json!(rig.subnet_file(0)));
+    runtimes[0].status().unwrap();
     rig.stop_agent(0);
     let done = rig.cli(0, &["cleanup"]);
     assert!(done.status.success(), "{done:?}");

@@ -52,12 +52,17 @@ impl Calls {
     }
 
     /// Adds what was announced to what was read, and gives the interfaces that are to be left out.
-    pub(super) fn apply(&mut self, sources: Option<&mut PodSources>) -> BTreeSet<IfIndex> {
+    pub(super) fn apply(
+        &mut self,
+        sources: Option<&mut PodSources>,
+        known: Option<&BTreeMap<Ipv4Addr, Pod>>,
+    ) -> BTreeSet<IfIndex> {
         let Some(sources) = sources else {
             self.announced.clear();
             return BTreeSet::new();
         };
-        self.announced.extend(sources);
+        self.announced
+            .extend(sources, known.unwrap_or(&BTreeMap::new()));
         self.announced.leaving(sources, self.now())
     }
 
@@ -80,11 +85,11 @@ impl Loop<'_> {
             }
             News::Go(report) => {
                 let now = self.calls.now();
-                let known = self.desired.pods.iter().flatten();
-                let known = known.map(|(address, pod)| (*address, *pod)).collect();
-                let going = match sources {
-                    Some(sources) => self.calls.announced.go(&report, &known, sources, now),
-                    None => BTreeSet::new(),
+                let going = match (sources, &self.desired.pods) {
+                    (Some(sources), Some(known)) => {
+                        self.calls.announced.go(&report, known, sources, now)
+                    }
+                    _ => BTreeSet::new(),
                 };
                 for ifindex in going {
                     self.drop_pods_behind(ifindex);

@@ -71,8 +71,17 @@ impl Announced {
         going
     }
 
-    /// Adds what was announced to what was read, and forgets those whose interface is not among the ports.
-    pub fn extend(&mut self, sources: &mut PodSources) {
+    /// Adds what was announced to what was read. Forgotten are those whose interface is not among the ports, and those that say another
+    /// MAC address of a pod that is known behind that interface.
+    pub fn extend(&mut self, sources: &mut PodSources, known: &BTreeMap<Ipv4Addr, Pod>) {
+        let contradicts = |pod: &CniPod| {
+            let Some(is) = known.get(&pod.address) else {
+                return false;
+            };
+            let port = sources.ports.get(&is.ifindex);
+            is.mac != pod.mac && port.is_some_and(|port| pod.host_interfaces.contains(&port.name))
+        };
+        self.coming.retain(|_, pods| !pods.iter().any(contradicts));
         let ports: BTreeSet<&str> = sources
             .ports
             .values()
@@ -168,7 +177,7 @@ mod tests {
 
     fn learn(announced: &mut Announced, table: &mut PodTable, sources: &PodSources) -> usize {
         let mut sources = sources.clone();
-        announced.extend(&mut sources);
+        announced.extend(&mut sources, table.pods());
         let leaving = announced.leaving(&sources, NOW);
         let known = table.learn(&sources, &leaving).clone();
         announced.settle(&known);
@@ -201,6 +210,24 @@ mod tests {
             learn(&mut announced, &mut table, &sources(&[(20, "veth2")])),
             0
         );
+    }
+
+    #[test]
+    fn what_is_known_is_not_overruled() {
+        let (mut announced, mut table) = (Announced::default(), PodTable::default());
+        let there = sources(&[(20, "veth2"), (21, "veth3")]);
+        announced.come(&report("a", 2, "veth2"), Some(&there));
+        learn(&mut announced, &mut table, &there);
+        let known = table.pods().clone();
+        let mut lie = report("liar", 2, "veth2");
+        lie.pods[0].mac = [2, 0, 0, 0, 5, 99].into();
+        announced.come(&lie, Some(&there));
+        learn(&mut announced, &mut table, &there);
+        assert_eq!(*table.pods(), known);
+        // Behind another interface it is another pod, which has got the address.
+        announced.come(&report("b", 2, "veth3"), Some(&there));
+        learn(&mut announced, &mut table, &sources(&[(21, "veth3")]));
+        assert_eq!(table.pods()[&Ipv4Addr::new(10, 5, 1, 2)].ifindex, index(21));
     }
 
     #[test]
