@@ -26,7 +26,7 @@ pub const PLUGIN_DIRS: [&str; 3] = ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexe
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// How long building the plugin may take.
-const BUILD_LIMIT: Duration = Duration::from_secs(600);
+const BUILD_LIMIT: Duration = Duration::from_mins(10);
 
 /// What a plugin said when it failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,7 +150,7 @@ impl Runtime {
         &self.dir
     }
 
-    /// Where a runtime on this node keeps results: the directory for the agent's `--cni-cache-dir`.
+    /// See [`cache_dir`].
     pub fn cache_dir(&self) -> PathBuf {
         self.dir.join("cache")
     }
@@ -254,6 +254,11 @@ pub fn flannel_plugin() -> anyhow::Result<PathBuf> {
     };
     let mut built = messages.lines().filter_map(executable);
     built.next().context("cargo built no plugin")
+}
+
+/// Where a runtime on this node keeps results: the directory for the agent's `--cni-cache-dir`.
+pub fn cache_dir(node: &Node) -> PathBuf {
+    node.run_dir.join("cni/cache")
 }
 
 /// The address that a result names first.
