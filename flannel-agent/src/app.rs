@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     bridge_netfilter,
     cli::Args,
+    cni_socket,
     dataplane::netlink::Netlink,
     device::Up,
     files,
@@ -32,7 +33,7 @@ use crate::{
     metrics::{self, Metrics},
     notify,
     preflight::Capabilities,
-    reconcile::Readiness,
+    reconcile::{Calls, Readiness},
     telemetry::{chain, one_line},
 };
 
@@ -149,11 +150,13 @@ async fn live(
         pulse,
         metrics,
     );
+    let calls = cni_socket::serve(&args.cni_socket(), node.board.clone(), cancel.clone());
+    let mut calls = Calls::new(calls);
     let mut first = true;
     loop {
         let sources = (leasing.views(), &mut settings);
         match node
-            .session(&setting, up, &mut ready, sources, &cancel)
+            .session(&setting, up, (&mut ready, &mut calls), sources, &cancel)
             .await
         {
             Ok(Ended::Cancelled) => break,

@@ -27,6 +27,7 @@ pub mod app;
 mod bridge_netfilter;
 mod check;
 pub mod cli;
+mod cni_socket;
 mod datapath;
 pub mod dataplane;
 mod device;

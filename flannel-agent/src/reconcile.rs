@@ -4,6 +4,7 @@
 //! a tick. The loop never ends by itself, and it leaves everything in place when it is told to end.
 
 mod agenda;
+mod calls;
 mod gate;
 mod readiness;
 mod xdp;
@@ -34,6 +35,7 @@ use crate::{
 };
 
 use agenda::Agenda;
+pub(crate) use calls::Calls;
 pub(crate) use gate::Gatekeeper;
 pub(crate) use readiness::Readiness;
 pub(crate) use xdp::XdpKeeper;
@@ -57,6 +59,7 @@ pub(crate) struct Loop<'a> {
     views: watch::Receiver<View>,
     state: State,
     ready: &'a mut Readiness,
+    calls: &'a mut Calls,
     /// What was last said about trouble, so that each trouble is one line.
     said: BTreeSet<String>,
     peer_problems: Vec<PeerProblem>,
@@ -81,9 +84,8 @@ impl<'a> Loop<'a> {
         desired: Desired,
         views: watch::Receiver<View>,
         state: State,
-        ready: &'a mut Readiness,
-        gate: Gatekeeper,
-        xdp: XdpKeeper,
+        (ready, calls): (&'a mut Readiness, &'a mut Calls),
+        (gate, xdp): (Gatekeeper, XdpKeeper),
     ) -> Self {
         let (notify, changes) = mpsc::channel(BACKLOG);
         Self {
@@ -92,6 +94,7 @@ impl<'a> Loop<'a> {
             views,
             state,
             ready,
+            calls,
             said: BTreeSet::new(),
             peer_problems: Vec::new(),
             state_written: None,
@@ -151,6 +154,10 @@ impl<'a> Loop<'a> {
                     self.take_change(&change);
                     None
                 }
+                call = self.calls.next() => {
+                    self.take_call(call);
+                    None
+                }
                 () = at(self.agenda.due(Scope::Kernel)) => Some(Scope::Kernel),
                 () = at(self.agenda.due(Scope::Pods)) => Some(Scope::Pods),
                 () = farewell => {
@@ -190,17 +197,22 @@ impl<'a> Loop<'a> {
             PodNews::Gone(ifindex) => {
                 // What was attached there is tidied up by the next look.
                 self.agenda.ask(Scope::Pods);
-                let addresses = self.gate.forget(&mut self.desired, ifindex);
-                match self.dataplane.drop_pods(&addresses) {
-                    Ok(()) => {
-                        for address in addresses {
-                            tracing::info!(ifindex = ifindex.get(), "delete pod {address}");
-                        }
-                    }
-                    Err(error) => tracing::warn!(error = chain(&error), "delete a pod"),
-                }
+                self.drop_pods_behind(ifindex);
                 Some(ifindex)
             }
+        }
+    }
+
+    /// Takes the pods behind an interface out of the map at once.
+    fn drop_pods_behind(&mut self, ifindex: IfIndex) {
+        let addresses = self.gate.forget(&mut self.desired, ifindex);
+        match self.dataplane.drop_pods(&addresses) {
+            Ok(()) => {
+                for address in addresses {
+                    tracing::info!(ifindex = ifindex.get(), "delete pod {address}");
+                }
+            }
+            Err(error) => tracing::warn!(error = chain(&error), "delete a pod"),
         }
     }
 
@@ -280,8 +292,11 @@ impl<'a> Loop<'a> {
             }
             // Again: a hook that is found missing means another epoch, which is to be in place before the hook is.
             self.gate.set(&mut self.desired, self.dataplane.seen());
+            let leaving = self
+                .calls
+                .apply(self.dataplane.pod_sources_mut(), self.desired.pods.as_ref());
             let (seen, sources) = (self.dataplane.seen(), self.dataplane.pod_sources());
-            self.gate.learn(&mut self.desired, seen, sources);
+            self.gate.learn(&mut self.desired, seen, sources, &leaving);
             let mut plan = plan(&self.desired, seen);
             troubles.extend(std::mem::take(&mut plan.problems));
             if plan.ops.is_empty() {
@@ -302,6 +317,7 @@ impl<'a> Loop<'a> {
             let text = format!("the node is not as it should be after {MAX_PASSES} attempts");
             self.ready.fault(&mut troubles, text);
         }
+        self.answer_calls();
         self.speak(troubles);
         self.ready
             .report(self.dataplane.seen(), &self.desired, &self.state);

@@ -25,6 +25,9 @@ pub const PLUGIN_DIRS: [&str; 3] = ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexe
 /// How long a plugin may take.
 const LIMIT: Duration = Duration::from_secs(30);
 
+/// How long building the plugin may take.
+const BUILD_LIMIT: Duration = Duration::from_mins(10);
+
 /// What a plugin said when it failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PluginError {
@@ -147,7 +150,7 @@ impl Runtime {
         &self.dir
     }
 
-    /// Where a runtime on this node keeps results: the directory for the agent's `--cni-cache-dir`.
+    /// See [`cache_dir`].
     pub fn cache_dir(&self) -> PathBuf {
         self.dir.join("cache")
     }
@@ -231,6 +234,31 @@ impl Runtime {
 fn arguments(container: &Container) -> String {
     let pairs = runtime::arguments(container).map(|pair| pair.join("="));
     pairs.join(";")
+}
+
+/// The flannel plugin of this workspace: the program that the environment variable `FLANNEL_CNI` names, or else built now.
+pub fn flannel_plugin() -> anyhow::Result<PathBuf> {
+    if let Some(path) = std::env::var_os("FLANNEL_CNI") {
+        return Ok(path.into());
+    }
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut build = std::process::Command::new(cargo);
+    build
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .args(["build", "--quiet", "-p", "flannel-cni", "--bin", "flannel"])
+        .args(["--message-format", "json"]);
+    let messages = process::succeed(&mut build, BUILD_LIMIT).context("build the plugin")?;
+    let executable = |line: &str| {
+        let message: Value = serde_json::from_str(line).ok()?;
+        Some(PathBuf::from(message["executable"].as_str()?))
+    };
+    let mut built = messages.lines().filter_map(executable);
+    built.next().context("cargo built no plugin")
+}
+
+/// Where a runtime on this node keeps results: the directory for the agent's `--cni-cache-dir`.
+pub fn cache_dir(node: &Node) -> PathBuf {
+    node.run_dir.join("cni/cache")
 }
 
 /// The address that a result names first.

@@ -258,7 +258,7 @@ fn install_linker(root: &Path) -> Result<()> {
 /// Whether a program, or what an absolute path names, is there.
 pub(crate) fn present(probe: &str) -> bool {
     if probe.starts_with('/') {
-        Path::new(probe).exists()
+        probe.split(':').any(|path| Path::new(path).exists())
     } else {
         process::on_path(probe)
     }
@@ -344,6 +344,7 @@ mod tests {
     #[test]
     fn probes_may_be_paths() {
         assert!(present("/proc/self"));
+        assert!(present("/nonexistent:/proc/self"));
         assert!(!present("/nonexistent"));
         assert!(present("sh"));
     }

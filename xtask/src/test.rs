@@ -196,6 +196,9 @@ fn test_command(test: &Executable, built: &[Executable]) -> Command {
         if bin.target == "flannel-agent" {
             command.env("FLANNEL_AGENT", &bin.path);
         }
+        if bin.package == "flannel-cni" {
+            command.env("FLANNEL_CNI", &bin.path);
+        }
     }
     command
 }

@@ -28,7 +28,10 @@ pub use store::EtcdArgs;
 pub use uplink::UplinkArgs;
 
 use super::docker_opts;
-use crate::leases::{DirOptions, StoreConfig};
+use crate::{
+    cni_socket,
+    leases::{DirOptions, StoreConfig},
+};
 
 /// The program's name where nothing says otherwise.
 pub(super) const PROGRAM: &str = "flannel-agent";
@@ -128,6 +131,10 @@ pub struct Args {
         value_name = "DIR"
     )]
     pub cni_cache_dir: PathBuf,
+
+    /// Socket at which the CNI plugin says which pods come and go. Default: cni.sock beside the subnet file.
+    #[arg(help_heading = BPF, long, env = "FLANNELD_CNI_SOCKET", value_name = "FILE", global = true)]
+    pub cni_socket: Option<PathBuf>,
 
     #[command(flatten)]
     pub kube: KubeArgs,
@@ -265,6 +272,12 @@ impl Args {
             .map(Choice::from)
             .or(configured)
             .unwrap_or_default()
+    }
+
+    /// Where the CNI plugin is listened to.
+    pub fn cni_socket(&self) -> PathBuf {
+        let given = self.cni_socket.clone();
+        given.unwrap_or_else(|| cni_socket::beside(&self.subnet_file))
     }
 
     /// Which lease store the flags ask for.

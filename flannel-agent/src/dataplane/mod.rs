@@ -161,6 +161,16 @@ impl Dataplane {
         self.pods.sources()
     }
 
+    /// For what else is known of the pods.
+    pub(crate) const fn pod_sources_mut(&mut self) -> Option<&mut PodSources> {
+        self.pods.sources_mut()
+    }
+
+    /// Has the next look read the pods, whatever the notifications said.
+    pub(crate) const fn doubt_pods(&mut self) {
+        self.pods.doubt();
+    }
+
     /// What a notification means for the pods.
     pub fn pod_news(&mut self, change: &Change) -> PodNews {
         self.pods.news(change)

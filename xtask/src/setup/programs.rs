@@ -4,13 +4,16 @@ use super::Needs;
 
 /// A program of the system and the packages that bring it.
 pub(super) struct Tool {
-    /// Something that is there when the package is: a program, or an absolute path.
+    /// Something that is there when the package is: a program, or absolute paths with colons between them, one of which is there.
     pub(super) probe: &'static str,
     pub(super) debian: &'static str,
     pub(super) fedora: &'static str,
     pub(super) arch: &'static str,
     pub(super) needs: Needs,
 }
+
+/// Where distributions put the plugins, and where Kubernetes' own packages do.
+const CNI_PLUGINS: &str = "/usr/lib/cni/portmap:/usr/libexec/cni/portmap:/opt/cni/bin/portmap";
 
 const EBPF: &[[&str; 4]] = &[["cc", "build-essential", "gcc", "base-devel"]];
 
@@ -31,6 +34,12 @@ const BUILD: &[[&str; 4]] = &[
 ];
 
 const EVERYTHING: &[[&str; 4]] = &[
+    [
+        CNI_PLUGINS,
+        "containernetworking-plugins",
+        "containernetworking-plugins",
+        "cni-plugins",
+    ],
     ["ip", "iproute2", "iproute", "iproute2"],
     ["nft", "nftables", "nftables", "nftables"],
     ["iptables-nft", "iptables", "iptables-nft", "iptables"],
