@@ -13,7 +13,8 @@ use container::Container;
 use flannel_testkit::{
     AgentProcess,
     apiserver::{ApiServer, Asked, Kind, Rule, service_account},
-    eventually, privileged, traffic,
+    eventually, privileged,
+    traffic::{self, FloodPing},
 };
 use manifest_rig::{Objects, UPSTREAM, agent, kustomize, object, objects, read, text_of};
 use rig::{PATIENCE, Rig, agent_binary};
@@ -21,6 +22,9 @@ use serde_json::{Value, json};
 
 /// Host number of the API server on the underlay.
 const API_HOST: u8 = 200;
+
+/// 1 kHz.
+const EVERY: Duration = Duration::from_millis(1);
 
 /// Two nodes with the DaemonSet of a manifest and a pod each, and the API that they ask.
 struct Cluster {
@@ -67,18 +71,41 @@ impl Cluster {
         cluster
     }
 
-    /// What the DaemonSet's controller, the kubelet and the runtime do.
+    /// What the kubelet does for a node that joins, and the DaemonSet's controller.
     #[track_caller]
     fn start_agent(&mut self, node: usize) {
         let (name, pod) = (format!("n{node}"), format!("kube-flannel-ds-{node}"));
-        let place = self.rig.node(node);
-        let cidr = place.subnet.to_string();
+        let cidr = self.rig.node(node).subnet.to_string();
         self.api.create_node(&name, &cidr).expect("a node");
         let object = json!({
             "metadata": {"name": pod, "namespace": "kube-flannel"},
             "spec": {"nodeName": name, "containers": []},
         });
         self.api.create(Kind::Pod, object).expect("a pod");
+        self.run(node);
+    }
+
+    /// What is applied replaces what was, on one node after the other. While a node has no pod, `meanwhile` is called.
+    #[track_caller]
+    fn apply(&mut self, manifest: &str, meanwhile: impl Fn(&Rig, usize)) {
+        self.objects = objects(manifest);
+        let role = object(&self.objects, "ClusterRole", "flannel");
+        let rules = Rule::of_role(role).expect("rules");
+        self.api.set_rules(&service_account(), rules);
+        for node in 0..2 {
+            assert_eq!(self.rig.stop_agent(node), 0, "an orderly end");
+            meanwhile(&self.rig, node);
+            self.run(node);
+            self.rig.wait_ready(node);
+            self.assert_in_service(node);
+        }
+    }
+
+    /// What the container runtime does.
+    #[track_caller]
+    fn run(&mut self, node: usize) {
+        let (name, pod) = (format!("n{node}"), format!("kube-flannel-ds-{node}"));
+        let place = self.rig.node(node);
         let account = place.run_dir.join("account");
         self.api.write_service_account(&account).expect("a token");
         let container = Container {
@@ -140,19 +167,22 @@ impl Cluster {
             if probe.is_null() {
                 continue;
             }
-            let address = probe["host"].as_str().unwrap_or("127.0.0.1");
-            let ask = format!(
-                "exec 3<>/dev/tcp/{address}/{}; printf 'GET {} HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3",
-                probe["port"],
-                text_of(probe, "/path")
-            );
-            let said = self
-                .rig
-                .ns(node)
-                .exec(["bash", "-c", &ask])
-                .expect("an answer");
+            let said = self.ask(node, probe);
             assert!(said.contains("200 OK"), "{probe}: {said}");
         }
+    }
+
+    /// Asks as the kubelet does.
+    #[track_caller]
+    fn ask(&self, node: usize, probe: &Value) -> String {
+        let address = probe["host"].as_str().unwrap_or("127.0.0.1");
+        let ask = format!(
+            "exec 3<>/dev/tcp/{address}/{}; printf 'GET {} HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3",
+            probe["port"],
+            text_of(probe, "/path")
+        );
+        let ns = self.rig.ns(node);
+        ns.exec(["bash", "-c", &ask]).expect("an answer")
     }
 
     /// What the API has refused to the agents.
@@ -224,6 +254,67 @@ fn our_manifest_carries_traffic_by_ebpf_and_has_all_rights_that_it_uses() {
         assert_eq!(cluster.complaints(node), Vec::<String>::new());
     }
     assert_eq!(cluster.refused(), []);
+}
+
+/// The steps of docs/migrate.md: the image alone, the manifest, a pod that replaces another, and back.
+#[test]
+fn pods_of_one_manifest_and_the_other_replace_each_other_without_a_loss() {
+    if !privileged() {
+        return;
+    }
+    let ours = read("deploy/kube-flannel.yml");
+    let mut cluster = Cluster::start(UPSTREAM);
+    let (a, b) = (cluster.rig.pod(0).clone(), cluster.rig.pod(1).clone());
+    let pings = [(&a, &b), (&b, &a)]
+        .map(|(from, to)| FloodPing::start(&from.ns, to.ip, EVERY).expect("a flood"));
+    let mac = |cluster: &Cluster, node: usize| {
+        let annotations = cluster.api.annotations(&format!("n{node}"));
+        annotations["flannel.alpha.coreos.com/backend-data"].clone()
+    };
+    let before = [mac(&cluster, 0), mac(&cluster, 1)];
+    cluster.apply(&ours, |_, _| {});
+    // What is pinned outlives the container, and carries on.
+    cluster.apply(&ours, |rig, node| {
+        let before = rig.counters(node).encap;
+        eventually(PATIENCE, "eBPF carries on without an agent", || {
+            let now = rig.counters(node).encap;
+            ensure!(now > before + 20, "{now}");
+            Ok(())
+        });
+    });
+    cluster.apply(UPSTREAM, |_, _| {});
+    assert_eq!([mac(&cluster, 0), mac(&cluster, 1)], before);
+    for ping in pings {
+        let stats = ping.stop().expect("the flood ends");
+        assert_eq!(stats.lost, 0, "{stats:?}");
+        assert!(stats.sent > 1000, "{stats:?}");
+    }
+}
+
+/// What an apply with somebody else's network comes to: the rolling update stops at the first node.
+#[test]
+fn with_another_network_than_the_clusters_a_node_is_not_ready_and_says_why() {
+    if !privileged() {
+        return;
+    }
+    let manifest = read("deploy/kube-flannel.yml").replace("10.244.0.0/16", "10.99.0.0/16");
+    let mut cluster = Cluster::new(&manifest);
+    cluster.start_agent(0);
+    let said = r#"doesn't contain "10.244.1.0/24" PodCIDR of the "n0" node"#;
+    cluster
+        .rig
+        .agent(0)
+        .wait_log(said, PATIENCE)
+        .expect("it says so");
+    let probe = agent(&cluster.objects)["readinessProbe"]["httpGet"].clone();
+    let answer = cluster.ask(0, &probe);
+    assert!(answer.contains("503") && answer.contains(said), "{answer}");
+    assert!(!cluster.rig.subnet_file(0).exists(), "subnet.env");
+    let annotations = cluster.api.annotations("n0");
+    assert!(
+        !annotations.contains_key("flannel.alpha.coreos.com/public-ip"),
+        "{annotations:?}"
+    );
 }
 
 #[test]
