@@ -52,7 +52,10 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
         eprintln!("dist: the tree has changes that are not committed: this is no release");
     }
     eprintln!("dist: building the eBPF object, one for all architectures");
-    let object = ebpf::build(root, &[])?;
+    let built = ebpf::build(root, &[])?;
+    // A copy: another build in this tree must not change it between two architectures.
+    let object = out.join("ebpf").join(ebpf::OBJECT_NAME);
+    bundle::copy(&built, &object)?;
     let release = Release {
         root,
         out: &out,

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
+use xtask::ebpf;
 
 use super::arch::Arch;
 use super::stamp::Stamp;
@@ -85,14 +86,9 @@ fn environment(
 ) -> Vec<(String, OsString)> {
     let lower = arch.target().replace('-', "_");
     let upper = lower.to_uppercase();
-    let mut prefixes = vec![(root.to_owned(), "/flannel-ebpf")];
+    let mut prefixes = ebpf::source_prefixes(root, sysroot);
     let target = std::env::var_os("CARGO_TARGET_DIR").map(|dir| root.join(dir));
     prefixes.push((target.unwrap_or_else(|| root.join("target")), "/target"));
-    prefixes.push((sysroot.join("lib/rustlib/src/rust"), "/rust"));
-    let home = std::env::var_os("CARGO_HOME")
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
-    prefixes.extend(home.map(|home| (home, "/cargo")));
     let mut rustflags = OsString::from("-Clinker-flavor=ld.lld\x1f-Clink-arg=--build-id=sha1");
     let mut cflags = OsString::from("-ffunction-sections");
     for (prefix, stand_in) in &prefixes {
