@@ -13,6 +13,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const NODES: u32 = 5000;
 /// What the agent may have needed at most, in KiB.
 const LIMIT: u64 = 60 * 1024;
+/// What a release build has of its own file in memory, in KiB.
+const PROGRAM: u64 = 18 * 1024;
 
 /// A lab of one node, an API server in the underlay, and an agent.
 struct Place {
@@ -58,8 +60,19 @@ impl Place {
         let status = fs::read_to_string(format!("/proc/{}/status", self.agent.pid()));
         let status = status.expect("the agent runs");
         let line = status.lines().find_map(|line| line.strip_prefix(field));
-        let number = line.and_then(|line| line.split_whitespace().nth(1));
+        let number = line.and_then(|line| line.split_whitespace().next());
         number.expect("a number").parse().expect("a number")
+    }
+
+    fn wait_routes(&self, wanted: usize) {
+        eventually(PATIENCE, "a route for each node", || {
+            let routes = self.routes();
+            if routes == wanted {
+                Ok(())
+            } else {
+                Err(format!("{routes} routes of {wanted}"))
+            }
+        });
     }
 
     fn routes(&self) -> usize {
@@ -76,38 +89,29 @@ fn five_thousand_nodes_fit_into_sixty_megabytes() {
     let mut place = Place::start("10.0.0.0/8", "10.200.1.0/24", |api| {
         api.create_full_size_nodes(0..NODES);
     });
-    place.agent.wait_ready(PATIENCE).expect("ready");
-    eventually(PATIENCE, "a route for each node", || {
-        let routes = place.routes();
-        if routes == NODES as usize {
-            Ok(())
-        } else {
-            Err(format!("{routes} routes"))
-        }
-    });
-    // Again, with everything in memory already.
-    place.api.compact();
-    place.api.restart().expect("restart");
-    let listed = || {
-        let asked = place.api.asked().into_iter();
-        let pages =
-            asked.filter(|one| one.query.starts_with("limit=") && !one.query.contains("continue"));
-        pages.count()
-    };
     place
-        .api
-        .create_node("another", "10.200.2.0/24")
-        .expect("a node");
-    eventually(PATIENCE, "a second list", || {
-        if listed() > 1 {
-            Ok(())
-        } else {
-            Err("only one")
-        }
-    });
-    std::thread::sleep(Duration::from_secs(3));
-    let peak = place.memory("VmHWM:");
-    println!("peak {peak} KiB, now {} KiB", place.memory("VmRSS:"));
+        .agent
+        .wait_log("Node controller sync successful", PATIENCE)
+        .expect("s");
+    place
+        .agent
+        .wait_log("the list of nodes is complete", PATIENCE)
+        .expect("s");
+    place.agent.wait_ready(PATIENCE).expect("ready");
+    place.wait_routes(NODES as usize);
+    // Again, with everything in memory already.
+    place.api.stop().expect("stop");
+    place.api.delete_node("full-00007").expect("delete");
+    place.api.compact();
+    place.api.resume().expect("resume");
+    place.wait_routes(NODES as usize - 1);
+    let asked = place.api.asked().into_iter();
+    let lists = asked.filter(|one| one.query == "limit=500");
+    assert_eq!(lists.count(), 2);
+    // Pages of the program itself count, too, but those of an unoptimised one are several times those of a release.
+    let program = place.memory("RssFile:");
+    let peak = place.memory("VmHWM:") - program.saturating_sub(PROGRAM);
+    println!("{peak} KiB at most, of which {PROGRAM} for the program ({program} in this build)");
     assert!(peak < LIMIT, "{peak} KiB at most, {LIMIT} allowed");
 }
 
@@ -139,19 +143,25 @@ fn the_table_of_subnets_follows_the_nodes() {
         let output = command
             .args([file.as_str(), "peers", "-o", "json"])
             .output();
-        let text = String::from_utf8(output.expect("peers").stdout).expect("text");
-        let rows: serde_json::Value = serde_json::from_str(&text).expect("JSON");
-        let rows = rows.as_array().expect("rows").clone();
-        let row = rows.iter().find(|row| row["subnet"] == subnet).cloned();
-        // Which map it is in shows by the path MTU, which only the maps have.
-        row.filter(|row| !row["path_mtu"].is_null())
+        let output = output.expect("peers");
+        let rows: serde_json::Value =
+            serde_json::from_slice(&output.stdout).map_err(|_| format!("{output:?}"))?;
+        let rows = rows.as_array().ok_or("no rows")?;
+        let row = rows.iter().find(|row| row["subnet"] == subnet);
+        // That it is in the map shows by the path MTU, which only maps have.
+        let carried = row.is_some_and(|row| !row["path_mtu"].is_null());
+        if carried {
+            Ok(())
+        } else {
+            Err(format!("{rows:?}"))
+        }
     };
     eventually(PATIENCE, "the half is in the map", || {
-        carried("10.5.1.128/25").ok_or("not yet")
+        carried("10.5.1.128/25")
     });
     annotated(&place.api, "n2", "10.5.2.64/26", 51);
     eventually(PATIENCE, "the quarter is in the map", || {
-        carried("10.5.2.64/26").ok_or("not yet")
+        carried("10.5.2.64/26")
     });
     let log = place.agent.log();
     assert!(

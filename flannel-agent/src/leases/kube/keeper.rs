@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     future::pending,
+    hash::{Hash as _, Hasher as _},
     sync::Arc,
     time::Duration,
 };
@@ -61,7 +62,8 @@ struct Keeper<'a> {
     backoff: Backoff,
     repair_at: Option<Instant>,
     save_at: Option<Instant>,
-    saved: Option<String>,
+    /// A digest of the last known state as it was written.
+    saved: Option<u64>,
     ever_complete: bool,
 }
 
@@ -90,12 +92,16 @@ pub(super) async fn run(
     };
     let mut offers_open = true;
     loop {
-        let now = known.borrow_and_update().clone();
-        keeper.look(&now);
-        if keeper.settle(&now).await {
-            keeper.look(&now);
+        let own = {
+            let known = known.borrow_and_update();
+            keeper.look(&known);
+            known.complete.then(|| store.own_node(&known))
+        };
+        if let Some(own) = own
+            && keeper.settle(own.as_ref()).await
+        {
+            keeper.look(&known.borrow());
         }
-        drop(now);
         tokio::select! {
             changed = known.changed() => match changed {
                 // Changes that come together are looked at together.
@@ -112,8 +118,8 @@ pub(super) async fn run(
             () = until(keeper.repair_at) => keeper.repair_at = None,
             () = until(keeper.save_at) => {
                 keeper.save_at = None;
-                let known = known.borrow().clone();
-                keeper.save(&known).await;
+                let text = keeper.remember(&known.borrow());
+                keeper.save(text).await;
             }
         }
     }
@@ -252,11 +258,11 @@ impl Keeper<'_> {
     }
 
     /// Puts our own annotations right, and follows what the cluster assigns to us. True when the view changes by it.
-    async fn settle(&mut self, known: &Known) -> bool {
-        if !known.complete || self.repair_at.is_some_and(|at| Instant::now() < at) {
+    async fn settle(&mut self, own: Option<&Node>) -> bool {
+        if self.repair_at.is_some_and(|at| Instant::now() < at) {
             return false;
         }
-        let Some(node) = known.nodes.get(self.own()) else {
+        let Some(node) = own else {
             return self.fail(format!(
                 "our Node object {:?} is gone: going on, and publishing our lease again when it is back",
                 self.own()
@@ -374,18 +380,29 @@ impl Keeper<'_> {
         true
     }
 
-    /// Writes the last known state, if it is another one.
-    async fn save(&mut self, known: &Known) {
+    /// The text of the last known state, if it is another one.
+    fn remember(&self, known: &Known) -> Option<String> {
         let shared = &self.store.shared;
-        let Some(path) = shared.options.memory.as_deref() else {
+        shared.options.memory.as_ref()?;
+        let text = memory::text(&known.nodes, self.own(), &shared.names, &self.offer.conf)?;
+        (self.saved != Some(digest(&text))).then_some(text)
+    }
+
+    async fn save(&mut self, text: Option<String>) {
+        let path = self.store.shared.options.memory.clone();
+        let Some((path, text)) = path.zip(text) else {
             return;
         };
-        let text = memory::text(&known.nodes, self.own(), &shared.names, &self.offer.conf);
-        let Some(text) = text.filter(|text| self.saved.as_ref() != Some(text)) else {
-            return;
-        };
-        if memory::save(path, text.clone()).await {
-            self.saved = Some(text);
+        let digest = digest(&text);
+        if memory::save(&path, text).await {
+            self.saved = Some(digest);
         }
     }
+}
+
+/// Stands in for a text that is too long to be kept for a comparison.
+fn digest(text: &str) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish()
 }

@@ -14,8 +14,17 @@ use crate::files;
 /// Version of the form of the file.
 const VERSION: u32 = 1;
 
+/// The file, while it is written.
+#[derive(Debug, Serialize)]
+struct Written<'a> {
+    version: u32,
+    node: &'a str,
+    networks: String,
+    nodes: Vec<&'a Node>,
+}
+
 /// The file.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Deserialize)]
 struct Memory {
     version: u32,
     /// This node's name.
@@ -39,14 +48,13 @@ pub(super) fn text(
     names: &Names,
     conf: &NetConf,
 ) -> Option<String> {
-    let memory = Memory {
+    let taking_part = nodes.values();
+    let memory = Written {
         version: VERSION,
-        node: own.to_owned(),
+        node: own,
         networks: networks(conf),
-        nodes: nodes
-            .values()
+        nodes: taking_part
             .filter(|node| node.name == own || node.takes_part(names))
-            .cloned()
             .collect(),
     };
     serde_json::to_string(&memory)
