@@ -157,7 +157,7 @@ fn nodes_come_and_go(flags: &[&str]) {
     rig.wait_converged();
     traffic.lossless();
     // And the one that was away has traffic again.
-    rig.traffic(2, 0).lossless();
+    rig.exchange(2, 0);
     rig.all_run();
 }
 
@@ -195,7 +195,7 @@ fn a_node_changes_its_address() {
     rig.wait_converged();
     assert_eq!(rig.leases()[&rig.subnet(2)].public_ip, "192.168.77.113");
     traffic.lossless();
-    rig.traffic(2, 1).lossless();
+    rig.exchange(2, 1);
     rig.all_run();
 }
 
@@ -219,7 +219,7 @@ fn an_own_node_object_that_is_made_anew_is_published_again() {
     wait_network_available(&rig, 2);
     rig.wait_converged();
     traffic.lossless();
-    rig.traffic(2, 0).lossless();
+    rig.exchange(2, 0);
     rig.all_run();
 }
 

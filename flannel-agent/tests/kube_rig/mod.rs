@@ -406,6 +406,14 @@ impl KubeRig {
             stream: TcpFlow::start_paced(&b.ns, b.ip, &a.ns, RATE).expect("a stream"),
         }
     }
+
+    /// Traffic for a moment.
+    #[track_caller]
+    pub(crate) fn exchange(&self, a: usize, b: usize) {
+        let traffic = self.traffic(a, b);
+        hold(Duration::from_millis(300), || {});
+        traffic.lossless();
+    }
 }
 
 impl Drop for KubeRig {
