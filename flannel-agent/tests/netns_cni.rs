@@ -19,7 +19,7 @@ use flannel_testkit::{
     eventually,
     json::ip_json,
     privileged,
-    traffic::{TcpPair, TcpServer},
+    traffic::{self, TcpPair, TcpServer},
 };
 use rig::{PATIENCE, Rig, list, per_cpu};
 use serde_json::{Value, json};
@@ -172,7 +172,7 @@ fn a_pod_is_gone_before_its_address_is_free() {
     assert_eq!(known(&rig, 0), [other.ip]);
     rig.ns(0).ifindex(&pod.host_if).unwrap();
     // Heard of by the bridge, it is not learnt again before it is gone.
-    flannel_testkit::traffic::ping_once(&pod.ns, pod.gateway, Duration::from_secs(5)).unwrap();
+    traffic::ping_once(&pod.ns, pod.gateway, Duration::from_secs(5)).unwrap();
     assert_eq!(known(&rig, 0), [other.ip]);
     runtimes[0].del(&container).unwrap();
     assert_eq!(known(&rig, 0), [other.ip]);
@@ -277,6 +277,46 @@ fn twenty_pods_at_once_are_all_carried() {
     });
     assert_eq!(known(&rig, 0), Vec::<Ipv4Addr>::new());
     assert_eq!(runtime.reservations(), []);
+}
+
+/// Plugins may be exchanged for each other while pods live, and each finds in `subnet.env` and in the other's files what it needs.
+#[test]
+fn upstreams_plugin_and_ours_work_with_the_agent_and_with_each_other() {
+    if !privileged() {
+        return;
+    }
+    let (rig, mut runtimes) = start(&SYN);
+    let upstream = cni::upstream_plugin().unwrap();
+    let ours = cni::flannel_plugin().unwrap();
+    for runtime in &mut runtimes {
+        // The newest that both have and that kube-flannel has used.
+        runtime.list["cniVersion"] = json!("0.3.1");
+    }
+    let node = &runtimes[0];
+    let (_, far) = runtimes[1].add_pod("far").unwrap();
+    let mut files = Vec::new();
+    let plugins = [&upstream, &ours];
+    for (turn, (adds, deletes)) in [(0, 1), (1, 0), (0, 0)].into_iter().enumerate() {
+        node.replace_plugin(plugins[adds]).unwrap();
+        let (container, pod) = node.add_pod("pod").unwrap();
+        traffic::ping_once(&pod.ns, far.ip, Duration::from_secs(5)).unwrap();
+        eventually(PATIENCE, "the pod is learnt", || match known(&rig, 0) {
+            known if known == [pod.ip] => Ok(()),
+            known => Err(format!("turn {turn}: {known:?}")),
+        });
+        files.push(fs::read_to_string(node.saved(&container.id)).unwrap());
+        node.replace_plugin(plugins[deletes]).unwrap();
+        node.del(&container).unwrap();
+        assert_eq!(node.reservations(), [], "turn {turn}");
+        assert!(!node.saved(&container.id).exists(), "turn {turn}");
+        rig.ns(0).ifindex(&pod.host_if).unwrap_err();
+    }
+    // Byte for byte, but for the key by which versions before the second family named the subnet.
+    let mut theirs: Value = serde_json::from_str(&files[0]).unwrap();
+    let ipam = theirs["ipam"].as_object_mut().unwrap();
+    let subnet = ipam.remove("subnet").unwrap();
+    ipam.insert("ranges".into(), json!([[{ "subnet": subnet }]]));
+    assert_eq!(theirs.to_string(), files[1]);
 }
 
 #[test]

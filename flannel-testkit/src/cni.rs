@@ -80,11 +80,7 @@ impl Runtime {
         let bin = dir.join("bin");
         fs::create_dir_all(&bin).with_context(|| format!("make {}", bin.display()))?;
         fs::create_dir_all(dir.join("cache/results"))?;
-        let link = bin.join("flannel");
-        if !link.exists() {
-            std::os::unix::fs::symlink(flannel, &link)
-                .with_context(|| format!("put {} in place", flannel.display()))?;
-        }
+        put_plugin(&bin, flannel)?;
         let mut path = vec![bin];
         path.extend(PLUGIN_DIRS.iter().map(PathBuf::from).filter(|d| d.is_dir()));
         Ok(Runtime {
@@ -94,6 +90,11 @@ impl Runtime {
             path,
             containers: AtomicU32::new(0),
         })
+    }
+
+    /// Puts another flannel plugin in place, as an upgrade does.
+    pub fn replace_plugin(&self, flannel: &Path) -> anyhow::Result<()> {
+        put_plugin(&self.dir.join("bin"), flannel)
     }
 
     /// A new namespace, named after the node, that is connected to nothing.
@@ -236,6 +237,15 @@ fn arguments(container: &Container) -> String {
     pairs.join(";")
 }
 
+fn put_plugin(bin: &Path, flannel: &Path) -> anyhow::Result<()> {
+    let put = || -> std::io::Result<()> {
+        let scratch = bin.join(".flannel");
+        std::os::unix::fs::symlink(flannel, &scratch)?;
+        fs::rename(scratch, bin.join("flannel"))
+    };
+    put().with_context(|| format!("put {} in place", flannel.display()))
+}
+
 /// The flannel plugin of this workspace: the program that the environment variable `FLANNEL_CNI` names, or else built now.
 pub fn flannel_plugin() -> anyhow::Result<PathBuf> {
     if let Some(path) = std::env::var_os("FLANNEL_CNI") {
@@ -259,6 +269,14 @@ pub fn flannel_plugin() -> anyhow::Result<PathBuf> {
 /// Where a runtime on this node keeps results: the directory for the agent's `--cni-cache-dir`.
 pub fn cache_dir(node: &Node) -> PathBuf {
     node.run_dir.join("cni/cache")
+}
+
+/// Upstream's own flannel plugin, version 0.9.0 of Debian 11, which `cargo xtask setup` fetches. It knows versions up to 0.4.0.
+pub fn upstream_plugin() -> anyhow::Result<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../target/cni-0.9/usr/lib/cni/flannel")
+        .canonicalize();
+    path.context("upstream's plugin is fetched by `cargo xtask setup`")
 }
 
 /// The address that a result names first.
