@@ -134,6 +134,9 @@ pub enum Origin {
     Memory(String),
 }
 
+/// Where a trouble goes that somebody may ask for.
+type Tell<'a> = &'a (dyn Fn(&str) + Send + Sync);
+
 /// The lease store in the Kubernetes API. Clones share everything.
 #[derive(Clone, Debug)]
 pub struct KubeLeases {
@@ -258,7 +261,7 @@ impl KubeLeases {
 
     /// Waits until the cluster is known: from the API, or, if that does not answer soon, from the file of the last known state. `tell`
     /// hears what is waited for.
-    pub async fn sync(&self, conf: &NetConf, tell: impl Fn(&str)) -> Origin {
+    pub async fn sync(&self, conf: &NetConf, tell: impl Fn(&str) + Send + Sync) -> Origin {
         acquire::sync(self, conf, &tell).await
     }
 
@@ -335,7 +338,7 @@ impl KubeLeases {
         acquire::attempt(self, offer).await
     }
 
-    pub(super) async fn acquire_telling(&self, offer: &Offer, tell: &dyn Fn(&str)) -> Held {
+    pub(super) async fn acquire_telling(&self, offer: &Offer, tell: Tell<'_>) -> Held {
         acquire::acquire(self, offer, tell).await
     }
 

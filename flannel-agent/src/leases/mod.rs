@@ -216,7 +216,7 @@ impl Store {
         &self,
         offer: &Offer,
         cancel: &CancellationToken,
-        tell: impl Fn(&str),
+        tell: impl Fn(&str) + Send + Sync,
     ) -> Option<Result<Held, LeaseError>> {
         if let Store::Kube(store) = self {
             // Most of what it waits for comes as an event, not by asking again.
