@@ -293,8 +293,10 @@ impl KubeLeases {
 
     pub(super) async fn own_stored(&self, _us: &Identity) -> Result<Option<Lease>, LeaseError> {
         let mut known = self.known();
-        let usable = known.wait_for(Known::is_usable).await;
-        let node = usable.ok().and_then(|known| self.own_node(&known));
+        let node = match known.wait_for(Known::is_usable).await {
+            Ok(known) => self.own_node(&known),
+            Err(_closed) => None,
+        };
         let Some(node) = node else { return Ok(None) };
         let both = Families { v4: true, v6: true };
         let key = subnets_of(&node, both).unwrap_or(SubnetKey { v4: None, v6: None });
@@ -335,7 +337,7 @@ impl KubeLeases {
         acquire::attempt(self, offer).await
     }
 
-    pub(super) async fn acquire_telling(&self, offer: &Offer, tell: &dyn Fn(&str)) -> Held {
+    pub(super) async fn acquire_telling(&self, offer: &Offer, tell: &impl Fn(&str)) -> Held {
         acquire::acquire(self, offer, tell).await
     }
 
