@@ -64,6 +64,18 @@ impl Place {
         number.expect("a number").parse().expect("a number")
     }
 
+    /// Runs a command of the agent's on the node, with a flag that names the subnet file alone.
+    fn run(&self, words: &[&str]) -> std::process::Output {
+        let binary = Path::new(env!("CARGO_BIN_EXE_flannel-agent"));
+        let file = format!("--subnet-file={}", self.agent.subnet_file.display());
+        let mut command = self.lab.node(0).ns.command(binary);
+        command
+            .args(words)
+            .arg(file)
+            .output()
+            .expect("run the agent")
+    }
+
     fn wait_routes(&self, wanted: usize) {
         eventually(PATIENCE, "a route for each node", || {
             let routes = self.routes();
@@ -129,13 +141,7 @@ fn the_table_of_subnets_follows_the_nodes() {
     let env = fs::read_to_string(&place.agent.subnet_file).expect("subnet.env");
     assert!(env.contains("FLANNEL_SUBNET=10.5.1.1/25"), "{env}");
     let carried = |subnet: &str| {
-        let binary = env!("CARGO_BIN_EXE_flannel-agent");
-        let file = format!("--subnet-file={}", place.agent.subnet_file.display());
-        let mut command = place.lab.node(0).ns.command(Path::new(binary));
-        let output = command
-            .args([file.as_str(), "peers", "-o", "json"])
-            .output();
-        let output = output.expect("peers");
+        let output = place.run(&["peers", "-o", "json"]);
         let rows: serde_json::Value =
             serde_json::from_slice(&output.stdout).map_err(|_| format!("{output:?}"))?;
         let rows = rows.as_array().ok_or("no rows")?;
@@ -160,4 +166,49 @@ fn the_table_of_subnets_follows_the_nodes() {
         log.contains("there are smaller subnets than before"),
         "{log}"
     );
+}
+
+#[test]
+fn the_commands_know_the_store() {
+    if !privileged() {
+        return;
+    }
+    let mut place = Place::start("10.5.0.0/16", "10.5.1.0/24", |_| {});
+    place.agent.wait_ready(PATIENCE).expect("ready");
+    let json = |output: std::process::Output| -> serde_json::Value {
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
+    };
+    let status = json(place.run(&["status", "-o", "json"])).to_string();
+    let name = format!("kubernetes {} node n0", place.api.url());
+    assert!(status.contains(&name), "{status}");
+    // By the flags of the running agent, its environment included.
+    let report = json(place.run(&["check", "-o", "json", "--no-peers"]));
+    let found = |name: &str| {
+        let checks = report["checks"].as_array().expect("checks");
+        let one = checks.iter().find(|check| check["name"] == name);
+        one.expect("the check").clone()
+    };
+    for check in ["store", "network-config", "lease"] {
+        assert_eq!(found(check)["status"], "OK", "{}", found(check));
+    }
+    let store = found("store").to_string();
+    assert!(store.contains(&name), "{store}");
+    let memory = place
+        .agent
+        .subnet_file
+        .with_file_name("subnet.env.kube.json");
+    eventually(PATIENCE, "the last known state", || {
+        if memory.exists() {
+            Ok(())
+        } else {
+            Err("no file")
+        }
+    });
+    let text = fs::read_to_string(&memory).expect("text");
+    assert!(!text.contains(&place.api.token()), "{text}");
+    place.agent.sigterm().expect("stop");
+    assert_eq!(place.agent.wait(PATIENCE).expect("ends"), 0);
+    let cleanup = place.run(&["cleanup"]);
+    assert!(cleanup.status.success(), "{cleanup:?}");
+    assert!(!memory.exists());
 }

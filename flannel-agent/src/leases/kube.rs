@@ -134,9 +134,6 @@ pub enum Origin {
     Memory(String),
 }
 
-/// Where a trouble goes that somebody may ask for.
-type Tell<'a> = &'a (dyn Fn(&str) + Send + Sync);
-
 /// The lease store in the Kubernetes API. Clones share everything.
 #[derive(Clone, Debug)]
 pub struct KubeLeases {
@@ -261,7 +258,7 @@ impl KubeLeases {
 
     /// Waits until the cluster is known: from the API, or, if that does not answer soon, from the file of the last known state. `tell`
     /// hears what is waited for.
-    pub async fn sync(&self, conf: &NetConf, tell: impl Fn(&str) + Send + Sync) -> Origin {
+    pub async fn sync(&self, conf: &NetConf, tell: impl Fn(&str)) -> Origin {
         acquire::sync(self, conf, &tell).await
     }
 
@@ -296,8 +293,10 @@ impl KubeLeases {
 
     pub(super) async fn own_stored(&self, _us: &Identity) -> Result<Option<Lease>, LeaseError> {
         let mut known = self.known();
-        let usable = known.wait_for(Known::is_usable).await;
-        let node = usable.ok().and_then(|known| self.own_node(&known));
+        let node = match known.wait_for(Known::is_usable).await {
+            Ok(known) => self.own_node(&known),
+            Err(_closed) => None,
+        };
         let Some(node) = node else { return Ok(None) };
         let both = Families { v4: true, v6: true };
         let key = subnets_of(&node, both).unwrap_or(SubnetKey { v4: None, v6: None });
@@ -338,7 +337,7 @@ impl KubeLeases {
         acquire::attempt(self, offer).await
     }
 
-    pub(super) async fn acquire_telling(&self, offer: &Offer, tell: Tell<'_>) -> Held {
+    pub(super) async fn acquire_telling(&self, offer: &Offer, tell: &impl Fn(&str)) -> Held {
         acquire::acquire(self, offer, tell).await
     }
 

@@ -122,7 +122,7 @@ async fn a_missing_pod_cidr_is_waited_for() {
         cluster
             .api
             .edit_node("n4", |node| {
-                node["spec"] = json!({"podCIDR": "10.5.4.0/24", "podCIDRs": ["10.5.4.0/24"]})
+                node["spec"] = json!({"podCIDR": "10.5.4.0/24", "podCIDRs": ["10.5.4.0/24"]});
             })
             .expect("edit");
     };

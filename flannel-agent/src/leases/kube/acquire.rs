@@ -12,7 +12,7 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
-use super::{KubeLeases, Origin, REMINDER, Tell, events::Event, feed::Known, memory, name};
+use super::{KubeLeases, Origin, REMINDER, events::Event, feed::Known, memory, name};
 use crate::leases::{
     ErrorKind, Held, LeaseError, Offer, Outcome,
     retry::{Backoff, jittered},
@@ -39,7 +39,7 @@ impl Reminder {
     }
 }
 
-pub(super) async fn sync(store: &KubeLeases, conf: &NetConf, tell: Tell<'_>) -> Origin {
+pub(super) async fn sync(store: &KubeLeases, conf: &NetConf, tell: &impl Fn(&str)) -> Origin {
     info!("Waiting 10m0s for node controller to sync");
     info!("Starting kube subnet manager");
     let patience = store.shared.options.patience;
@@ -58,7 +58,7 @@ pub(super) async fn sync(store: &KubeLeases, conf: &NetConf, tell: Tell<'_>) -> 
 }
 
 /// Until there is a complete list, and a name to look for in it.
-async fn from_api(store: &KubeLeases, tell: Tell<'_>) {
+async fn from_api(store: &KubeLeases, tell: &impl Fn(&str)) {
     let mut known = store.known();
     find_name(store, tell).await;
     let mut reminder = Reminder::default();
@@ -117,7 +117,7 @@ fn remember(store: &KubeLeases, conf: &NetConf) -> Option<String> {
 }
 
 /// Finds out this node's name, however long that takes.
-async fn find_name(store: &KubeLeases, tell: Tell<'_>) {
+async fn find_name(store: &KubeLeases, tell: &impl Fn(&str)) {
     let mut reminder = Reminder::default();
     let mut backoff = Backoff::new();
     while let Err(error) = name::find(store).await {
@@ -141,7 +141,6 @@ pub(super) async fn attempt(store: &KubeLeases, offer: &Offer) -> Result<Held, L
             Err(error) => return Err(error),
         }
     }
-    // Not held across what is awaited below.
     let (node, complete) = match known.wait_for(Known::is_usable).await {
         Ok(known) => (store.own_node(&known), known.complete),
         Err(_closed) => (None, false),
@@ -228,7 +227,7 @@ pub(super) async fn publish(
 }
 
 /// Takes a lease, however long that takes. Each trouble is one line in the log, again every ten seconds, and an Event.
-pub(super) async fn acquire(store: &KubeLeases, offer: &Offer, tell: Tell<'_>) -> Held {
+pub(super) async fn acquire(store: &KubeLeases, offer: &Offer, tell: &impl Fn(&str)) -> Held {
     let mut known = store.known();
     let mut reminder = Reminder::default();
     let mut backoff = Backoff::new();

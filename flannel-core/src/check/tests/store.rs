@@ -71,7 +71,7 @@ fn the_store() {
         &["ConfigMap", "--net-config-path"],
         |seen| {
             seen.store.net_conf = Err(StoreTrouble::Missing("not found".into()));
-            seen.store.kubernetes = Some(None);
+            seen.store.kubernetes = Some(seen.store.own(seen).map(|(key, _)| *key));
         },
     );
     assert_only(
