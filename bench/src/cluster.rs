@@ -112,7 +112,7 @@ pub struct Cluster {
     /// All pods, node by node.
     pub pods: Vec<Place>,
     etcd: Option<Etcd>,
-    kube: Option<ApiServer>,
+    kube: Option<Box<ApiServer>>,
     binary: PathBuf,
     /// The lab.
     pub lab: Lab,
@@ -209,7 +209,7 @@ impl Cluster {
                     "--net-config-path".into(),
                     file("net-conf.json", &args.net_conf)?,
                 ];
-                self.kube = Some(kube);
+                self.kube = Some(Box::new(kube));
                 Ok(flags)
             }
         }

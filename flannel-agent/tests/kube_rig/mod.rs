@@ -364,6 +364,18 @@ impl KubeRig {
         Some(values.join("\n"))
     }
 
+    /// Waits until the last known state of a node's agent on disk is that of now: it is written a moment after it was seen.
+    #[track_caller]
+    pub(crate) fn wait_remembered(&self, node: usize) {
+        let file = self.subnet_file(node).with_extension("env.kube.json");
+        eventually(PATIENCE, "the last known state is on disk", || {
+            let text = fs::read_to_string(&file).unwrap_or_default();
+            let leases = self.leases();
+            let known = leases.values().all(|peer| text.contains(&peer.mac));
+            known.then_some(()).ok_or(text)
+        });
+    }
+
     /// Whether anything of a node still names a peer, in the kernel or in the maps.
     pub(crate) fn traces(&self, node: usize, subnet: Subnet, peer: &Peer) -> Vec<String> {
         let mut all = Vec::new();
