@@ -24,14 +24,16 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     bridge_netfilter,
     cli::Args,
+    cni_socket,
     dataplane::netlink::Netlink,
     device::Up,
     files,
     health::{self, Board, Part, Pulse},
     leases::{ErrorKind, Store},
+    metrics::{self, Metrics},
     notify,
     preflight::Capabilities,
-    reconcile::Readiness,
+    reconcile::{Calls, Readiness},
     telemetry::{chain, one_line},
 };
 
@@ -51,8 +53,12 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     if let Some(address) = args.serving.healthz() {
         health::serve(address, board.clone(), cancel.clone());
     }
+    let metrics = Metrics::default();
+    if let Some(address) = args.serving.metrics_addr {
+        metrics::serve(address, metrics.clone(), board.clone(), cancel.clone());
+    }
     let telling = tokio::spawn(notify::attend(&board, pulse.clone(), cancel.clone()));
-    let outcome = live(args, board, pulse, cancel.clone()).await;
+    let outcome = live(args, board, pulse, metrics, cancel.clone()).await;
     cancel.cancel();
     if let Err(error) = telling.await {
         tracing::error!(%error, "the task that informs the service manager ended");
@@ -64,6 +70,7 @@ async fn live(
     args: &Args,
     board: Board,
     pulse: Pulse,
+    metrics: Metrics,
     cancel: CancellationToken,
 ) -> Result<(), StartError> {
     args.check().map_err(StartError::Flags)?;
@@ -141,12 +148,15 @@ async fn live(
         args.firewall.ip_masq,
         node.board.clone(),
         pulse,
+        metrics,
     );
+    let calls = cni_socket::serve(&args.cni_socket(), node.board.clone(), cancel.clone());
+    let mut calls = Calls::new(calls);
     let mut first = true;
     loop {
         let sources = (leasing.views(), &mut settings);
         match node
-            .session(&setting, up, &mut ready, sources, &cancel)
+            .session(&setting, up, (&mut ready, &mut calls), sources, &cancel)
             .await
         {
             Ok(Ended::Cancelled) => break,

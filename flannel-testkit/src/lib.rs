@@ -21,6 +21,7 @@ pub mod agent;
 pub mod apiserver;
 pub mod capture;
 pub mod cluster;
+pub mod cni;
 mod confine;
 pub mod conntrack;
 pub mod etcd;

@@ -56,6 +56,24 @@ impl Apt {
         Ok(apt)
     }
 
+    /// With what was mended since the release, as far as this machine's apt knows where that is.
+    pub(crate) fn with_updates(dir: &Path, suite: &str, arch: &str) -> Result<Self> {
+        let apt = Self::new(dir, suite, arch)?;
+        let targets = targets()?;
+        let mirror = choose_mirror(&targets).unwrap_or_default();
+        let line =
+            |site: &str, suite: &str| format!("deb [signed-by={KEYRING}] {site} {suite} main\n");
+        let mut sources = line(&mirror, suite) + &line(&mirror, &format!("{suite}-updates"));
+        match choose_security(&targets) {
+            Some(site) => sources += &line(&site, &format!("{suite}-security")),
+            None => eprintln!(
+                "this machine's apt has no source of security updates: those since the last point release are not taken"
+            ),
+        }
+        apt.write("sources.list", &sources)?;
+        Ok(apt)
+    }
+
     fn write(&self, name: &str, text: &str) -> Result<()> {
         let path = self.dir.join(name);
         fs::write(&path, text).with_context(|| format!("write {}", path.display()))
@@ -79,10 +97,12 @@ impl Apt {
         process::run(self.command("apt-get").args(["update", "-qq"]))
     }
 
-    pub(crate) fn depends(&self, package: &str) -> Result<Vec<String>> {
+    /// What these packages depend on.
+    pub(crate) fn depends(&self, packages: &[String]) -> Result<Vec<String>> {
         let output = output(
             self.command("apt-cache")
-                .args(["depends", "--important", package]),
+                .args(["depends", "--important"])
+                .args(packages),
         )?;
         Ok(dependencies(&output))
     }
@@ -147,12 +167,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 
 /// The archive that this machine gets its own packages from: it holds every suite.
 fn mirror() -> Result<String> {
-    let output = Command::new("apt-get")
-        .args(["indextargets", "--format", "$(SITE) $(RELEASE)"])
-        .stdin(Stdio::null())
-        .output()
-        .context("ask apt for its archive")?;
-    let text = String::from_utf8_lossy(&output.stdout);
+    let text = targets()?;
     choose_mirror(&text).with_context(|| {
         format!(
             "apt names no Debian archive, run `apt-get update`; it said: {}",
@@ -161,11 +176,29 @@ fn mirror() -> Result<String> {
     })
 }
 
+/// Addresses and releases, as this machine's apt has them.
+fn targets() -> Result<String> {
+    let output = Command::new("apt-get")
+        .args(["indextargets", "--format", "$(SITE) $(RELEASE)"])
+        .stdin(Stdio::null())
+        .output()
+        .context("ask apt for its archive")?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
 /// Of lines with an address and a release: the first that is neither updates nor security, which lack whole suites.
 fn choose_mirror(targets: &str) -> Option<String> {
     targets.lines().find_map(|line| {
         let (site, release) = line.split_once(' ')?;
         (!release.contains('-') && !site.contains("security")).then(|| site.to_owned())
+    })
+}
+
+/// Of the same lines the first that is security's.
+fn choose_security(targets: &str) -> Option<String> {
+    targets.lines().find_map(|line| {
+        let (site, release) = line.split_once(' ')?;
+        release.ends_with("-security").then(|| site.to_owned())
     })
 }
 
@@ -188,5 +221,10 @@ mod tests {
         let targets = "http://a/debian-security bookworm-security\nhttp://a/debian bookworm-updates\nhttp://a/debian bookworm\n";
         assert_eq!(choose_mirror(targets).as_deref(), Some("http://a/debian"));
         assert_eq!(choose_mirror(""), None);
+        assert_eq!(
+            choose_security(targets).as_deref(),
+            Some("http://a/debian-security")
+        );
+        assert_eq!(choose_security("http://a/debian bookworm\n"), None);
     }
 }

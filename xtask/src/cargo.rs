@@ -1,6 +1,7 @@
 //! Running cargo, and reading from its messages what it built.
 
 use std::env;
+use std::ffi::OsString;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -44,10 +45,28 @@ pub(crate) fn command(root: &Path) -> Command {
     command
 }
 
+/// The compiler that goes with it.
+pub(crate) fn rustc(root: &Path) -> Command {
+    let mut command = process::command("rustc");
+    command.current_dir(root);
+    command
+}
+
 /// Runs a building subcommand and returns the executables it made; progress and diagnostics go to stderr.
 pub(crate) fn build(root: &Path, subcommand: &[&str]) -> Result<Vec<Executable>> {
+    build_with(root, subcommand, &[])
+}
+
+/// Like [`build`], with variables of the environment.
+pub(crate) fn build_with(
+    root: &Path,
+    subcommand: &[&str],
+    environment: &[(String, OsString)],
+) -> Result<Vec<Executable>> {
     let mut command = command(root);
+    let variables = environment.iter().map(|(name, value)| (name, value));
     command
+        .envs(variables)
         .args(subcommand)
         .arg("--message-format=json-render-diagnostics");
     let mut child = process::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;

@@ -227,7 +227,7 @@ fn cargo(root: &Path, subcommand: &str, features: &[String]) -> Result<Command, 
         // `-Z` on a stable compiler; needed for nothing but `build-std`.
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker)
-        .env("CARGO_ENCODED_RUSTFLAGS", rustflags())
+        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(root)?)
         .stdin(Stdio::null())
         .stdout(Stdio::null());
     if !features.is_empty() {
@@ -236,14 +236,35 @@ fn cargo(root: &Path, subcommand: &str, features: &[String]) -> Result<Command, 
     Ok(command)
 }
 
-/// The flags of aya-build 0.2: without full debug info and `--btf` the object has no BTF.
-fn rustflags() -> String {
-    [
-        &format!("--cfg=bpf_target_arch=\"{BPF_TARGET_ARCH}\""),
-        "-Cdebuginfo=2",
-        "-Clink-arg=--btf",
-    ]
-    .join("\x1f")
+/// The flags of aya-build 0.2: without full debug info and `--btf` the object has no BTF. Sources are named alike wherever they are,
+/// so that a checkout elsewhere gives the same object.
+fn rustflags(root: &Path) -> Result<OsString, EbpfError> {
+    let mut flags = OsString::from(format!(
+        "--cfg=bpf_target_arch=\"{BPF_TARGET_ARCH}\"\x1f-Cdebuginfo=2\x1f-Clink-arg=--btf"
+    ));
+    for (prefix, stand_in) in source_prefixes(root, &sysroot(root)?) {
+        flags.push("\x1f--remap-path-prefix=");
+        flags.push(prefix);
+        flags.push(format!("={stand_in}"));
+    }
+    Ok(flags)
+}
+
+/// Directories of sources, and what to call them in debug information and messages: of a workspace, of a compiler, of cargo's.
+pub fn source_prefixes(root: &Path, sysroot: &Path) -> Vec<(PathBuf, &'static str)> {
+    let std = sysroot.join("lib/rustlib/src/rust");
+    let mut prefixes = vec![(root.to_owned(), "/flannel-ebpf")];
+    // rustup's toolchains may be links, which the compiler follows.
+    prefixes.extend(fs::canonicalize(&std).map(|real| (real, "/rust")));
+    prefixes.push((std, "/rust"));
+    prefixes.extend(cargo_home().map(|home| (home, "/cargo")));
+    prefixes
+}
+
+fn cargo_home() -> Option<PathBuf> {
+    env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")))
 }
 
 /// The pinned toolchain's name if this process runs under another one of rustup (`cargo +nightly …`).
@@ -345,10 +366,7 @@ fn sysroot_of_cargo() -> Option<PathBuf> {
 fn search_path() -> Vec<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let mut dirs: Vec<_> = env::split_paths(&path).collect();
-    let cargo_home = env::var_os("CARGO_HOME")
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")));
-    dirs.extend(cargo_home.map(|home| home.join("bin")));
+    dirs.extend(cargo_home().map(|home| home.join("bin")));
     let mut seen = Vec::new();
     dirs.retain(|dir| {
         let new = !seen.contains(dir);

@@ -1,9 +1,10 @@
 //! The commands of this workspace: `cargo xtask <command>`.
 
 mod archive;
+mod borrowed;
 mod build_ebpf;
 mod cargo;
-mod etcd;
+mod dist;
 mod kernels;
 mod labs;
 mod libtest;
@@ -47,7 +48,8 @@ enum Command {
     BuildEbpf(build_ebpf::Args),
     /// Show the overlay at work on this machine (root)
     ///
-    /// Starts an agent per node in network namespaces, with two pods each, and tries every pair
+    /// Starts an agent per node in network namespaces, with two pods each, made by the flannel CNI plugin with the
+    /// system's bridge and host-local, and tries every pair
     /// of pods: ping, UDP, TCP, and the path the packets took as the eBPF counters tell it.
     /// Nothing stays behind.
     ///
@@ -81,6 +83,15 @@ enum Command {
     ///
     /// Exit codes: 0 all as expected; 1 otherwise; 2 wrong arguments; 130 interrupted.
     Kernels(kernels::Args),
+    /// Build what a release consists of: binaries for amd64 and arm64, tarballs, bills of materials, the image
+    ///
+    /// Static binaries for both architectures, with one eBPF object, in tarballs that come out the same wherever they are
+    /// made from a commit (SOURCE_DATE_EPOCH is its time). Each binary is started once, that of another architecture under
+    /// QEMU. With --image also the container image, as an OCI layout for skopeo. docs/release.md says how to verify, push
+    /// and sign. Takes about 6 minutes for an architecture on two cores, less the second time.
+    ///
+    /// SOURCE_DATE_EPOCH and FLANNEL_REVISION say what git does not, where there is no repository.
+    Dist(dist::Args),
     /// Check formatting, clippy on both targets, docs, dependencies and the tree's hygiene
     ///
     /// All checks run, so that one run shows everything that is wrong. Exit codes: 0 clean; 1 something to mend.
@@ -101,6 +112,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&root, &args),
         Command::Bench(args) => labs::bench(&root, &args),
         Command::Kernels(args) => kernels::run(&root, &args),
+        Command::Dist(args) => dist::run(&root, &args),
         Command::Lint => lint::run(&root),
     };
     match result {

@@ -100,6 +100,8 @@ pub(super) async fn add_paths(
 
 /// `ETHTOOL_GTXCSUM` and `struct ethtool_value` in `include/uapi/linux/ethtool.h`.
 const GET_TX_CHECKSUM: u32 = 0x16;
+/// `SIOCETHTOOL` in `include/uapi/linux/sockios.h`: the C libraries do not agree on its type.
+const SIOCETHTOOL: libc::Ioctl = 0x8946;
 
 #[repr(C)]
 struct EthtoolValue {
@@ -129,7 +131,7 @@ fn offload(name: &str) -> Offload {
     }
     request.ifr_ifru.ifru_data = (&raw mut value).cast();
     // SAFETY: the request and the value that it points at live through the call, and the kernel writes no more than the value.
-    let answer = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) };
+    let answer = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
     if answer != 0 {
         tracing::debug!(error = %io::Error::last_os_error(), name, "read the features of a device");
         return Offload::Unknown;

@@ -28,7 +28,10 @@ pub use store::EtcdArgs;
 pub use uplink::UplinkArgs;
 
 use super::docker_opts;
-use crate::leases::{DirOptions, StoreConfig};
+use crate::{
+    cni_socket,
+    leases::{DirOptions, StoreConfig},
+};
 
 /// The program's name where nothing says otherwise.
 pub(super) const PROGRAM: &str = "flannel-agent";
@@ -45,7 +48,7 @@ const SERVING: &str = "Serving and logs";
 #[derive(Clone, Debug, Parser)]
 #[command(
     name = "flannel-agent",
-    version,
+    version = super::VERSION,
     subcommand_negates_reqs = true,
     args_override_self = true,
     max_term_width = 80,
@@ -129,6 +132,10 @@ pub struct Args {
     )]
     pub cni_cache_dir: PathBuf,
 
+    /// Socket at which the CNI plugin says which pods come and go. Default: cni.sock beside the subnet file.
+    #[arg(help_heading = BPF, long, env = "FLANNELD_CNI_SOCKET", value_name = "FILE", global = true)]
+    pub cni_socket: Option<PathBuf>,
+
     #[command(flatten)]
     pub kube: KubeArgs,
 
@@ -170,7 +177,7 @@ pub struct Args {
 }
 
 /// What to do instead of running the daemon.
-#[derive(Clone, Copy, Debug, Subcommand)]
+#[derive(Clone, Debug, Subcommand)]
 pub enum Command {
     /// Shows what carries this node's traffic, also while the daemon is down.
     Status {
@@ -218,6 +225,18 @@ pub enum Command {
     /// Writes options for the Docker daemon that fit this node's subnet.env, as flannel's mk-docker-opts.sh does.
     #[command(name = "mk-docker-opts", after_help = docker_opts::OPTIONS)]
     MkDockerOpts,
+    /// Copies a file to where others read it, all at once: they find the old one or the new one, never half. Permissions are kept.
+    ///
+    /// Called by the name of install-conf, the program does nothing else.
+    #[command(name = "install-conf")]
+    InstallConf {
+        /// The file to copy.
+        #[arg(value_name = "SRC")]
+        source: PathBuf,
+        /// The file to be, in a directory that exists.
+        #[arg(value_name = "DEST")]
+        destination: PathBuf,
+    },
     /// Prints the version.
     Version,
 }
@@ -253,6 +272,12 @@ impl Args {
             .map(Choice::from)
             .or(configured)
             .unwrap_or_default()
+    }
+
+    /// Where the CNI plugin is listened to.
+    pub fn cni_socket(&self) -> PathBuf {
+        let given = self.cni_socket.clone();
+        given.unwrap_or_else(|| cni_socket::beside(&self.subnet_file))
     }
 
     /// Which lease store the flags ask for.

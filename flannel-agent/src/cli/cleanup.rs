@@ -11,6 +11,7 @@ use flannel_core::{
 
 use super::{Args, last_known_state, table};
 use crate::{
+    cni_socket,
     dataplane::{
         bpf::{self, Instance},
         netlink::Netlink,
@@ -104,6 +105,12 @@ pub(super) async fn run(args: &Args, scope: Scope) -> anyhow::Result<bool> {
                 });
             }
         }
+    }
+    let socket = args.cni_socket();
+    if !keep_device && cni_socket::is_stale(&socket) {
+        clean &= act.on(&format!("file {}", socket.display()), || {
+            cni_socket::remove(&socket)
+        });
     }
     let nets = state.as_ref().map(|state| (state.network, state.subnet));
     // Where nothing says that we have been here, rules are those of another flannel.

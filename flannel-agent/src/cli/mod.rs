@@ -7,6 +7,7 @@ mod args;
 mod check;
 mod cleanup;
 mod docker_opts;
+mod install_conf;
 mod peers;
 mod status;
 mod table;
@@ -25,6 +26,11 @@ pub use args::{
 
 use crate::{app, telemetry};
 
+/// What `--version` says: a release adds the commit and the platform that it was built from and for.
+pub const VERSION: &str = match option_env!("FLANNEL_VERSION") {
+    Some(version) => version,
+    None => env!("CARGO_PKG_VERSION"),
+};
 /// Exit code for bad flags, configuration and values.
 pub const EXIT_USAGE: u8 = 2;
 /// Exit code for a lease store that refuses.
@@ -37,6 +43,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     if let Some(options) = docker_opts::asked_for(&arguments) {
         return docker_opts::main(options);
+    }
+    if let Some(asked) = install_conf::asked_for(&arguments) {
+        return install_conf::main(&asked);
     }
     let program = args::program(arguments.first());
     let args = match Args::read(arguments) {
@@ -104,8 +113,12 @@ async fn dispatch(args: Args) -> ExitCode {
         }) => report(check::run(&args, *output, *no_peers, *timeout).await),
         // With flags of the daemon in front of it.
         Some(Command::MkDockerOpts) => docker_opts::main(&[]),
+        Some(Command::InstallConf {
+            source,
+            destination,
+        }) => install_conf::run(source, destination),
         Some(Command::Version) => {
-            table::line(env!("CARGO_PKG_VERSION"));
+            table::line(VERSION);
             ExitCode::SUCCESS
         }
     }

@@ -54,6 +54,9 @@ impl Part {
     }
 }
 
+/// What a part lacks of which nothing was heard yet.
+pub(crate) const NOT_YET: &str = "not yet";
+
 /// What every part lacks: parts in place are absent.
 pub type Lacking = BTreeMap<Part, String>;
 
@@ -70,7 +73,7 @@ pub struct Board {
 
 impl Default for Board {
     fn default() -> Self {
-        let lacking = Part::ALL.map(|part| (part, "not yet".to_owned()));
+        let lacking = Part::ALL.map(|part| (part, NOT_YET.to_owned()));
         Self {
             lacking: Arc::new(watch::Sender::new(lacking.into())),
             notes: Arc::default(),

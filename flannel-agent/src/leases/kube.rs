@@ -269,28 +269,9 @@ impl KubeLeases {
             return NodeAddresses::default();
         };
         let names = &self.shared.names;
-        let read = |field| {
-            let text = node.get(names, field)?;
-            Some((names.key(field), text.to_owned()))
-        };
-        fn parse<A: std::str::FromStr>(found: Option<(String, String)>) -> Option<A> {
-            let (key, text) = found?;
-            match text.parse() {
-                Ok(address) => {
-                    tracing::info!("using {text} from node annotation '{key}' as public address");
-                    Some(address)
-                }
-                Err(_) => {
-                    tracing::warn!(
-                        "invalid public IP address: {text} in node annotation '{key}': it is not used"
-                    );
-                    None
-                }
-            }
-        }
         NodeAddresses {
-            public_ip: parse(read(Field::NodePublicIp)),
-            public_ipv6: parse(read(Field::NodePublicIpv6)),
+            public_ip: address_in(&node, names, Field::NodePublicIp),
+            public_ipv6: address_in(&node, names, Field::NodePublicIpv6),
         }
     }
 
@@ -377,6 +358,18 @@ impl KubeLeases {
             let _cancelled = cancel.run_until_cancelled(work).await;
         }
     }
+}
+
+/// An address that an administrator has written to a node.
+fn address_in<A: std::str::FromStr>(node: &Node, names: &Names, field: Field) -> Option<A> {
+    let text = node.get(names, field)?;
+    let key = names.key(field);
+    if let Ok(address) = text.parse() {
+        tracing::info!("using {text} from node annotation '{key}' as public address");
+        return Some(address);
+    }
+    tracing::warn!("invalid public IP address: {text} in node annotation '{key}': it is not used");
+    None
 }
 
 #[cfg(test)]

@@ -61,7 +61,7 @@ struct Stamp {
 impl Stamp {
     /// The local time so long after 1970 in UTC.
     fn local(since_epoch: Duration) -> Self {
-        let seconds = libc::time_t::try_from(since_epoch.as_secs()).unwrap_or(libc::time_t::MAX);
+        let seconds = i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX);
         let part = |number: i32| u8::try_from(number).unwrap_or(0);
         // SAFETY: all zeroes is a value of this struct of integers and a pointer that nothing follows.
         #[expect(unsafe_code, reason = "the standard library knows no time zones")]

@@ -59,14 +59,14 @@ impl Files {
 /// image itself is empty.
 fn image_of(apt: &Apt) -> Result<(String, Vec<String>)> {
     let flavour = format!("cloud-{}", apt.arch());
-    let meta = apt.depends(&format!("linux-image-{flavour}"))?;
+    let meta = apt.depends(&[format!("linux-image-{flavour}")])?;
     let image = meta
         .iter()
         .find(|name| name.starts_with("linux-image-"))
         .with_context(|| format!("linux-image-{flavour} depends on no image"))?;
     let release = image.trim_start_matches("linux-image-").to_owned();
     let ending = format!("-{release}");
-    let parts = apt.depends(image)?;
+    let parts = apt.depends(std::slice::from_ref(image))?;
     let mut packages = vec![image.clone()];
     packages.extend(parts.into_iter().filter(|name| name.ends_with(&ending)));
     Ok((release, packages))

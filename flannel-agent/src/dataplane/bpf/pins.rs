@@ -24,6 +24,7 @@ use flannel_core::{
     xdp::Sample,
 };
 use ipnet::Ipv4Net;
+use nix::sys::statfs;
 
 use super::{BpfError, attach, join, link, pods::PodMap};
 
@@ -33,8 +34,6 @@ const MAPS: &str = "maps-v";
 /// Empty directory that says that a clsact qdisc is of our making, before the index of its interface. Nothing in the kernel
 /// can be marked that lives as long as the qdisc does.
 const QDISC: &str = "qdisc-";
-/// `BPF_FS_MAGIC` in `include/uapi/linux/magic.h`.
-const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 /// `SO_NETNS_COOKIE` in `include/uapi/asm-generic/socket.h`; kernel 5.14.
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
@@ -398,7 +397,7 @@ fn sum(counters: &PerCpuArray<MapData, Counter>, id: CounterId) -> Result<Counte
 
 /// Whether a bpf file system is mounted where it belongs.
 pub fn mounted() -> bool {
-    nix::sys::statfs::statfs(BPFFS).is_ok_and(|stat| stat.filesystem_type().0 == BPFFS_MAGIC)
+    statfs::statfs(BPFFS).is_ok_and(|stat| stat.filesystem_type() == statfs::BPF_FS_MAGIC)
 }
 
 /// Mounts the bpf file system where it belongs, unless it is there.
