@@ -121,7 +121,7 @@ pub struct Cluster {
     /// All pods, node by node.
     pub pods: Vec<Place>,
     etcd: Option<Etcd>,
-    kube: Option<Box<ApiServer>>,
+    kube: Option<ApiServer>,
     binary: PathBuf,
     /// The lab.
     pub lab: Lab,
@@ -218,7 +218,7 @@ impl Cluster {
                     "--net-config-path".into(),
                     file("net-conf.json", &args.net_conf)?,
                 ];
-                self.kube = Some(Box::new(kube));
+                self.kube = Some(kube);
                 Ok(flags)
             }
         }
