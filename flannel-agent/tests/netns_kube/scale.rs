@@ -44,7 +44,7 @@ fn five_thousand_full_size_nodes_of_the_labs_server_fit_into_60_mb() {
     // Twice as much comes by at once: every node posts its status, and the list is read a second time.
     for number in 0..NODES {
         let beat = |node: &mut Value| {
-            node["status"]["conditions"][4]["lastHeartbeatTime"] = json!("2026-11-21T10:00:00Z")
+            node["status"]["conditions"][4]["lastHeartbeatTime"] = json!("2026-11-21T10:00:00Z");
         };
         rig.api()
             .edit_node(&format!("full-{number:05}"), beat)
