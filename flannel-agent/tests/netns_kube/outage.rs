@@ -43,12 +43,9 @@ fn two_minutes_without_the_labs_server_cost_no_packet() {
     changer.join(&rig);
     rig.wait_converged();
     let before = rig.leases();
-    // The last known state is written a moment after it was seen.
-    eventually(PATIENCE, "the last known state is on disk", || {
-        let file = rig.lab.node(2).run_dir.join("subnet.env.kube.json");
-        let text = std::fs::read_to_string(file).unwrap_or_default();
-        text.contains(&changer.peer().mac).then_some(()).ok_or(text)
-    });
+    for node in 0..3 {
+        rig.wait_remembered(node);
+    }
     let near = rig.traffic(0, 1);
     let far = rig.traffic(1, 2);
 
@@ -184,6 +181,7 @@ fn a_labs_server_that_vanishes_costs_no_packet() {
     }
     let mut rig = KubeRig::start(3, &[]);
     let before = rig.leases();
+    rig.wait_remembered(0);
     let traffic = rig.traffic(0, 1);
     rig.connect_api(false);
     Stranger(70).join(&rig);

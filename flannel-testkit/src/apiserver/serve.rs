@@ -15,12 +15,14 @@ use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use nix::sys::socket::{Shutdown, shutdown};
 use rustls::ServerConfig;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd as _;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -143,6 +145,8 @@ pub(crate) async fn run(shared: Arc<Shared>, address: SocketAddr) {
             () = closing => {}
             () = accept(&shared, &listener) => {}
         }
+        // A program that another thread is just starting has a copy of the socket, which closing ours leaves open.
+        let _closed = shutdown(listener.as_raw_fd(), Shutdown::Both);
         drop(listener);
         shared.change(|state| state.bound = false);
         shared.socket.notify_all();
