@@ -11,7 +11,8 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 use flannel_testkit::{
-    AgentProcess, Etcd, Lab, LabOptions, Node, Offloads, Pod, Subnet, try_eventually,
+    AgentProcess, ApiServer, Etcd, Lab, LabOptions, Node, Offloads, Pod, Subnet, cni,
+    try_eventually,
 };
 use serde_json::Value;
 
@@ -29,6 +30,13 @@ pub enum StoreChoice {
     Dir,
     /// A real etcd, started and stopped.
     Etcd,
+    /// A server that behaves as the Kubernetes API does, with a Node object for each node.
+    Kube,
+}
+
+/// The flannel CNI plugin that was built with this program.
+pub fn plugin_binary() -> anyhow::Result<PathBuf> {
+    beside("FLANNEL_CNI", "flannel")
 }
 
 /// What to build.
@@ -36,6 +44,8 @@ pub enum StoreChoice {
 pub struct Options {
     /// The agent; the one that was built for this program if there is none.
     pub binary: Option<PathBuf>,
+    /// The flannel CNI plugin that makes the pods, with the system's bridge and host-local; without one the lab makes them itself.
+    pub plugin: Option<PathBuf>,
     /// Further flags of the agents.
     pub flags: Vec<String>,
     /// What the store says about the network.
@@ -58,6 +68,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             binary: None,
+            plugin: None,
             flags: Vec::new(),
             net_conf: NET_CONF.into(),
             strangers: Strangers::default(),
@@ -110,6 +121,7 @@ pub struct Cluster {
     /// All pods, node by node.
     pub pods: Vec<Place>,
     etcd: Option<Etcd>,
+    kube: Option<ApiServer>,
     binary: PathBuf,
     /// The lab.
     pub lab: Lab,
@@ -138,6 +150,7 @@ impl Cluster {
             agents: Vec::new(),
             pods: Vec::new(),
             etcd: None,
+            kube: None,
             binary,
             lab,
         };
@@ -145,7 +158,7 @@ impl Cluster {
         say(&format!("starting {} agents", cluster.lab.nodes().len()));
         cluster.start_agents(args, &flags)?;
         say(&format!("adding {} pods to each node", args.pods));
-        cluster.add_pods(args.pods)?;
+        cluster.add_pods(args)?;
         say("waiting until every node knows every other");
         cluster.wait_for_peers(args)?;
         Ok(cluster)
@@ -184,6 +197,30 @@ impl Cluster {
                 self.etcd = Some(etcd);
                 Ok(flags)
             }
+            StoreChoice::Kube => {
+                say("starting the Kubernetes API");
+                let kube = ApiServer::start(Some(self.lab.underlay()), Lab::GATEWAY)
+                    .context("start the Kubernetes API")?;
+                for node in self.lab.nodes() {
+                    kube.create_node(&node.name, &node.subnet.to_string())?;
+                }
+                let run_dir = &self.lab.node(0).run_dir;
+                let dir = run_dir.parent().unwrap_or(run_dir);
+                let file = |name: &str, text: &str| {
+                    let path = dir.join(name);
+                    fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+                    anyhow::Ok(path.display().to_string())
+                };
+                let flags = vec![
+                    "--kube-subnet-mgr".into(),
+                    "--kubeconfig-file".into(),
+                    file("kubeconfig", &kube.kubeconfig())?,
+                    "--net-config-path".into(),
+                    file("net-conf.json", &args.net_conf)?,
+                ];
+                self.kube = Some(kube);
+                Ok(flags)
+            }
         }
     }
 
@@ -191,9 +228,16 @@ impl Cluster {
         for node in self.lab.nodes() {
             check_stop()?;
             let subnet_file = node.run_dir.join("subnet.env").display().to_string();
+            let cache = cni::cache_dir(node).display().to_string();
             let mut argv = vec!["--subnet-file", &subnet_file, "--datapath", &args.datapath];
+            if args.plugin.is_some() {
+                // Or else the bridge plugin masquerades, also between nodes.
+                argv.extend(["--ip-masq", "--cni-cache-dir", &cache]);
+            }
             argv.extend(flags.iter().chain(&args.flags).map(String::as_str));
-            let agent = AgentProcess::spawn(node, &self.binary, &argv, &[])
+            // Only Kubernetes has a name for a node.
+            let env = [("NODE_NAME", node.name.as_str())];
+            let agent = AgentProcess::spawn(node, &self.binary, &argv, &env)
                 .with_context(|| format!("start the agent of {}", node.name))?;
             self.agents.push(agent);
         }
@@ -212,12 +256,25 @@ impl Cluster {
         Ok(())
     }
 
-    fn add_pods(&mut self, count: u8) -> anyhow::Result<()> {
+    fn add_pods(&mut self, args: &Options) -> anyhow::Result<()> {
         for (index, node) in self.lab.nodes().iter().enumerate() {
             let env = read_env(&node.run_dir.join("subnet.env"))?;
-            for number in 0..count {
+            let plugin = args.plugin.as_ref();
+            let runtime = plugin
+                .map(|flannel| cni::Runtime::new(node, flannel))
+                .transpose()?;
+            for number in 0..args.pods {
                 check_stop()?;
-                let pod = node.add_pod(env.subnet, u32::from(number) + 2, env.mtu)?;
+                let pod = match &runtime {
+                    Some(runtime) => {
+                        let name = format!("{}p{}", node.name, number + 1);
+                        let added = runtime.add_pod(&name);
+                        added
+                            .with_context(|| format!("make a pod on {}", node.name))?
+                            .1
+                    }
+                    None => node.add_pod(env.subnet, u32::from(number) + 2, env.mtu)?,
+                };
                 self.pods.push(Place {
                     label: format!("{}/{}", node.name, pod.ip),
                     node: index,
@@ -332,6 +389,7 @@ impl Cluster {
         }
         self.agents.clear();
         self.etcd = None;
+        self.kube = None;
     }
 }
 
@@ -380,14 +438,19 @@ fn last_line(log: &str) -> String {
 
 /// The agent to run: the one that was built for this program.
 fn agent_binary() -> anyhow::Result<PathBuf> {
-    if let Some(path) = std::env::var_os("FLANNEL_AGENT") {
+    beside("FLANNEL_AGENT", "flannel-agent")
+}
+
+/// The program that a variable names, or that lies beside this one.
+fn beside(variable: &str, name: &str) -> anyhow::Result<PathBuf> {
+    if let Some(path) = std::env::var_os(variable) {
         return Ok(path.into());
     }
     let own = std::env::current_exe().context("find this program")?;
-    let beside = own.with_file_name("flannel-agent");
+    let beside = own.with_file_name(name);
     if !beside.exists() {
         bail!(
-            "no agent at {}: run it through `cargo xtask`, or set FLANNEL_AGENT",
+            "no program at {}: run it through `cargo xtask`, or set {variable}",
             beside.display()
         );
     }

@@ -112,7 +112,7 @@ struct Held {
 #[derive(Debug)]
 enum Body {
     Lab(Lab),
-    Agents(Cluster),
+    Agents(Box<Cluster>),
 }
 
 impl Rig {
@@ -394,7 +394,7 @@ fn agents(
         mode,
         [&a, &b],
         Held::default(),
-        Body::Agents(cluster),
+        Body::Agents(Box::new(cluster)),
     ))
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Nothing on the node is changed before all that can be checked has been checked, and nothing is taken away at the end.
 
+mod cluster;
 mod error;
 mod follow;
 mod leasing;
@@ -23,14 +24,16 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     bridge_netfilter,
     cli::Args,
+    cni_socket,
     dataplane::netlink::Netlink,
     device::Up,
     files,
     health::{self, Board, Part, Pulse},
     leases::{ErrorKind, Store},
+    metrics::{self, Metrics},
     notify,
     preflight::Capabilities,
-    reconcile::Readiness,
+    reconcile::{Calls, Readiness},
     telemetry::{chain, one_line},
 };
 
@@ -50,8 +53,12 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     if let Some(address) = args.serving.healthz() {
         health::serve(address, board.clone(), cancel.clone());
     }
+    let metrics = Metrics::default();
+    if let Some(address) = args.serving.metrics_addr {
+        metrics::serve(address, metrics.clone(), board.clone(), cancel.clone());
+    }
     let telling = tokio::spawn(notify::attend(&board, pulse.clone(), cancel.clone()));
-    let outcome = live(args, board, pulse, cancel.clone()).await;
+    let outcome = live(args, board, pulse, metrics, cancel.clone()).await;
     cancel.cancel();
     if let Err(error) = telling.await {
         tracing::error!(%error, "the task that informs the service manager ended");
@@ -63,10 +70,22 @@ async fn live(
     args: &Args,
     board: Board,
     pulse: Pulse,
+    metrics: Metrics,
     cancel: CancellationToken,
 ) -> Result<(), StartError> {
     args.check().map_err(StartError::Flags)?;
+    let mut args = args.clone();
     let net = Netlink::open()?;
+    let mut opened = None;
+    if args.kube.kube_subnet_mgr {
+        // Before the uplink is chosen: the Node object may say which address it has.
+        let opening = cluster::open(&mut args, &board);
+        match cancel.run_until_cancelled(opening).await.transpose()? {
+            Some(found) => opened = Some(found),
+            None => return Ok(()),
+        }
+    }
+    let args = &args;
     let Selection { uplink, notes } = find_uplink(args, &net).await?;
     for note in notes {
         match note {
@@ -76,20 +95,13 @@ async fn live(
     }
     announce_uplink(args, &uplink);
     board.settle(Part::Uplink);
-    files::check_writable(&args.subnet_file)?;
-    if let Some(dir) = &args.lease_dir {
-        files::check_lease_dir(dir)?;
-    }
-    let store = Store::open(&args.store()).await?;
-    tracing::info!(store = store.describe(), "lease store");
-    let Some((text, conf)) = cancel
-        .run_until_cancelled(net_conf(&store, &board))
-        .await
-        .transpose()?
-    else {
-        return Ok(());
+    let (store, text, conf) = match opened {
+        Some(opened) => opened,
+        None => match cancel.run_until_cancelled(open(args, &board)).await {
+            Some(opened) => opened?,
+            None => return Ok(()),
+        },
     };
-    board.settle(Part::Config);
     let mut setting = Setting { conf, uplink };
     let (origin, name) = (store.describe(), setting.check(&store.describe())?.device);
     for warning in setting.warnings() {
@@ -117,22 +129,34 @@ async fn live(
     let mut up = node.bring_up(&setting).await?;
     let previous = previous_subnet(&args.subnet_file);
     let offer = setting.offer(mac, previous);
-    let conf_store = store.twin();
+    let (conf_store, attending) = (store.twin(), store.twin());
     let Some(leasing) = Leasing::start(store, offer, &node.board, &cancel).await? else {
         return Ok(());
     };
-    let mut settings = follow::start(args, &node.net, &setting, (conf_store, text), &cancel);
+    if let Store::Kube(kube) = attending {
+        tokio::spawn(kube.attend(node.board.clone(), cancel.clone()));
+    }
+    let mut settings = follow::start(
+        &node,
+        &setting,
+        (conf_store, text),
+        leasing.views(),
+        &cancel,
+    );
     let mut ready = Readiness::new(
         args.subnet_file.clone(),
         args.firewall.ip_masq,
         node.board.clone(),
         pulse,
+        metrics,
     );
+    let calls = cni_socket::serve(&args.cni_socket(), node.board.clone(), cancel.clone());
+    let mut calls = Calls::new(calls);
     let mut first = true;
     loop {
         let sources = (leasing.views(), &mut settings);
         match node
-            .session(&setting, up, &mut ready, sources, &cancel)
+            .session(&setting, up, (&mut ready, &mut calls), sources, &cancel)
             .await
         {
             Ok(Ended::Cancelled) => break,
@@ -148,6 +172,19 @@ async fn live(
     }
     leasing.end().await;
     Ok(())
+}
+
+/// Opens the lease store and reads the configuration, however long that takes.
+async fn open(args: &Args, board: &Board) -> Result<(Store, String, NetConf), StartError> {
+    files::check_writable(&args.subnet_file)?;
+    if let Some(dir) = &args.lease_dir {
+        files::check_lease_dir(dir)?;
+    }
+    let store = Store::open(&args.store()).await?;
+    tracing::info!(store = store.describe(), "lease store");
+    let (text, conf) = net_conf(&store, board).await?;
+    board.settle(Part::Config);
+    Ok((store, text, conf))
 }
 
 /// Points the desired state at this node's own subnet.
@@ -228,7 +265,7 @@ async fn net_conf(store: &Store, board: &Board) -> Result<(String, NetConf), Sta
     let mut reported = None;
     loop {
         let trouble = match store.net_conf().await {
-            Ok(text) => match NetConf::parse(&text) {
+            Ok(text) => match store.read_conf(&text) {
                 Ok(conf) => {
                     for line in conf.announcement() {
                         tracing::info!("{}", one_line(&line));
@@ -236,11 +273,11 @@ async fn net_conf(store: &Store, board: &Board) -> Result<(String, NetConf), Sta
                     return Ok((text, conf));
                 }
                 Err(source)
-                    if matches!(store, Store::Dir(_))
+                    if matches!(store, Store::Dir(_) | Store::Kube(_))
                         || matches!(source, ConfigError::UnknownBackend { .. }) =>
                 {
                     return Err(StartError::Config {
-                        origin: store.describe(),
+                        origin: store.conf_origin(),
                         source,
                     });
                 }

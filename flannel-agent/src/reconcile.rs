@@ -4,6 +4,7 @@
 //! a tick. The loop never ends by itself, and it leaves everything in place when it is told to end.
 
 mod agenda;
+mod calls;
 mod gate;
 mod readiness;
 mod xdp;
@@ -34,6 +35,7 @@ use crate::{
 };
 
 use agenda::Agenda;
+pub(crate) use calls::Calls;
 pub(crate) use gate::Gatekeeper;
 pub(crate) use readiness::Readiness;
 pub(crate) use xdp::XdpKeeper;
@@ -57,6 +59,7 @@ pub(crate) struct Loop<'a> {
     views: watch::Receiver<View>,
     state: State,
     ready: &'a mut Readiness,
+    calls: &'a mut Calls,
     /// What was last said about trouble, so that each trouble is one line.
     said: BTreeSet<String>,
     peer_problems: Vec<PeerProblem>,
@@ -81,9 +84,8 @@ impl<'a> Loop<'a> {
         desired: Desired,
         views: watch::Receiver<View>,
         state: State,
-        ready: &'a mut Readiness,
-        gate: Gatekeeper,
-        xdp: XdpKeeper,
+        (ready, calls): (&'a mut Readiness, &'a mut Calls),
+        (gate, xdp): (Gatekeeper, XdpKeeper),
     ) -> Self {
         let (notify, changes) = mpsc::channel(BACKLOG);
         Self {
@@ -92,6 +94,7 @@ impl<'a> Loop<'a> {
             views,
             state,
             ready,
+            calls,
             said: BTreeSet::new(),
             peer_problems: Vec::new(),
             state_written: None,
@@ -128,6 +131,7 @@ impl<'a> Loop<'a> {
                 self.agenda.begin(scope);
                 self.converge(scope).await;
                 self.agenda.end(scope, begun.elapsed());
+                self.ready.metrics().looked(scope, begun.elapsed());
             }
             if let Err(error) = self.dataplane.keep(&self.desired) {
                 tracing::debug!(error = chain(&error), "say that the maps are kept");
@@ -148,6 +152,10 @@ impl<'a> Loop<'a> {
                 () = self.gate.changed() => Some(Scope::Kernel),
                 Some(change) = self.changes.recv() => {
                     self.take_change(&change);
+                    None
+                }
+                call = self.calls.next() => {
+                    self.take_call(call);
                     None
                 }
                 () = at(self.agenda.due(Scope::Kernel)) => Some(Scope::Kernel),
@@ -189,17 +197,22 @@ impl<'a> Loop<'a> {
             PodNews::Gone(ifindex) => {
                 // What was attached there is tidied up by the next look.
                 self.agenda.ask(Scope::Pods);
-                let addresses = self.gate.forget(&mut self.desired, ifindex);
-                match self.dataplane.drop_pods(&addresses) {
-                    Ok(()) => {
-                        for address in addresses {
-                            tracing::info!(ifindex = ifindex.get(), "delete pod {address}");
-                        }
-                    }
-                    Err(error) => tracing::warn!(error = chain(&error), "delete a pod"),
-                }
+                self.drop_pods_behind(ifindex);
                 Some(ifindex)
             }
+        }
+    }
+
+    /// Takes the pods behind an interface out of the map at once.
+    fn drop_pods_behind(&mut self, ifindex: IfIndex) {
+        let addresses = self.gate.forget(&mut self.desired, ifindex);
+        match self.dataplane.drop_pods(&addresses) {
+            Ok(()) => {
+                for address in addresses {
+                    tracing::info!(ifindex = ifindex.get(), "delete pod {address}");
+                }
+            }
+            Err(error) => tracing::warn!(error = chain(&error), "delete a pod"),
         }
     }
 
@@ -279,8 +292,11 @@ impl<'a> Loop<'a> {
             }
             // Again: a hook that is found missing means another epoch, which is to be in place before the hook is.
             self.gate.set(&mut self.desired, self.dataplane.seen());
+            let leaving = self
+                .calls
+                .apply(self.dataplane.pod_sources_mut(), self.desired.pods.as_ref());
             let (seen, sources) = (self.dataplane.seen(), self.dataplane.pod_sources());
-            self.gate.learn(&mut self.desired, seen, sources);
+            self.gate.learn(&mut self.desired, seen, sources, &leaving);
             let mut plan = plan(&self.desired, seen);
             troubles.extend(std::mem::take(&mut plan.problems));
             if plan.ops.is_empty() {
@@ -301,6 +317,7 @@ impl<'a> Loop<'a> {
             let text = format!("the node is not as it should be after {MAX_PASSES} attempts");
             self.ready.fault(&mut troubles, text);
         }
+        self.answer_calls();
         self.speak(troubles);
         self.ready
             .report(self.dataplane.seen(), &self.desired, &self.state);
@@ -339,10 +356,9 @@ impl<'a> Loop<'a> {
             if veth.is_some_and(|veth| given_up.contains(&veth)) {
                 continue;
             }
-            match (
-                self.dataplane.apply(op, &self.desired.tunnel.kind).await,
-                veth,
-            ) {
+            let applied = self.dataplane.apply(op, &self.desired.tunnel.kind).await;
+            self.ready.metrics().changed(op, applied.is_ok());
+            match (applied, veth) {
                 (Ok(()), _) => tracing::info!("{op}"),
                 // It went before we heard of it.
                 (Err(_), Some(veth)) if bpf::interface_name(veth).is_none() => {

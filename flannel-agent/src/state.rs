@@ -153,7 +153,9 @@ impl State {
     /// Whether the process that wrote it still runs.
     pub fn is_running(&self) -> bool {
         // The name guards against a process number that was used again. In a manifest of flannel's the program has flannel's name.
-        fs::read_to_string(format!("/proc/{}/comm", self.pid))
-            .is_ok_and(|comm| comm.starts_with("flannel"))
+        // In a container of its own a command may have the number that the agent had in its container.
+        self.pid != std::process::id()
+            && fs::read_to_string(format!("/proc/{}/comm", self.pid))
+                .is_ok_and(|comm| comm.starts_with("flannel"))
     }
 }

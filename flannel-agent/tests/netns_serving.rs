@@ -4,6 +4,8 @@
 mod endpoints;
 #[path = "netns_serving/logs.rs"]
 mod logs;
+#[path = "netns_serving/metrics.rs"]
+mod metrics;
 #[path = "netns_serving/notify.rs"]
 mod notify;
 mod rig;

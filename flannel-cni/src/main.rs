@@ -1,3 +1,7 @@
 //! The flannel CNI plugin.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    flannel_cni::main()
+}

@@ -179,9 +179,26 @@ pub struct VxlanConf {
     pub direct_routing: bool,
 }
 
+type Given4 = range::Given<Ipv4Net, Ipv4Addr>;
+type Given6 = range::Given<Ipv6Net, Ipv6Addr>;
+
 impl NetConf {
     /// Reads and checks a configuration.
     pub fn parse(json: &str) -> Result<NetConf, ConfigError> {
+        Self::parse_with(json, range::Given::check, range::Given::check)
+    }
+
+    /// Reads a configuration for a cluster that gives out the subnets itself: what it says of their length and range is not looked at
+    /// (upstream does not run `CheckNetworkConfig` in Kubernetes mode).
+    pub fn parse_assigned(json: &str) -> Result<NetConf, ConfigError> {
+        Self::parse_with(json, range::Given::unchecked, range::Given::unchecked)
+    }
+
+    fn parse_with(
+        json: &str,
+        check4: impl FnOnce(Given4) -> Result<FamilyConf<Ipv4Net, Ipv4Addr>, ConfigError>,
+        check6: impl FnOnce(Given6) -> Result<FamilyConf<Ipv6Net, Ipv6Addr>, ConfigError>,
+    ) -> Result<NetConf, ConfigError> {
         let parsed = Json::parse(json).map_err(|error| ConfigError::Syntax {
             reason: error.to_string(),
         })?;
@@ -192,8 +209,8 @@ impl NetConf {
         let enable_ipv4 = boolean(&object, "EnableIPv4", true)?;
         let enable_ipv6 = boolean(&object, "EnableIPv6", false)?;
         let enable_nftables = boolean(&object, "EnableNFTables", false)?;
-        let range4 = range::Given::<Ipv4Net, Ipv4Addr>::read(&object)?;
-        let range6 = range::Given::<Ipv6Net, Ipv6Addr>::read(&object)?;
+        let range4 = Given4::read(&object)?;
+        let range6 = Given6::read(&object)?;
         if !enable_ipv4 && !enable_ipv6 {
             return Err(ConfigError::NoFamily);
         }
@@ -205,8 +222,8 @@ impl NetConf {
             enable_ipv4,
             enable_ipv6,
             enable_nftables,
-            ipv4: enable_ipv4.then(|| range4.check()).transpose()?,
-            ipv6: enable_ipv6.then(|| range6.check()).transpose()?,
+            ipv4: enable_ipv4.then(|| check4(range4)).transpose()?,
+            ipv6: enable_ipv6.then(|| check6(range6)).transpose()?,
             backend,
             warnings,
         })

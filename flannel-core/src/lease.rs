@@ -286,7 +286,7 @@ pub struct Lease {
     pub attrs: LeaseAttrs,
 }
 
-fn vxlan_data(
+pub(crate) fn vxlan_data(
     value: &Json,
     member: &'static str,
     [vni_field, mac_field]: [&'static str; 2],

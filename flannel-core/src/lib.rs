@@ -22,6 +22,7 @@ pub mod fastpath;
 pub mod headroom;
 pub mod iface;
 mod json;
+pub mod kube;
 pub mod lease;
 pub mod mark;
 pub mod masquerade;

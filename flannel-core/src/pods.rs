@@ -4,7 +4,9 @@
 //! its forwarding entries on which port that MAC address is; what CNI plugins left in their cache serves until a pod has sent its
 //! first packet. In doubt an address is left out: its packets then go through the stack, which is never wrong.
 
+pub mod announced;
 pub mod cni;
+pub mod report;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -18,7 +18,10 @@
 //! ```
 
 pub mod agent;
+pub mod apiserver;
 pub mod capture;
+pub mod cluster;
+pub mod cni;
 mod confine;
 pub mod conntrack;
 pub mod etcd;
@@ -33,6 +36,7 @@ pub mod packet;
 pub mod pcap;
 pub mod process;
 pub mod queue;
+pub mod relay;
 pub mod services;
 mod socket;
 mod state;
@@ -42,7 +46,9 @@ pub mod traffic;
 pub mod upstream;
 
 pub use agent::AgentProcess;
+pub use apiserver::ApiServer;
 pub use capture::{Capture, Captured, Direction};
+pub use cluster::Cluster;
 pub use confine::{BpfCall, Capability, Confinement};
 pub use etcd::{Etcd, EtcdVersion};
 pub use eventually::{eventually, try_eventually};

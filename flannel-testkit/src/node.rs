@@ -189,6 +189,25 @@ impl Node {
 }
 
 impl Pod {
+    /// A pod that somebody else has connected: its name, address, MAC and gateway, and the node's end.
+    pub(crate) fn connected(
+        name: &str,
+        ns: Netns,
+        (ip, mac, gateway): (Ipv4Addr, [u8; 6], Ipv4Addr),
+        host_if: String,
+        node_ns: &Netns,
+    ) -> Pod {
+        Pod {
+            name: name.to_owned(),
+            ns,
+            ip,
+            mac,
+            gateway,
+            host_if,
+            node_ns: node_ns.clone(),
+        }
+    }
+
     /// Removes the pod as the plugin does: its `eth0` first, then the namespace. `cni0` stays.
     pub fn remove(self) -> anyhow::Result<()> {
         self.ns.ip("link del eth0")?;

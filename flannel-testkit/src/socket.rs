@@ -177,6 +177,30 @@ pub(crate) fn tcp_info(fd: &impl AsRawFd) -> io::Result<libc::tcp_info> {
     Ok(info)
 }
 
+/// Segments sent again less those that the receiver had already: `tcpi_total_retrans` and `tcpi_dsack_dups` of the kernel's
+/// `struct tcp_info` (include/uapi/linux/tcp.h; the latter since 4.19, and not in libc's).
+pub(crate) fn lost_segments(fd: &impl AsRawFd) -> io::Result<u32> {
+    const TOTAL_RETRANS: usize = 100;
+    const DSACK_DUPS: usize = 216;
+    let mut info = [0_u8; DSACK_DUPS + 4];
+    let mut len = info.len().try_into().map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `len` bytes, the size of `info`.
+    check(unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    })?;
+    let word = |at: usize| {
+        let bytes = info[at..].first_chunk().copied().unwrap_or_default();
+        u32::from_ne_bytes(bytes)
+    };
+    Ok(word(TOTAL_RETRANS).saturating_sub(word(DSACK_DUPS)))
+}
+
 /// The cookie of the calling thread's network namespace.
 pub(crate) fn netns_cookie() -> io::Result<u64> {
     let fd = new_socket(libc::AF_INET, libc::SOCK_DGRAM, 0)?;

@@ -1,7 +1,7 @@
 //! The lab's own guarantees, shown on a plain kernel overlay of two nodes.
 
 use flannel_testkit::packet::{Csum, ETHERNET, Inner, L4, Vxlan};
-use flannel_testkit::traffic::{self, Amount, FloodPing};
+use flannel_testkit::traffic::{self, Amount, FloodPing, TcpPair, TcpServer};
 use flannel_testkit::{
     Capture, Direction, KernelNode, Lab, LabOptions, Netns, Offloads, Pod, RawSocket, eventually,
     json, mac_text, privileged,
@@ -75,6 +75,39 @@ fn a_flood_ping_loses_nothing_and_counts_what_is_lost() {
     assert!(stats.longest_outage >= SECOND / 5, "{stats:?}");
     assert!(stats.longest_gap >= SECOND / 5, "{stats:?}");
     assert!(!stats.lost_numbers.is_empty(), "{stats:?}");
+}
+
+#[test]
+fn segments_that_were_lost_are_counted_as_ss_counts_them() {
+    if !privileged() {
+        return;
+    }
+    let overlay = Overlay::new(Offloads::Default);
+    let [a, b] = &overlay.pods;
+    let server = TcpServer::listen(&b.ns, b.ip, 8099).unwrap();
+    let target = server.address;
+    let mut pair = TcpPair::connect(&a.ns, target, &[&server]).unwrap();
+    pair.exchange(100_000).unwrap();
+    assert_eq!(pair.retransmits().unwrap(), 0);
+    let rules = "add table ip lossy; \
+        add chain ip lossy in { type filter hook prerouting priority 0; }; \
+        add rule ip lossy in meta length > 500 numgen inc mod 5 0 drop";
+    b.ns.exec(["nft", rules]).unwrap();
+    pair.exchange(100_000).unwrap();
+    b.ns.exec(["nft", "delete table ip lossy"]).unwrap();
+    let counted = pair.retransmits().unwrap();
+    assert!(counted > 0);
+    let line = a.ns.exec(["ss", "-Htni", "dport", "8099"]).unwrap();
+    let number = |name: &str| -> u32 {
+        line.split_whitespace()
+            .find_map(|word| word.strip_prefix(name)?.rsplit('/').next()?.parse().ok())
+            .unwrap_or(0)
+    };
+    assert_eq!(
+        counted,
+        number("retrans:") - number("dsack_dups:"),
+        "{line}"
+    );
 }
 
 #[test]

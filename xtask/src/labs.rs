@@ -33,7 +33,9 @@ pub(crate) fn bench(root: &Path, args: &Args) -> Result<()> {
 
 fn become_bin(root: &Path, bin: &str, args: &[OsString]) -> Result<()> {
     setup::ensure(root, Needs::Everything)?;
-    eprintln!("building the agent and `{bin}` for release (some minutes the first time)");
+    eprintln!(
+        "building the agent, the CNI plugin and `{bin}` for release (some minutes the first time)"
+    );
     let selection = [
         "build",
         "--release",
@@ -41,15 +43,22 @@ fn become_bin(root: &Path, bin: &str, args: &[OsString]) -> Result<()> {
         "flannel-agent",
         "-p",
         "bench",
+        "-p",
+        "flannel-cni",
         "--bin",
         "flannel-agent",
+        "--bin",
+        "flannel",
         "--bin",
         bin,
     ];
     let built = cargo::build(root, &selection)?;
-    let agent = find(&built, "flannel-agent")?;
+    let (agent, plugin) = (find(&built, "flannel-agent")?, find(&built, "flannel")?);
     let mut command = process::command(&find(&built, bin)?.path.to_string_lossy());
-    command.args(args).env("FLANNEL_AGENT", &agent.path);
+    command
+        .args(args)
+        .env("FLANNEL_AGENT", &agent.path)
+        .env("FLANNEL_CNI", &plugin.path);
     Err(process::exec(&mut command))
 }
 

@@ -1,10 +1,10 @@
 //! The commands of this workspace: `cargo xtask <command>`.
 
 mod archive;
+mod borrowed;
 mod build_ebpf;
 mod cargo;
 mod dist;
-mod etcd;
 mod kernels;
 mod labs;
 mod libtest;
@@ -48,7 +48,8 @@ enum Command {
     BuildEbpf(build_ebpf::Args),
     /// Show the overlay at work on this machine (root)
     ///
-    /// Starts an agent per node in network namespaces, with two pods each, and tries every pair
+    /// Starts an agent per node in network namespaces, with two pods each, made by the flannel CNI plugin with the
+    /// system's bridge and host-local, and tries every pair
     /// of pods: ping, UDP, TCP, and the path the packets took as the eBPF counters tell it.
     /// Nothing stays behind.
     ///

@@ -1,5 +1,7 @@
 //! `cargo xtask setup`, and the check with which every other command begins.
 
+mod programs;
+
 use std::fs;
 use std::io::{self, IsTerminal as _};
 use std::path::Path;
@@ -8,10 +10,11 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 use xtask::ebpf;
 
-use crate::archive;
+use crate::borrowed::Borrowed;
 use crate::cargo;
-use crate::etcd;
 use crate::process;
+
+use programs::Tool;
 
 /// How much of the tools a command is going to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,170 +29,22 @@ pub(crate) enum Needs {
     Kernels,
 }
 
-/// A program of the system and the packages that bring it.
-struct Tool {
-    /// Something that is there when the package is: a program, or an absolute path.
-    probe: &'static str,
-    debian: &'static str,
-    fedora: &'static str,
-    arch: &'static str,
-    needs: Needs,
-}
-
-const fn tool(
-    probe: &'static str,
-    debian: &'static str,
-    fedora: &'static str,
-    arch: &'static str,
-    needs: Needs,
-) -> Tool {
-    Tool {
-        probe,
-        debian,
-        fedora,
-        arch,
-        needs,
-    }
-}
-
-const TOOLS: [Tool; 28] = [
-    tool("cc", "build-essential", "gcc", "base-devel", Needs::Ebpf),
-    tool(
-        "pkg-config",
-        "pkg-config",
-        "pkgconf",
-        "pkgconf",
-        Needs::Build,
-    ),
-    tool(
-        "protoc",
-        "protobuf-compiler",
-        "protobuf-compiler",
-        "protobuf",
-        Needs::Build,
-    ),
-    tool(
-        "/etc/ssl/certs",
-        "ca-certificates",
-        "ca-certificates",
-        "ca-certificates",
-        Needs::Build,
-    ),
-    tool("ip", "iproute2", "iproute", "iproute2", Needs::Everything),
-    tool("nft", "nftables", "nftables", "nftables", Needs::Everything),
-    tool(
-        "iptables-nft",
-        "iptables",
-        "iptables-nft",
-        "iptables",
-        Needs::Everything,
-    ),
-    tool(
-        "iptables-legacy",
-        "iptables",
-        "iptables-legacy",
-        "iptables",
-        Needs::Everything,
-    ),
-    tool(
-        "conntrack",
-        "conntrack",
-        "conntrack-tools",
-        "conntrack-tools",
-        Needs::Everything,
-    ),
-    tool(
-        "systemd-analyze",
-        "systemd",
-        "systemd",
-        "systemd",
-        Needs::Everything,
-    ),
-    tool("dash", "dash", "dash", "dash", Needs::Everything),
-    tool("bash", "bash", "bash", "bash", Needs::Everything),
-    tool(
-        "tc",
-        "iproute2",
-        "iproute-tc",
-        "iproute2",
-        Needs::Everything,
-    ),
-    tool("etcd", "etcd-server", "etcd", "etcd", Needs::Everything),
-    tool("etcdctl", "etcd-client", "etcd", "etcd", Needs::Everything),
-    tool("iperf3", "iperf3", "iperf3", "iperf3", Needs::Everything),
-    tool(
-        "tcpdump",
-        "tcpdump",
-        "tcpdump",
-        "tcpdump",
-        Needs::Everything,
-    ),
-    tool(
-        "tshark",
-        "tshark",
-        "wireshark-cli",
-        "wireshark-cli",
-        Needs::Everything,
-    ),
-    tool(
-        "ethtool",
-        "ethtool",
-        "ethtool",
-        "ethtool",
-        Needs::Everything,
-    ),
-    tool(
-        "ping",
-        "iputils-ping",
-        "iputils",
-        "iputils",
-        Needs::Everything,
-    ),
-    tool("bpftool", "bpftool", "bpftool", "bpf", Needs::Everything),
-    tool(
-        "openssl",
-        "openssl",
-        "openssl",
-        "openssl",
-        Needs::Everything,
-    ),
-    tool("skopeo", "skopeo", "skopeo", "skopeo", Needs::Everything),
-    tool("ps", "procps", "procps-ng", "procps-ng", Needs::Everything),
-    tool(
-        "qemu-system-x86_64",
-        "qemu-system-x86",
-        "qemu-system-x86-core",
-        "qemu-system-x86",
-        Needs::Kernels,
-    ),
-    tool("depmod", "kmod", "kmod", "kmod", Needs::Kernels),
-    tool("xz", "xz-utils", "xz", "xz", Needs::Kernels),
-    tool(
-        archive::KEYRING,
-        "debian-archive-keyring",
-        "debian-keyring",
-        "debian-archive-keyring",
-        Needs::Everything,
-    ),
-];
-
 /// Components of the pinned toolchain beside rust-src, and the cargo subcommands they bring.
 const COMPONENTS: [(&str, &str); 2] = [("rustfmt", "cargo-fmt"), ("clippy", "cargo-clippy")];
 
 /// What is not there.
 struct Missing {
-    tools: Vec<&'static Tool>,
+    tools: Vec<Tool>,
     components: Vec<&'static str>,
     /// Why there is no linker to use, when there is none.
     linker: Option<String>,
-    /// What is going to bring the second etcd, when it is not there.
-    etcd: Option<String>,
+    /// Packages of other releases, to be unpacked below `target`.
+    borrowed: Vec<&'static Borrowed>,
 }
 
 impl Missing {
     fn find(root: &Path, needs: Needs) -> Result<Self> {
-        let tools = TOOLS
-            .iter()
+        let tools = programs::all()
             .filter(|tool| tool.needs <= needs && !present(tool.probe))
             .collect();
         let mut components = Vec::new();
@@ -206,12 +61,16 @@ impl Missing {
         }
         let linker = ebpf::find_linker().err().map(|error| error.to_string());
         // Elsewhere than on Debian it has to be put there by hand; the tests say where.
-        let absent = needs >= Needs::Everything && is_debian() && !etcd::program(root).exists();
+        let borrowed = if needs >= Needs::Everything && is_debian() {
+            Borrowed::absent(root)
+        } else {
+            Vec::new()
+        };
         Ok(Self {
             tools,
             components,
             linker,
-            etcd: absent.then(|| etcd::announcement(root)),
+            borrowed,
         })
     }
 
@@ -219,17 +78,17 @@ impl Missing {
         self.tools.is_empty()
             && self.components.is_empty()
             && self.linker.is_none()
-            && self.etcd.is_none()
+            && self.borrowed.is_empty()
     }
 
     fn names(&self) -> String {
         let tools = self.tools.iter().map(|tool| tool.probe);
         let linker = self.linker.iter().map(|_| "bpf-linker");
-        let etcd = self.etcd.iter().map(|_| "etcd 3.5");
+        let borrowed = self.borrowed.iter().map(|package| package.name());
         tools
             .chain(self.components.iter().copied())
             .chain(linker)
-            .chain(etcd)
+            .chain(borrowed)
             .collect::<Vec<_>>()
             .join(", ")
     }
@@ -255,7 +114,7 @@ fn install_missing(root: &Path, needs: Needs) -> Result<bool> {
         return Ok(false);
     }
     let channel = ebpf::channel(root)?;
-    announce(&missing, &channel);
+    announce(root, &missing, &channel);
     if !missing.tools.is_empty() {
         install_packages(&missing.tools)?;
     }
@@ -265,8 +124,8 @@ fn install_missing(root: &Path, needs: Needs) -> Result<bool> {
     if missing.linker.is_some() {
         install_linker(root)?;
     }
-    if missing.etcd.is_some() {
-        etcd::fetch(root)?;
+    for package in &missing.borrowed {
+        package.fetch(root)?;
     }
     let still = Missing::find(root, needs)?;
     if !still.is_empty() {
@@ -276,7 +135,7 @@ fn install_missing(root: &Path, needs: Needs) -> Result<bool> {
     Ok(true)
 }
 
-fn announce(missing: &Missing, channel: &str) {
+fn announce(root: &Path, missing: &Missing, channel: &str) {
     eprintln!("setup: missing: {}", missing.names());
     if !missing.tools.is_empty() && is_debian() {
         eprintln!(
@@ -290,8 +149,8 @@ fn announce(missing: &Missing, channel: &str) {
             missing.components.join(", ")
         );
     }
-    if let Some(what) = &missing.etcd {
-        eprintln!("setup: {what}");
+    for package in &missing.borrowed {
+        eprintln!("setup: {}", package.announcement(root));
     }
     if let Some(why) = &missing.linker {
         eprintln!("setup: {why}");
@@ -302,7 +161,7 @@ fn announce(missing: &Missing, channel: &str) {
     }
 }
 
-fn install_packages(tools: &[&'static Tool]) -> Result<()> {
+fn install_packages(tools: &[Tool]) -> Result<()> {
     let packages = debian(tools);
     if !is_debian() {
         bail!(
@@ -399,18 +258,18 @@ fn install_linker(root: &Path) -> Result<()> {
 /// Whether a program, or what an absolute path names, is there.
 pub(crate) fn present(probe: &str) -> bool {
     if probe.starts_with('/') {
-        Path::new(probe).exists()
+        probe.split(':').any(|path| Path::new(path).exists())
     } else {
         process::on_path(probe)
     }
 }
 
-fn debian(tools: &[&'static Tool]) -> Vec<&'static str> {
+fn debian(tools: &[Tool]) -> Vec<&'static str> {
     distinct(tools, |tool| tool.debian)
 }
 
-fn distinct(tools: &[&'static Tool], name: fn(&Tool) -> &'static str) -> Vec<&'static str> {
-    let mut names: Vec<_> = tools.iter().map(|tool| name(tool)).collect();
+fn distinct(tools: &[Tool], name: fn(&Tool) -> &'static str) -> Vec<&'static str> {
+    let mut names: Vec<_> = tools.iter().map(name).collect();
     names.sort_unstable();
     names.dedup();
     names
@@ -453,7 +312,7 @@ mod tests {
 
     #[test]
     fn every_tool_has_a_package_everywhere() {
-        for tool in &TOOLS {
+        for tool in programs::all() {
             for name in [tool.probe, tool.debian, tool.fedora, tool.arch] {
                 assert!(
                     !name.is_empty() && !name.contains(' '),
@@ -466,15 +325,16 @@ mod tests {
 
     #[test]
     fn a_package_is_named_once() {
-        let etcd: Vec<_> = TOOLS.iter().filter(|tool| tool.fedora == "etcd").collect();
+        let etcd: Vec<_> = programs::all()
+            .filter(|tool| tool.fedora == "etcd")
+            .collect();
         assert_eq!(distinct(&etcd, |tool| tool.fedora), ["etcd"]);
         assert_eq!(debian(&etcd), ["etcd-client", "etcd-server"]);
     }
 
     #[test]
     fn building_the_object_needs_no_lab() {
-        let object: Vec<_> = TOOLS
-            .iter()
+        let object: Vec<_> = programs::all()
             .filter(|tool| tool.needs <= Needs::Ebpf)
             .map(|tool| tool.probe)
             .collect();
@@ -484,6 +344,7 @@ mod tests {
     #[test]
     fn probes_may_be_paths() {
         assert!(present("/proc/self"));
+        assert!(present("/nonexistent:/proc/self"));
         assert!(!present("/nonexistent"));
         assert!(present("sh"));
     }

@@ -6,7 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use flannel_core::{
-    config::{self, NetConf},
+    config,
     iface::{self, Uplink, Wanted},
 };
 use tokio::{
@@ -15,11 +15,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Setting, StartError};
+use super::{Node, Setting, StartError, cluster};
 use crate::{
-    cli::Args,
     dataplane::netlink::{self, Change, Netlink},
-    leases::Store,
+    leases::{Store, View},
     telemetry::{chain, one_line},
 };
 
@@ -34,20 +33,29 @@ const BACKLOG: usize = 64;
 
 /// Starts to follow. The receiver sees every setting that is to be put in place.
 pub(super) fn start(
-    args: &Args,
-    net: &Netlink,
+    node: &Node<'_>,
     setting: &Setting,
     (store, text): (Store, String),
+    views: watch::Receiver<View>,
     cancel: &CancellationToken,
 ) -> watch::Receiver<Setting> {
     let (settings, out) = watch::channel(setting.clone());
     let settings = Arc::new(settings);
     let uplink = Follower {
-        wanted: args.wanted(),
-        net: net.clone(),
+        wanted: node.args.wanted(),
+        net: node.net.clone(),
         settings: Arc::clone(&settings),
         unusable: None,
     };
+    if matches!(store, Store::Kube(_)) {
+        let cluster = cluster::Follower {
+            views,
+            settings: Arc::clone(&settings),
+            board: node.board.clone(),
+        };
+        let cancel = cancel.clone();
+        tokio::spawn(async move { cancel.run_until_cancelled(cluster.run()).await });
+    }
     let conf = ConfFollower {
         store,
         known: text,
@@ -80,7 +88,7 @@ impl ConfFollower {
     /// Applies what can be applied, and says what cannot.
     fn take(&self, text: &str, origin: &str) {
         const GOING_ON: &str = "going on with the network config as it was";
-        let new = match NetConf::parse(text) {
+        let mut new = match self.store.read_conf(text) {
             Ok(new) => new,
             Err(error) => {
                 tracing::error!(
@@ -91,6 +99,12 @@ impl ConfFollower {
             }
         };
         let setting = self.settings.borrow().clone();
+        if let (Store::Kube(_), Some(new), Some(running)) =
+            (&self.store, &mut new.ipv4, &setting.conf.ipv4)
+        {
+            // Not from the text, but from the nodes.
+            new.subnet_len = running.subnet_len;
+        }
         let changed = Setting {
             conf: new,
             uplink: setting.uplink,

@@ -29,7 +29,7 @@ use crate::{
     health::Board,
     leases::{Offer, View},
     masquerade,
-    reconcile::{Gatekeeper, Loop, Readiness, XdpKeeper},
+    reconcile::{Calls, Gatekeeper, Loop, Readiness, XdpKeeper},
     state::{Mode, State},
 };
 
@@ -183,7 +183,7 @@ impl Node<'_> {
         &self,
         setting: &Setting,
         up: Up,
-        ready: &mut Readiness,
+        (ready, calls): (&mut Readiness, &mut Calls),
         (mut views, settings): (watch::Receiver<View>, &mut watch::Receiver<Setting>),
         cancel: &CancellationToken,
     ) -> Result<Ended, StartError> {
@@ -262,8 +262,15 @@ impl Node<'_> {
         let fast_path = fast_path.start(session.clone()).await;
         let gate = Gatekeeper::new(fast_path, dataplane.epoch()?);
         let changes = views.clone();
-        let running =
-            Loop::new(dataplane, desired, changes, state, ready, gate, xdp).run(session.clone());
+        let running = Loop::new(
+            dataplane,
+            desired,
+            changes,
+            state,
+            (ready, calls),
+            (gate, xdp),
+        )
+        .run(session.clone());
         let outdated = async {
             tokio::select! {
                 Ok(()) = settings.changed() => {}

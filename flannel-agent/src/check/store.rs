@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use crate::{
-    cli::Args,
+    cli::{Args, KubeVariables},
     leases::{LeaseError, Store},
     state::State,
 };
@@ -35,6 +35,12 @@ pub(super) fn arguments(
     }
     let mut args = given.clone();
     let left = state.map(|state| state.store.as_str());
+    if let Some(server) = left.and_then(|store| store.strip_prefix("kubernetes ")) {
+        let node = server.split_once(" node ").map(|(_, node)| node.to_owned());
+        args.kube.kube_subnet_mgr = true;
+        args.kube.variables.node_name = args.kube.variables.node_name.or(node);
+        return (args, "what the agent left");
+    }
     if let Some(dir) = left.and_then(|store| store.strip_prefix("directory ")) {
         args.lease_dir = Some(dir.into());
         return (args, "what the agent left");
@@ -69,16 +75,27 @@ fn of_process(pid: u32) -> Option<Args> {
     let all = std::iter::once(program.clone())
         .chain(variables)
         .chain(rest.iter().cloned());
-    Args::read(all.map(Into::into))
+    let mut args = Args::read(all.map(Into::into))
         .or_else(|_| Args::read(line.iter().map(Into::into)))
-        .ok()
+        .ok()?;
+    args.kube.variables = KubeVariables::read(|name| {
+        let mut pairs = environment
+            .iter()
+            .filter_map(|variable| variable.split_once('='));
+        pairs
+            .find(|(found, _)| *found == name)
+            .map(|(_, value)| value.to_owned())
+    });
+    Some(args)
 }
 
 /// Asks the store.
 pub(super) async fn look(args: &Args, origin: &'static str, deadline: Instant) -> StoreSeen {
+    let kubernetes = args.kube.kube_subnet_mgr;
+    let is_etcd = args.lease_dir.is_none() && !kubernetes;
     let certificates = args.etcd.etcd_certfile.iter().chain(&args.etcd.etcd_cafile);
     let certificates = certificates
-        .filter(|_| args.lease_dir.is_none())
+        .filter(|_| is_etcd)
         .map(|path| certificate(path))
         .collect();
     let mut seen = StoreSeen {
@@ -88,11 +105,14 @@ pub(super) async fn look(args: &Args, origin: &'static str, deadline: Instant) -
         leases: Err("not asked".into()),
         older_api: None,
         certificates,
+        kubernetes: kubernetes.then_some(None),
     };
     let store = match Store::open(&args.store()).await {
         Ok(store) => store,
         Err(error) => {
-            seen.name = if args.lease_dir.is_some() {
+            seen.name = if kubernetes {
+                "kubernetes"
+            } else if args.lease_dir.is_some() {
                 "directory"
             } else {
                 "etcd"
@@ -110,20 +130,32 @@ pub(super) async fn look(args: &Args, origin: &'static str, deadline: Instant) -
         Ok(Err(
             error @ (LeaseError::NoNetConf { .. }
             | LeaseError::NoNetConfFile { .. }
+            | LeaseError::KubeNetConf { .. }
             | LeaseError::NetConfText { .. }),
         )) => Err(StoreTrouble::Missing(error.chain())),
         Ok(Err(error)) => Err(StoreTrouble::Store(error.chain())),
         Err(_elapsed) => Err(StoreTrouble::Store(late())),
     };
     if !matches!(seen.net_conf, Err(StoreTrouble::Store(_))) {
-        seen.leases = match timeout_at(deadline, store.list()).await {
-            Ok(answer) => answer
-                .map(|snapshot| snapshot.leases)
-                .map_err(|error| error.chain()),
+        let listing = async {
+            match &store {
+                Store::Kube(store) => store
+                    .look()
+                    .await
+                    .map(|(snapshot, own)| (snapshot, Some(own))),
+                store => store.list().await.map(|snapshot| (snapshot, None)),
+            }
+        };
+        seen.leases = match timeout_at(deadline, listing).await {
+            Ok(Ok((snapshot, own))) => {
+                seen.kubernetes = own;
+                Ok(snapshot.leases)
+            }
+            Ok(Err(error)) => Err(error.chain()),
             Err(_elapsed) => Err(late()),
         };
     }
-    if seen.net_conf.is_err() && args.lease_dir.is_none() {
+    if seen.net_conf.is_err() && is_etcd {
         for endpoint in &args.etcd.etcd_endpoints {
             let asked = timeout_at(deadline, older_api(endpoint, &args.etcd.etcd_prefix));
             if asked.await.ok().flatten().is_some() {

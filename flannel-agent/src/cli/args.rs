@@ -20,14 +20,18 @@ mod uplink;
 
 pub use bpf::{AttachChoice, DatapathChoice, DeviceChoice, FastPathChoice, XdpChoice};
 pub use firewall::{FirewallArgs, RulesetChoice};
-pub use kube::KubeArgs;
+pub(crate) use kube::last_known_state;
+pub use kube::{KubeArgs, KubeVariables};
 pub(super) use reading::program;
 pub use serving::{LogFormat, ServingArgs};
 pub use store::EtcdArgs;
 pub use uplink::UplinkArgs;
 
 use super::docker_opts;
-use crate::leases::{DirOptions, StoreConfig};
+use crate::{
+    cni_socket,
+    leases::{DirOptions, StoreConfig},
+};
 
 /// The program's name where nothing says otherwise.
 pub(super) const PROGRAM: &str = "flannel-agent";
@@ -66,7 +70,7 @@ pub struct Args {
     )]
     pub subnet_file: PathBuf,
 
-    /// Network configuration for a lease directory that has no file named config.
+    /// Network configuration with --kube-subnet-mgr, and for a lease directory that has no file named config.
     #[arg(help_heading = STORE, long,
         env = "FLANNELD_NET_CONFIG_PATH",
         default_value = "/etc/kube-flannel/net-conf.json",
@@ -127,6 +131,10 @@ pub struct Args {
         value_name = "DIR"
     )]
     pub cni_cache_dir: PathBuf,
+
+    /// Socket at which the CNI plugin says which pods come and go. Default: cni.sock beside the subnet file.
+    #[arg(help_heading = BPF, long, env = "FLANNELD_CNI_SOCKET", value_name = "FILE", global = true)]
+    pub cni_socket: Option<PathBuf>,
 
     #[command(flatten)]
     pub kube: KubeArgs,
@@ -250,10 +258,9 @@ impl Args {
                 "--bpf-device=veth needs eBPF, which --datapath=kernel forbids: leave out one of the two",
             );
         }
-        if self.kube.kube_subnet_mgr {
+        if self.kube.kube_subnet_mgr && self.lease_dir.is_some() {
             return Err(
-                "--kube-subnet-mgr: this build has no Kubernetes store: leave it out and keep leases in etcd (--etcd-endpoints) or \
-                 in a shared directory (--lease-dir)",
+                "--kube-subnet-mgr and --lease-dir are two places for leases: leave out one of the two",
             );
         }
         Ok(())
@@ -267,8 +274,18 @@ impl Args {
             .unwrap_or_default()
     }
 
+    /// Where the CNI plugin is listened to.
+    pub fn cni_socket(&self) -> PathBuf {
+        let given = self.cni_socket.clone();
+        given.unwrap_or_else(|| cni_socket::beside(&self.subnet_file))
+    }
+
     /// Which lease store the flags ask for.
     pub fn store(&self) -> StoreConfig {
+        if self.kube.kube_subnet_mgr {
+            let options = self.kube.options(&self.net_config_path, &self.subnet_file);
+            return StoreConfig::Kube(Box::new(options));
+        }
         match &self.lease_dir {
             Some(dir) => StoreConfig::Dir(DirOptions {
                 net_config_path: Some(self.net_config_path.clone()),

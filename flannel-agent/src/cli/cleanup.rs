@@ -9,8 +9,9 @@ use flannel_core::{
     plan::{Hook, ObservedKind},
 };
 
-use super::{Args, table};
+use super::{Args, last_known_state, table};
 use crate::{
+    cni_socket,
     dataplane::{
         bpf::{self, Instance},
         netlink::Netlink,
@@ -94,16 +95,22 @@ pub(super) async fn run(args: &Args, scope: Scope) -> anyhow::Result<bool> {
     }
     if let Some(state) = &state {
         let subnet_file = (!keep_device).then_some(&state.subnet_file);
-        for file in subnet_file
-            .into_iter()
-            .chain([&State::path(&args.subnet_file)])
-        {
+        for file in subnet_file.into_iter().chain([
+            &State::path(&args.subnet_file),
+            &last_known_state(&args.subnet_file),
+        ]) {
             if file.exists() {
                 clean &= act.on(&format!("file {}", file.display()), || {
                     std::fs::remove_file(file)
                 });
             }
         }
+    }
+    let socket = args.cni_socket();
+    if !keep_device && cni_socket::is_stale(&socket) {
+        clean &= act.on(&format!("file {}", socket.display()), || {
+            cni_socket::remove(&socket)
+        });
     }
     let nets = state.as_ref().map(|state| (state.network, state.subnet));
     // Where nothing says that we have been here, rules are those of another flannel.

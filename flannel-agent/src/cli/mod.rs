@@ -17,9 +17,11 @@ use std::{ffi::OsString, process::ExitCode};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use args::last_known_state;
 pub use args::{
     Args, AttachChoice, Command, DatapathChoice, DeviceChoice, EtcdArgs, FastPathChoice,
-    FirewallArgs, KubeArgs, LogFormat, Output, RulesetChoice, ServingArgs, UplinkArgs, XdpChoice,
+    FirewallArgs, KubeArgs, KubeVariables, LogFormat, Output, RulesetChoice, ServingArgs,
+    UplinkArgs, XdpChoice,
 };
 
 use crate::{app, telemetry};
@@ -51,6 +53,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(error) => return usage(&program, &error),
     };
     telemetry::init(args.verbosity, args.serving.log_format);
+    share_memory();
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -67,6 +70,22 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     runtime.shutdown_background();
     code
 }
+
+/// Makes all threads take memory from one place. Each would keep its own of what was freed, which with thousands of nodes doubles what
+/// the process needs, and nothing here is quick enough to gain by it.
+#[cfg(target_env = "gnu")]
+fn share_memory() {
+    #[expect(unsafe_code, reason = "the C library has no other way to say it")]
+    // SAFETY: plain numbers, before there are other threads.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 128 << 10);
+    }
+}
+
+/// Other C libraries have one place.
+#[cfg(not(target_env = "gnu"))]
+fn share_memory() {}
 
 async fn dispatch(args: Args) -> ExitCode {
     match &args.command {

@@ -47,7 +47,7 @@ pub enum DataplaneError {
 }
 
 /// How much a look takes in. The rest is as it was at the last look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Scope {
     /// The pods of this node, their map entries and programs.
     Pods,
@@ -159,6 +159,16 @@ impl Dataplane {
     /// What the node knows of its pods; `None` while it was not read.
     pub const fn pod_sources(&self) -> Option<&PodSources> {
         self.pods.sources()
+    }
+
+    /// For what else is known of the pods.
+    pub(crate) const fn pod_sources_mut(&mut self) -> Option<&mut PodSources> {
+        self.pods.sources_mut()
+    }
+
+    /// Has the next look read the pods, whatever the notifications said.
+    pub(crate) const fn doubt_pods(&mut self) {
+        self.pods.doubt();
     }
 
     /// What a notification means for the pods.

@@ -46,6 +46,15 @@ impl PodWatch {
         self.sources.as_ref()
     }
 
+    pub(super) const fn sources_mut(&mut self) -> Option<&mut PodSources> {
+        self.sources.as_mut()
+    }
+
+    /// Something else than a notification has said that there is news.
+    pub(super) const fn doubt(&mut self) {
+        self.stale = true;
+    }
+
     /// Whether notifications have said something that was not read since.
     pub(super) const fn is_stale(&self) -> bool {
         self.stale || self.sources.is_none()

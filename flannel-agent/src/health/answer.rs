@@ -1,6 +1,6 @@
 //! What is answered to whom: upstream's words, and behind them what upstream does not tell.
 
-use super::{Lacking, Part};
+use super::{Lacking, Notes, Part};
 use crate::telemetry::one_line;
 
 /// A status code of HTTP and a body.
@@ -17,13 +17,16 @@ pub(super) fn alive(name: &str, verbose: bool) -> Answer {
 }
 
 /// `/readyz`: whether pods can talk, and else what is lacking.
-pub(super) fn ready(lacking: &Lacking, verbose: bool) -> Answer {
+pub(super) fn ready(lacking: &Lacking, notes: &Notes, verbose: bool) -> Answer {
     let status = if lacking.is_empty() { 200 } else { 503 };
     if verbose {
         let mut lines: Vec<String> = Part::ALL
             .iter()
             .map(|part| match lacking.get(part) {
-                None => format!("[+]{} ok", part.as_str()),
+                None => match notes.get(part) {
+                    None => format!("[+]{} ok", part.as_str()),
+                    Some(note) => format!("[+]{} ok: {}", part.as_str(), one_line(note)),
+                },
                 Some(why) => format!("[-]{} failed: {}", part.as_str(), one_line(why)),
             })
             .collect();
@@ -58,7 +61,7 @@ mod tests {
     #[test]
     fn readiness_has_upstreams_words_first() {
         assert_eq!(
-            ready(&Lacking::new(), false),
+            ready(&Lacking::new(), &Notes::new(), false),
             (200, "flanneld is ready".to_owned())
         );
         let lacking = Lacking::from([
@@ -66,7 +69,10 @@ mod tests {
             (Part::Lease, "no free\nsubnet".to_owned()),
         ]);
         let text = "flanneld is not ready yet\nlease: no free\\nsubnet\nsubnet-file: not yet\n";
-        assert_eq!(ready(&lacking, false), (503, text.to_owned()));
+        assert_eq!(
+            ready(&lacking, &Notes::new(), false),
+            (503, text.to_owned())
+        );
     }
 
     #[test]
@@ -74,13 +80,17 @@ mod tests {
         let lacking = Lacking::from([(Part::Lease, "gone".to_owned())]);
         let text = "[+]uplink ok\n[+]network-config ok\n[-]lease failed: gone\n[+]datapath ok\n\
                     [+]firewall ok\n[+]subnet-file ok\nreadyz check failed\n";
-        assert_eq!(ready(&lacking, true), (503, text.to_owned()));
-        let (status, text) = ready(&Lacking::new(), true);
+        assert_eq!(ready(&lacking, &Notes::new(), true), (503, text.to_owned()));
+        let (status, text) = ready(&Lacking::new(), &Notes::new(), true);
         assert_eq!(status, 200);
         assert!(
             text.ends_with("[+]subnet-file ok\nreadyz check passed\n"),
             "{text}"
         );
+        let notes = Notes::from([(Part::Lease, "as last known".to_owned())]);
+        let (status, text) = ready(&Lacking::new(), &notes, true);
+        assert_eq!(status, 200);
+        assert!(text.contains("[+]lease ok: as last known\n"), "{text}");
     }
 
     #[test]

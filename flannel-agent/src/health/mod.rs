@@ -54,21 +54,29 @@ impl Part {
     }
 }
 
+/// What a part lacks of which nothing was heard yet.
+pub(crate) const NOT_YET: &str = "not yet";
+
 /// What every part lacks: parts in place are absent.
 pub type Lacking = BTreeMap<Part, String>;
+
+/// What is to be known of parts that are in place.
+pub type Notes = BTreeMap<Part, String>;
 
 /// Where parts report, and what others read. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Board {
     lacking: Arc<watch::Sender<Lacking>>,
+    notes: Arc<watch::Sender<Notes>>,
     summary: Arc<watch::Sender<String>>,
 }
 
 impl Default for Board {
     fn default() -> Self {
-        let lacking = Part::ALL.map(|part| (part, "not yet".to_owned()));
+        let lacking = Part::ALL.map(|part| (part, NOT_YET.to_owned()));
         Self {
             lacking: Arc::new(watch::Sender::new(lacking.into())),
+            notes: Arc::default(),
             summary: Arc::default(),
         }
     }
@@ -91,6 +99,22 @@ impl Board {
             }
             changed
         });
+    }
+
+    /// Says something of a part that works all the same; `None` takes it back.
+    pub fn note(&self, part: Part, text: Option<String>) {
+        self.notes.send_if_modified(|notes| {
+            let before = match text {
+                Some(text) => notes.insert(part, text),
+                None => notes.remove(&part),
+            };
+            before.as_ref() != notes.get(&part)
+        });
+    }
+
+    /// What has been said of parts that work.
+    pub fn notes(&self) -> Notes {
+        self.notes.borrow().clone()
     }
 
     /// Follows the board.

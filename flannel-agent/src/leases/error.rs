@@ -2,7 +2,10 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use flannel_core::acquire::AcquireError;
+use flannel_core::{
+    acquire::AcquireError,
+    kube::{NodeError, PrefixError},
+};
 
 /// How a failure has to be treated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +131,78 @@ pub enum LeaseError {
         /// Why.
         source: std::io::Error,
     },
+    /// There is no way to the Kubernetes API.
+    #[error("Failed to create SubnetManager: fail to create kubernetes config: {cause}")]
+    KubeConfig {
+        /// Why.
+        cause: String,
+    },
+    /// `--kube-annotation-prefix` is wrong.
+    #[error("Failed to create SubnetManager: error creating network manager: {0}")]
+    KubePrefix(PrefixError),
+    /// `EVENT_QUEUE_DEPTH` is no number.
+    #[error(
+        "Failed to create SubnetManager: error creating network manager: env EVENT_QUEUE_DEPTH={value} format error: strconv.Atoi: parsing {value:?}: {reason}"
+    )]
+    KubeQueueDepth {
+        /// Its value.
+        value: String,
+        /// Go's reason.
+        reason: &'static str,
+    },
+    /// Nothing says which node this is.
+    #[error(
+        "Failed to create SubnetManager: env variables POD_NAME and POD_NAMESPACE must be set, or NODE_NAME"
+    )]
+    KubeNodeUnknown,
+    /// Our pod is on no node.
+    #[error("node name not present in pod spec '{pod}'")]
+    KubePodWithoutNode {
+        /// `namespace/name`.
+        pod: String,
+    },
+    /// There is no Node object with our name.
+    #[error("node {node:?} not found")]
+    KubeNoNode {
+        /// Our name.
+        node: String,
+    },
+    /// Our Node object does not say what we need.
+    #[error("{0}")]
+    KubeNode(Box<NodeError>),
+    /// The file with the network configuration cannot be read.
+    #[error(
+        "failed to read net conf: open {}: {source}: mount the ConfigMap there, or name the file with --net-config-path",
+        path.display()
+    )]
+    KubeNetConf {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The Kubernetes API cannot be reached, or broke off.
+    #[error("kubernetes {server}: {action}: {cause}")]
+    KubeUnreachable {
+        /// Its URL, without secrets.
+        server: String,
+        /// What was attempted.
+        action: String,
+        /// Why, as a chain of causes.
+        cause: String,
+    },
+    /// The Kubernetes API answered, and the answer is no.
+    #[error("kubernetes {server}: {action}: {message}")]
+    KubeAnswer {
+        /// Its URL, without secrets.
+        server: String,
+        /// What was attempted.
+        action: String,
+        /// The HTTP status code.
+        code: u16,
+        /// The server's text.
+        message: String,
+    },
     /// A worker thread ended without an answer.
     #[error("{action}: the worker thread ended without an answer")]
     Worker {
@@ -155,6 +230,10 @@ impl LeaseError {
             | LeaseError::Pem { .. }
             | LeaseError::NoSystemRoots { .. }
             | LeaseError::NetConfText { .. }
+            | LeaseError::KubeConfig { .. }
+            | LeaseError::KubePrefix(_)
+            | LeaseError::KubeQueueDepth { .. }
+            | LeaseError::KubeNodeUnknown
             | LeaseError::Acquire(AcquireError::NoAddress { .. }) => ErrorKind::Config,
             LeaseError::File { source, .. }
                 if source.kind() == std::io::ErrorKind::IsADirectory =>
@@ -177,9 +256,18 @@ impl LeaseError {
             {
                 ErrorKind::Refused
             }
+            LeaseError::KubeAnswer {
+                code: 401 | 403, ..
+            } => ErrorKind::Refused,
             LeaseError::Unreachable { .. }
             | LeaseError::Timeout { .. }
             | LeaseError::Answer { .. }
+            | LeaseError::KubePodWithoutNode { .. }
+            | LeaseError::KubeNoNode { .. }
+            | LeaseError::KubeNode(_)
+            | LeaseError::KubeNetConf { .. }
+            | LeaseError::KubeUnreachable { .. }
+            | LeaseError::KubeAnswer { .. }
             | LeaseError::NoNetConf { .. }
             | LeaseError::NoNetConfFile { .. }
             | LeaseError::Acquire(AcquireError::OutOfSubnets { .. })

@@ -1,4 +1,4 @@
-//! Where this node's subnet and the list of all other nodes come from: etcd, or a directory of lease files.
+//! Where this node's subnet and the list of all other nodes come from: the Kubernetes API, etcd, or a directory of lease files.
 //!
 //! A store keeps this node's lease alive and publishes what it knows as a [`View`]. It decides nothing about the
 //! kernel, and it never publishes less than it knows: an outage, a compacted history or an unreadable key leaves the
@@ -7,6 +7,7 @@
 mod dir;
 mod error;
 mod etcd;
+mod kube;
 mod retry;
 mod table;
 
@@ -14,7 +15,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use flannel_core::{
     acquire::{Choice, Decision, Identity},
-    config::NetConf,
+    config::{ConfigError, NetConf},
     lease::{Lease, LeaseAttrs, SubnetKey},
 };
 use tokio::sync::watch;
@@ -24,6 +25,7 @@ pub use self::{
     dir::{DEFAULT_RESCAN, DirLeases, DirOptions},
     error::{ErrorKind, LeaseError},
     etcd::{DEFAULT_PREFIX, DEFAULT_RENEW_MARGIN, DEFAULT_TTL, EtcdLeases, EtcdOptions},
+    kube::{DEFAULT_PATIENCE, KubeLeases, KubeOptions, NodeAddresses, Origin},
 };
 
 /// Changes that come together are read and published together.
@@ -43,6 +45,8 @@ pub enum StoreConfig {
     Etcd(EtcdOptions),
     /// A directory of lease files.
     Dir(DirOptions),
+    /// The Kubernetes API.
+    Kube(Box<KubeOptions>),
 }
 
 /// What this node asks for and what it publishes.
@@ -100,6 +104,8 @@ pub enum Store {
     Etcd(EtcdLeases),
     /// A directory of lease files.
     Dir(DirLeases),
+    /// The Kubernetes API.
+    Kube(KubeLeases),
 }
 
 impl Store {
@@ -108,6 +114,7 @@ impl Store {
         match config {
             StoreConfig::Etcd(options) => EtcdLeases::open(options).await.map(Store::Etcd),
             StoreConfig::Dir(options) => Ok(Store::Dir(DirLeases::open(options))),
+            StoreConfig::Kube(options) => KubeLeases::open(options).await.map(Store::Kube),
         }
     }
 
@@ -117,6 +124,7 @@ impl Store {
         match self {
             Store::Etcd(store) => Store::Etcd(store.twin()),
             Store::Dir(store) => Store::Dir(store.twin()),
+            Store::Kube(store) => Store::Kube(store.twin()),
         }
     }
 
@@ -125,14 +133,33 @@ impl Store {
         match self {
             Store::Etcd(store) => store.describe(),
             Store::Dir(store) => store.describe(),
+            Store::Kube(store) => store.describe(),
         }
     }
 
-    /// Reads the text of the network configuration: `<prefix>/config`, or the file `<dir>/config`.
+    /// Where the network configuration comes from, for a complaint about it.
+    pub fn conf_origin(&self) -> String {
+        match self {
+            Store::Etcd(_) | Store::Dir(_) => self.describe(),
+            Store::Kube(store) => store.conf_origin(),
+        }
+    }
+
+    /// Reads a text of the network configuration. Where the cluster gives out subnets itself, what the text says of their range and
+    /// length is not looked at.
+    pub fn read_conf(&self, text: &str) -> Result<NetConf, ConfigError> {
+        match self {
+            Store::Etcd(_) | Store::Dir(_) => NetConf::parse(text),
+            Store::Kube(_) => NetConf::parse_assigned(text),
+        }
+    }
+
+    /// Reads the text of the network configuration: `<prefix>/config`, the file `<dir>/config`, or `--net-config-path`.
     pub async fn net_conf(&self) -> Result<String, LeaseError> {
         match self {
             Store::Etcd(store) => store.net_conf().await,
             Store::Dir(store) => store.net_conf().await,
+            Store::Kube(store) => store.net_conf().await,
         }
     }
 
@@ -142,6 +169,7 @@ impl Store {
         match self {
             Store::Etcd(store) => store.net_conf_after(known).await,
             Store::Dir(store) => store.net_conf_after(known).await,
+            Store::Kube(store) => store.net_conf_after(known).await,
         }
     }
 
@@ -150,6 +178,7 @@ impl Store {
         match self {
             Store::Etcd(store) => store.own_stored(us).await,
             Store::Dir(store) => store.own_stored(us).await,
+            Store::Kube(store) => store.own_stored(us).await,
         }
     }
 
@@ -158,6 +187,7 @@ impl Store {
         match self {
             Store::Etcd(store) => store.snapshot().await,
             Store::Dir(store) => store.snapshot().await,
+            Store::Kube(store) => store.snapshot().await,
         }
     }
 
@@ -167,6 +197,7 @@ impl Store {
         match self {
             Store::Etcd(store) => store.acquire(offer).await,
             Store::Dir(store) => store.acquire(offer).await,
+            Store::Kube(store) => store.acquire(offer).await,
         }
     }
 
@@ -185,8 +216,13 @@ impl Store {
         &self,
         offer: &Offer,
         cancel: &CancellationToken,
-        tell: impl Fn(&str),
+        tell: impl Fn(&str) + Send + Sync,
     ) -> Option<Result<Held, LeaseError>> {
+        if let Store::Kube(store) = self {
+            // Most of what it waits for comes as an event, not by asking again.
+            let acquired = store.acquire_telling(offer, &tell);
+            return cancel.run_until_cancelled(acquired).await.map(Ok);
+        }
         cancel
             .run_until_cancelled(async {
                 let mut backoff = retry::Backoff::new();
@@ -223,6 +259,7 @@ impl Store {
             match &self {
                 Store::Etcd(store) => store.run(held, offer, &out).await,
                 Store::Dir(store) => store.run(held, offer, &out).await,
+                Store::Kube(store) => store.run(held, offer, &out).await,
             }
         };
         // Every step can be cut short: the store sees whole requests only, and nothing is given back at the end.

@@ -8,6 +8,8 @@ use crate::dataplane::Scope;
 
 /// Events that come together are answered together.
 const COALESCE: Duration = Duration::from_millis(50);
+/// The same where somebody waits for the answer.
+const EXPEDITED: Duration = Duration::from_millis(5);
 /// The longest rest: what is broken is repaired within two seconds all the same.
 const MAX_REST: Duration = Duration::from_secs(1);
 
@@ -57,6 +59,12 @@ impl Agenda {
     pub(super) fn hurry(&mut self) {
         let soon = Instant::now() + COALESCE;
         self.kernel = Some(self.kernel.map_or(soon, |due| due.min(soon)));
+    }
+
+    /// Asks for a look at the pods at once: somebody waits. Those who come together are answered together.
+    pub(super) fn expedite(&mut self) {
+        let soon = Instant::now() + EXPEDITED;
+        self.pods = Some(self.pods.map_or(soon, |due| due.min(soon)));
     }
 
     /// A look begins.

@@ -124,12 +124,13 @@ impl Gatekeeper {
         self.attached = now;
     }
 
-    /// Learns the pods from what was read; `None` while it was not.
+    /// Learns the pods from what was read; `None` while it was not. Those behind `leaving` are not learnt.
     pub(crate) fn learn(
         &mut self,
         desired: &mut Desired,
         seen: &Observed,
         sources: Option<&PodSources>,
+        leaving: &BTreeSet<IfIndex>,
     ) {
         let Some(sources) = sources else {
             // Nobody reads them while the gate is off. One that comes back later may be another.
@@ -157,7 +158,7 @@ impl Gatekeeper {
         let excluded: BTreeSet<IfIndex> = sources
             .ports
             .keys()
-            .filter(|port| decision.holds_back(**port))
+            .filter(|port| decision.holds_back(**port) || leaving.contains(port))
             .copied()
             .collect();
         drop(decision);
@@ -165,6 +166,11 @@ impl Gatekeeper {
         if desired.pods.as_ref() != Some(pods) {
             desired.pods = Some(pods.clone());
         }
+    }
+
+    /// Why a pod veth stays with the stack for good, if it does.
+    pub(crate) fn excludes(&self, veth: IfIndex) -> Option<String> {
+        self.watch.decisions.borrow().excluded.get(&veth).cloned()
     }
 
     /// Forgets the pods behind an interface that is gone, and returns their addresses.

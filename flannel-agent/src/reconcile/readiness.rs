@@ -13,6 +13,7 @@ use flannel_core::{
 use crate::{
     files,
     health::{Board, Part, Pulse},
+    metrics::Metrics,
     state::State,
     telemetry::{chain, one_line},
 };
@@ -24,6 +25,7 @@ pub(crate) struct Readiness {
     ip_masq: bool,
     board: Board,
     pulse: Pulse,
+    metrics: Metrics,
     /// What went wrong in the present attempt with more than a single pod.
     faults: Vec<String>,
     /// The text last written to `subnet.env`.
@@ -34,12 +36,19 @@ pub(crate) struct Readiness {
 }
 
 impl Readiness {
-    pub(crate) fn new(subnet_file: PathBuf, ip_masq: bool, board: Board, pulse: Pulse) -> Self {
+    pub(crate) fn new(
+        subnet_file: PathBuf,
+        ip_masq: bool,
+        board: Board,
+        pulse: Pulse,
+        metrics: Metrics,
+    ) -> Self {
         Self {
             subnet_file,
             ip_masq,
             board,
             pulse,
+            metrics,
             faults: Vec::new(),
             written: None,
             trouble: None,
@@ -50,6 +59,11 @@ impl Readiness {
     /// The loop has got something done.
     pub(super) fn beat(&self) {
         self.pulse.beat();
+    }
+
+    /// Where changes and looks are counted.
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// The loop ends.
@@ -103,6 +117,7 @@ impl Readiness {
         } else {
             self.board.settle(Part::Datapath);
         }
+        self.metrics.know(seen, desired, state);
         let peers = desired.peers.as_ref().map_or(0, BTreeMap::len);
         let subnet = state.subnet.map(|subnet| subnet.to_string());
         self.board.summarize(format!(

@@ -16,8 +16,10 @@ pub(crate) fn init(verbosity: u8, format: LogFormat) {
         1 => "debug",
         _ => "trace",
     };
-    // The netlink library warns of a full socket buffer, which our monitor already handles.
-    let fallback = format!("{level},netlink_proto=error,aya=warn,tower=warn,h2=warn,hyper=warn");
+    // The netlink library warns of a full socket buffer, which our monitor already handles; the Kubernetes library writes a line for
+    // each request that failed, which we do once.
+    let quiet = "netlink_proto=error,aya=warn,tower=warn,h2=warn,hyper=warn,hyper_util=warn,rustls=warn,kube_client=off";
+    let fallback = format!("{level},{quiet}");
     let filter =
         EnvFilter::try_from_default_env().unwrap_or_else(|_unset| EnvFilter::new(fallback));
     let lines = fmt::Subscriber::builder()

@@ -204,7 +204,7 @@ fn flags_that_lead_nowhere_say_what_to_write() {
         ),
         (
             &["--kube-subnet-mgr"],
-            &["--kube-subnet-mgr", "--etcd-endpoints", "--lease-dir"],
+            &["--kube-subnet-mgr", "--lease-dir", "leave out one"],
         ),
         (&["--kube-subnet-mgr=yes"], &["'yes'", "true or false"]),
         (&["-networks=a"], &["--networks", "--etcd-prefix"]),

@@ -70,6 +70,11 @@ pub(crate) struct Agent {
 impl Agent {
     pub(crate) async fn start(config: &StoreConfig, offer: Offer) -> Agent {
         let store = Store::open(config).await.expect("open the store");
+        Agent::start_with(store, offer).await
+    }
+
+    /// The same with a store that is open.
+    pub(crate) async fn start_with(store: Store, offer: Offer) -> Agent {
         let cancel = CancellationToken::new();
         let acquired = timeout(PATIENCE, store.acquire_until(&offer, &cancel))
             .await

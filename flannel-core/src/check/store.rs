@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{Certificate, Finding, Observations, few};
 use crate::{
-    config::NetConf,
+    config::{ConfigError, NetConf},
     lease::{LeaseAttrs, SubnetKey},
 };
 
@@ -23,6 +23,8 @@ pub struct StoreSeen {
     pub older_api: Option<String>,
     /// Certificates among the flags.
     pub certificates: Vec<Certificate>,
+    /// Present when it is the Kubernetes API, which knows nodes by name: this node's subnet there.
+    pub kubernetes: Option<Option<SubnetKey>>,
 }
 
 /// Why a store gave no configuration.
@@ -37,7 +39,23 @@ pub enum StoreTrouble {
 impl StoreSeen {
     /// The configuration, if it is there and valid.
     pub fn conf(&self) -> Option<NetConf> {
-        NetConf::parse(self.net_conf.as_ref().ok()?).ok()
+        self.read(self.net_conf.as_ref().ok()?).ok()
+    }
+
+    fn read(&self, text: &str) -> Result<NetConf, ConfigError> {
+        if self.kubernetes.is_some() {
+            NetConf::parse_assigned(text)
+        } else {
+            NetConf::parse(text)
+        }
+    }
+
+    /// Where the configuration is corrected.
+    fn place(&self) -> &str {
+        match self.kubernetes {
+            Some(_) => "net-conf.json of the ConfigMap",
+            None => &self.name,
+        }
     }
 
     /// The leases, if they could be listed.
@@ -45,8 +63,11 @@ impl StoreSeen {
         self.leases.as_ref().ok()
     }
 
-    /// Our own lease, recognised by the public address.
+    /// Our own lease, recognised by the public address, or by the node's name where the store has names.
     pub fn own(&self, seen: &Observations) -> Option<(&SubnetKey, &LeaseAttrs)> {
+        if let Some(own) = self.kubernetes {
+            return self.list()?.get_key_value(&own?);
+        }
         let public_ip = seen.network.uplink()?.public_ip?;
         self.list()?
             .iter()
@@ -82,7 +103,10 @@ fn fix_for(store: &StoreSeen) -> String {
             "{endpoint} speaks only etcd's version 2: upgrade etcd to 3.4 or newer and migrate the keys with etcdctl migrate"
         );
     }
-    if store.name.starts_with("etcd") {
+    if store.kubernetes.is_some() {
+        "check --kubeconfig-file or the pod's service account, that its ClusterRole has nodes: get, list, watch and nodes/status: patch, and that the API answers: kubectl get nodes"
+            .into()
+    } else if store.name.starts_with("etcd") {
         "check --etcd-endpoints, the certificates, user and password, and that etcd runs: ETCDCTL_API=3 etcdctl endpoint health"
             .into()
     } else {
@@ -151,6 +175,9 @@ fn network_config(seen: &Observations) -> Finding {
                 Some(endpoint) => format!(
                     "{endpoint} has the key in its version 2 API only: write it with ETCDCTL_API=3 etcdctl put"
                 ),
+                None if store.kubernetes.is_some() => {
+                    "mount the ConfigMap kube-flannel-cfg at /etc/kube-flannel, or name the file with --net-config-path".into()
+                }
                 None if store.name.starts_with("etcd") => {
                     "ETCDCTL_API=3 etcdctl put <prefix>/config '{\"Network\":\"10.244.0.0/16\",\"Backend\":{\"Type\":\"vxlan\"}}'; check --etcd-prefix".into()
                 }
@@ -159,13 +186,13 @@ fn network_config(seen: &Observations) -> Finding {
             return Finding::fail(NAME, error.clone(), fix);
         }
     };
-    let conf = match NetConf::parse(text) {
+    let conf = match store.read(text) {
         Ok(conf) => conf,
         Err(error) => {
             return Finding::fail(
                 NAME,
                 error.to_string(),
-                format!("correct it in {}", store.name),
+                format!("correct it in {}", store.place()),
             );
         }
     };
@@ -177,7 +204,11 @@ fn network_config(seen: &Observations) -> Finding {
         None
     };
     if let Some(unsupported) = unsupported {
-        return Finding::fail(NAME, unsupported, format!("correct it in {}", store.name));
+        return Finding::fail(
+            NAME,
+            unsupported,
+            format!("correct it in {}", store.place()),
+        );
     }
     let vxlan = &conf.backend.vxlan;
     let network = conf.ipv4.map_or("no IPv4 network".into(), |family| {
@@ -192,7 +223,7 @@ fn network_config(seen: &Observations) -> Finding {
             ),
             format!(
                 "leave it out in {}, or do nothing: peers understand both",
-                store.name
+                store.place()
             ),
         );
     }
@@ -200,7 +231,7 @@ fn network_config(seen: &Observations) -> Finding {
         Some(warning) => Finding::warn(
             NAME,
             format!("{text}: {warning}"),
-            format!("correct it in {}", store.name),
+            format!("correct it in {}", store.place()),
         ),
         None => Finding::ok(NAME, text),
     }

@@ -151,6 +151,7 @@ fn healthy() -> Observations {
                     (SubnetKey::from_v4(net(subnet)), attrs)
                 })
                 .into()),
+            kubernetes: None,
             older_api: None,
             certificates: vec![Certificate {
                 file: "/etc/etcd/client.crt".into(),

@@ -170,6 +170,21 @@ impl<N: Network> Given<N, N::Addr> {
         })
     }
 
+    /// The network alone, for subnets that somebody else gives out: their length and range are not ours to judge, and the length stands
+    /// for one that is usual.
+    pub(super) fn unchecked(self) -> Result<FamilyConf<N, N::Addr>, ConfigError> {
+        let network = self.network.ok_or(ConfigError::MissingNetwork {
+            key: N::KEY,
+            example: N::EXAMPLE,
+        })?;
+        Ok(FamilyConf {
+            network,
+            subnet_len: N::DEFAULT_LEN.max(network.prefix()),
+            min: network.first(),
+            max: network.last(),
+        })
+    }
+
     /// Checks in upstream's order and fills in what is not given.
     pub(super) fn check(self) -> Result<FamilyConf<N, N::Addr>, ConfigError> {
         let network = self.network.ok_or(ConfigError::MissingNetwork {

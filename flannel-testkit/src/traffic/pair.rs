@@ -6,10 +6,15 @@ use crate::socket;
 use anyhow::{Context as _, ensure};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// How long a connection may stand still, or take to come about.
 const LIMIT: Duration = Duration::from_secs(5);
+/// How long the word of a duplicate may be on its way.
+const DUPLICATE: Duration = Duration::from_millis(300);
+/// How long a listener's address may stay in use after it: a process that another thread starts has all descriptors for a moment.
+const INHERITED: Duration = Duration::from_secs(2);
 /// Bytes handed to the kernel at a time.
 const CHUNK: usize = 256 << 10;
 
@@ -25,8 +30,20 @@ impl TcpServer {
     /// Listens on `ip` and `port` of `ns`; port 0 is any.
     pub fn listen(ns: &Netns, ip: Ipv4Addr, port: u16) -> anyhow::Result<TcpServer> {
         let address = SocketAddrV4::new(ip, port);
+        let until = Instant::now() + INHERITED;
         let listener = ns
-            .try_run(|| socket::listen(address))?
+            .try_run(|| {
+                loop {
+                    match socket::listen(address) {
+                        Err(error)
+                            if error.kind() == ErrorKind::AddrInUse && Instant::now() < until =>
+                        {
+                            thread::sleep(Duration::from_millis(10));
+                        }
+                        outcome => return outcome,
+                    }
+                }
+            })?
             .with_context(|| format!("listen on {address} in {}", ns.name()))?;
         let port = listener.local_addr()?.port();
         Ok(TcpServer {
@@ -202,10 +219,17 @@ impl TcpPair {
         Ok(socket::linger_nothing(&self.server)?)
     }
 
-    /// Segments that either end has sent again.
+    /// Segments that either end has sent again because they were lost. One that was only late, as on a busy machine, arrives twice:
+    /// its receiver says so (RFC 2883), and it does not count.
     pub fn retransmits(&self) -> anyhow::Result<u32> {
-        let client = socket::tcp_info(&self.client)?.tcpi_total_retrans;
-        Ok(client + socket::tcp_info(&self.server)?.tcpi_total_retrans)
+        let until = Instant::now() + DUPLICATE;
+        loop {
+            let lost = socket::lost_segments(&self.client)? + socket::lost_segments(&self.server)?;
+            if lost == 0 || Instant::now() > until {
+                return Ok(lost);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// The client's end.

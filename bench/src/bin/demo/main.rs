@@ -8,7 +8,7 @@ use std::{process::ExitCode, time::Instant};
 
 use bench_lab::{
     INTERRUPTED, check_stop,
-    cluster::{Cluster, Options, StoreChoice},
+    cluster::{Cluster, Options, StoreChoice, plugin_binary},
     progress, say, stopped, wait_for_stop, watch_for_stop,
 };
 use clap::Parser;
@@ -67,6 +67,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<bool> {
     let started = Instant::now();
     let mut cluster = Cluster::start(&Options {
+        plugin: Some(plugin_binary()?),
         nodes: args.nodes,
         pods: args.pods,
         store: args.store,

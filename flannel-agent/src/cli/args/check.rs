@@ -37,7 +37,8 @@ impl Args {
     /// Whether a flag or variable says which lease store to use.
     pub fn names_store(&self) -> bool {
         let default = EtcdOptions::default();
-        self.lease_dir.is_some()
+        self.kube.kube_subnet_mgr
+            || self.lease_dir.is_some()
             || self.etcd.etcd_endpoints != default.endpoints
             || self.etcd.etcd_prefix != default.prefix
     }

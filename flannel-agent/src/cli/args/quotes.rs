@@ -14,6 +14,7 @@ pub(super) fn strip(args: &mut Args) -> Vec<String> {
         ("subnet-file", Some(&mut args.subnet_file)),
         ("net-config-path", Some(&mut args.net_config_path)),
         ("cni-cache-dir", Some(&mut args.cni_cache_dir)),
+        ("cni-socket", args.cni_socket.as_mut()),
         ("lease-dir", args.lease_dir.as_mut()),
         ("etcd-keyfile", etcd.etcd_keyfile.as_mut()),
         ("etcd-certfile", etcd.etcd_certfile.as_mut()),

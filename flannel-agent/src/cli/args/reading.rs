@@ -11,7 +11,7 @@ use clap::{
     error::{ContextKind, ContextValue, ErrorKind},
 };
 
-use super::{Args, PROGRAM, check, quotes, spelling};
+use super::{Args, KubeVariables, PROGRAM, check, quotes, spelling};
 
 impl Args {
     /// Reads the command line, the first argument being the program's name, and the environment for what is not on it.
@@ -48,6 +48,7 @@ impl Args {
         let mut args = Self::from_arg_matches_mut(&mut matches)?;
         check::merge(&mut args, &behind)?;
         warnings.extend(quotes::strip(&mut args));
+        args.kube.variables = KubeVariables::read(|name| std::env::var(name).ok());
         args.program = program;
         args.warnings = warnings;
         Ok(args)

@@ -26,6 +26,10 @@ pub struct ServingArgs {
     )]
     pub healthz_port: u16,
 
+    /// Address and port to serve /metrics at, such as 127.0.0.1:9476 or [::]:9476. Default: not to.
+    #[arg(long, env = "FLANNELD_METRICS_ADDR", value_name = "IP:PORT")]
+    pub metrics_addr: Option<SocketAddr>,
+
     /// Shape of log lines.
     #[arg(long, env = "FLANNELD_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT", global = true)]
     pub log_format: LogFormat,

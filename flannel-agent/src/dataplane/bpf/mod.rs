@@ -42,7 +42,7 @@ pub use probe::{Room, room};
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FLANNEL_EBPF_OBJECT"));
 
 /// Entries of the map `pods`: more than a node has pods.
-const POD_ENTRIES: u32 = 4096;
+pub(crate) const POD_ENTRIES: u32 = 4096;
 /// Entries of the map `nattuples`.
 const NAT_ENTRIES: u32 = 1 << 14;
 

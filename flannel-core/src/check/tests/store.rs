@@ -56,6 +56,25 @@ fn the_store() {
         seen.store.name = "directory /x".into();
     });
     assert_only(
+        "store",
+        Fail,
+        &["ClusterRole", "kubectl get nodes"],
+        |seen| {
+            dead(seen);
+            seen.store.name = "kubernetes https://10.96.0.1 node a".into();
+            seen.store.kubernetes = Some(None);
+        },
+    );
+    assert_only(
+        "network-config",
+        Fail,
+        &["ConfigMap", "--net-config-path"],
+        |seen| {
+            seen.store.net_conf = Err(StoreTrouble::Missing("not found".into()));
+            seen.store.kubernetes = Some(None);
+        },
+    );
+    assert_only(
         "network-config",
         Fail,
         &["not found", "etcdctl put"],

@@ -1,0 +1,58 @@
+{{/* Labels of every object. */}}
+{{- define "flannel-ebpf.labels" -}}
+k8s-app: flannel
+app.kubernetes.io/name: flannel-ebpf
+app.kubernetes.io/part-of: flannel-ebpf
+{{- end -}}
+
+{{/* Labels of the DaemonSet and of its pods. */}}
+{{- define "flannel-ebpf.podLabels" -}}
+app: flannel
+tier: node
+{{ include "flannel-ebpf.labels" . }}
+app.kubernetes.io/component: node-agent
+app.kubernetes.io/version: {{ .Chart.AppVersion }}
+{{- end -}}
+
+{{/* The image with everything in it. */}}
+{{- define "flannel-ebpf.image" -}}
+{{- if .Values.flannel.image.tag -}}
+{{ .Values.flannel.image.repository }}:{{ .Values.flannel.image.tag }}
+{{- else -}}
+{{ .Values.flannel.image.repository }}:{{ .Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+
+{{/* Another image for the CNI plugin, if there is one. */}}
+{{- define "flannel-ebpf.pluginImage" -}}
+{{- if .Values.flannel.image_cni.repository -}}
+{{ .Values.flannel.image_cni.repository }}:{{ .Values.flannel.image_cni.tag }}
+{{- else if .Values.flannel.flannel_cni.image.repository -}}
+{{ .Values.flannel.flannel_cni.image.repository }}:{{ .Values.flannel.flannel_cni.image.tag }}
+{{- end -}}
+{{- end -}}
+
+{{/* Ends the rendering for what the agent would not do. */}}
+{{- define "flannel-ebpf.check" -}}
+{{- if ne .Values.flannel.backend "vxlan" -}}
+{{- fail (printf "flannel.backend=%s: this agent has the backend vxlan alone; stay with flannel for others" .Values.flannel.backend) -}}
+{{- end -}}
+{{- if not .Values.podCidr -}}
+{{- fail "podCidr is empty: this agent carries IPv4, and needs the network of all pods" -}}
+{{- end -}}
+{{- if .Values.podCidrv6 -}}
+{{- fail "podCidrv6: IPv6 is not carried yet; leave it empty, or stay with flannel for dual stack" -}}
+{{- end -}}
+{{- if .Values.flannel.directRouting -}}
+{{- fail "flannel.directRouting is not supported yet: every packet to another node is encapsulated" -}}
+{{- end -}}
+{{- if .Values.flannel.macPrefix -}}
+{{- fail "flannel.macPrefix is for Windows nodes, which this agent does not serve" -}}
+{{- end -}}
+{{- if or .Values.flannel.psk .Values.flannel.tunnelMode .Values.flannel.keepaliveInterval .Values.flannel.backendPortv6 -}}
+{{- fail "flannel.psk, tunnelMode, keepaliveInterval and backendPortv6 are of the backend wireguard, which this agent does not have" -}}
+{{- end -}}
+{{- if .Values.netpol.enabled -}}
+{{- fail "netpol.enabled: network policies are not part of this chart; install kube-network-policies by its own manifest" -}}
+{{- end -}}
+{{- end -}}
