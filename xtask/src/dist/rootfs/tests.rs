@@ -69,7 +69,7 @@ fn the_base_has_what_packages_scripts_would_have_made() {
     assert_eq!(link("usr/sbin/ip6tables-restore"), "ip6tables-nft-restore");
     assert_eq!(link("bin/sh"), "dash");
     assert_eq!(link("usr/bin/awk"), "mawk");
-    // mk-docker-opts.sh asks for the last two.
+    // mk-docker-opts.sh asks for dirname.
     for applet in ["cp", "dirname", "mktemp"] {
         assert_eq!(link(&format!("bin/{applet}")), "busybox");
     }
