@@ -178,7 +178,7 @@ impl Release<'_> {
             layers: vec![
                 (
                     base,
-                    "Debian 12: iproute2, iptables, nftables, kmod, ca-certificates, busybox",
+                    "Debian 12: iproute2, iptables, nftables, kmod, ca-certificates, dash, busybox",
                 ),
                 (own, "cargo xtask dist --image"),
             ],

@@ -18,27 +18,30 @@ use crate::process;
 const SUITE: &str = "bookworm";
 
 /// What the image has, before dependencies.
-const WANTED: [&str; 8] = [
+const WANTED: [&str; 10] = [
     "base-files",
     "busybox-static",
     "ca-certificates",
+    "dash",
     "iproute2",
     "iptables",
     "kmod",
+    "mawk",
     "netbase",
     "nftables",
 ];
 
 /// Dependencies that only scripts of packages need, or programs that are taken out: [`PRUNED`].
-const NOT_FOLLOWED: [&str; 10] = [
+const NOT_FOLLOWED: [&str; 11] = [
     "cdebconf",
     "debconf",
+    "debianutils",
+    "dpkg",
     "gawk",
     "libcap2-bin",
     "libcrypt1",
     "libdb5.3",
     "libtirpc3",
-    "mawk",
     "openssl",
     "original-awk",
 ];
@@ -92,13 +95,75 @@ const PRUNED: [&str; 44] = [
     "var",
 ];
 
-/// What `sh` and manifests' scripts find beside Debian's own programs, all of them busybox.
-const APPLETS: [&str; 36] = [
-    "awk", "base64", "cat", "chmod", "cp", "cut", "date", "df", "dmesg", "du", "echo", "env",
-    "find", "grep", "head", "hostname", "id", "kill", "ln", "ls", "mkdir", "mv", "netstat",
-    "nslookup", "ping", "ps", "rm", "sed", "sh", "sleep", "sort", "tail", "tar", "true", "uname",
+/// What scripts find beside Debian's own programs, all of them busybox. Not the shell: busybox's takes its own `ip` for iproute2's.
+const APPLETS: [&str; 63] = [
+    "[",
+    "base64",
+    "basename",
+    "cat",
+    "chmod",
+    "cmp",
+    "cp",
+    "cut",
+    "date",
+    "df",
+    "diff",
+    "dirname",
+    "dmesg",
+    "du",
+    "echo",
+    "env",
+    "expr",
+    "false",
+    "find",
+    "grep",
+    "head",
+    "hostname",
+    "id",
+    "kill",
+    "ln",
+    "ls",
+    "md5sum",
+    "mkdir",
+    "mktemp",
+    "more",
+    "mv",
+    "nc",
+    "netstat",
+    "nslookup",
+    "ping",
+    "printf",
+    "ps",
+    "readlink",
+    "realpath",
+    "rm",
+    "rmdir",
+    "sed",
+    "seq",
+    "sha256sum",
+    "sleep",
+    "sort",
+    "stat",
+    "tail",
+    "tar",
+    "tee",
+    "test",
+    "timeout",
+    "top",
+    "touch",
+    "tr",
+    "true",
+    "uname",
+    "uniq",
+    "vi",
     "wc",
+    "wget",
+    "which",
+    "xargs",
 ];
+
+/// Names that packages have, or that their scripts would have given.
+const LINKS: [(&str, &str); 2] = [("bin/sh", "dash"), ("usr/bin/awk", "mawk")];
 
 /// Names that Debian's alternatives would give to the variant for nftables. The agent asks the variants by their own names, too, and
 /// takes that in which the node's rules are.
@@ -203,6 +268,12 @@ fn arrange(dir: &Path) -> Result<()> {
         let link = dir.join("bin").join(applet);
         if fs::symlink_metadata(&link).is_err() {
             symlink("busybox", &link).with_context(|| format!("link {}", link.display()))?;
+        }
+    }
+    for (link, to) in LINKS {
+        let link = dir.join(link);
+        if fs::symlink_metadata(&link).is_err() {
+            symlink(to, &link).with_context(|| format!("link {}", link.display()))?;
         }
     }
     for name in IPTABLES {

@@ -12,40 +12,50 @@ use crate::archive::output;
 use crate::process;
 
 /// Programs that the agent and manifests use, and what each says of itself.
-const PROGRAMS: [(&str, &str, &str); 7] = [
-    ("/usr/sbin/iptables-legacy", "--version", "(legacy)"),
+const PROGRAMS: [(&str, &[&str], &str); 8] = [
+    ("/usr/sbin/iptables-legacy", &["--version"], "(legacy)"),
     (
         "/usr/sbin/ip6tables-legacy-restore",
-        "--version",
+        &["--version"],
         "(legacy)",
     ),
-    ("/usr/sbin/iptables-restore", "--version", "(nf_tables)"),
-    ("/usr/sbin/ip6tables-nft-save", "--version", "(nf_tables)"),
-    ("/bin/ip", "-V", "iproute2"),
-    ("/bin/kmod", "--version", "kmod version"),
-    ("/bin/uname", "-s", "Linux"),
+    ("/usr/sbin/iptables-restore", &["--version"], "(nf_tables)"),
+    (
+        "/usr/sbin/ip6tables-nft-save",
+        &["--version"],
+        "(nf_tables)",
+    ),
+    ("/bin/ip", &["-V"], "iproute2"),
+    ("/bin/kmod", &["--version"], "kmod version"),
+    ("/usr/bin/awk", &["BEGIN { print 2 ^ 10 }"], "1024"),
+    ("/bin/uname", &["-s"], "Linux"),
 ];
 
-/// Those that ask the kernel for nftables whatever they are told to do. QEMU's emulation of one program has no such thing.
-const OF_THE_KERNEL: [(&str, &str, &str); 4] = [
-    ("/usr/sbin/iptables", "--version", "(nf_tables)"),
-    ("/usr/sbin/ip6tables", "--version", "(nf_tables)"),
-    ("/usr/sbin/iptables-nft", "--version", "(nf_tables)"),
-    ("/usr/sbin/nft", "--version", "nftables v1."),
+/// Those that ask the kernel for nftables whatever they are told to do, and scripts, which start other programs. QEMU's emulation of
+/// one program can do neither.
+const OF_THE_KERNEL: [(&str, &[&str], &str); 5] = [
+    ("/usr/sbin/iptables", &["--version"], "(nf_tables)"),
+    ("/usr/sbin/ip6tables", &["--version"], "(nf_tables)"),
+    ("/usr/sbin/iptables-nft", &["--version"], "(nf_tables)"),
+    ("/usr/sbin/nft", &["--version"], "nftables v1."),
+    ("/bin/sh", &["-c", "ip -V"], "iproute2"),
 ];
 
 /// Starts each in the base, with the own files beside it; returns their names.
 pub(super) fn run(base: &Path, own: &Path, arch: Arch, stamp: &Stamp) -> Result<String> {
     let mut names = Vec::new();
     let of_the_kernel = OF_THE_KERNEL.iter().filter(|_| Arch::host() == Some(arch));
-    for (program, argument, expected) in PROGRAMS.iter().chain(of_the_kernel) {
+    for (program, arguments, expected) in PROGRAMS.iter().chain(of_the_kernel) {
         let said = output(
             starting(base, arch, program)
-                .arg(argument)
+                .args(*arguments)
                 .stdin(Stdio::null()),
         )?;
         if !said.contains(expected) {
-            bail!("{program} {argument} of the {arch} image says {said:?} and not {expected:?}");
+            bail!(
+                "{program} {} of the {arch} image says {said:?} and not {expected:?}",
+                arguments.join(" ")
+            );
         }
         names.push(program.rsplit('/').next().unwrap_or(program));
     }

@@ -33,6 +33,7 @@ fn unpacked() -> TempDir {
         ("bin/busybox", ""),
         ("bin/ip", ""),
         ("bin/ss", ""),
+        ("usr/bin/mawk", ""),
         ("usr/sbin/iptables-nft", ""),
         ("usr/sbin/iptables-nft-save", ""),
         ("usr/lib/x/gconv/a.so", ""),
@@ -66,8 +67,12 @@ fn the_base_has_what_packages_scripts_would_have_made() {
     assert_eq!(link("usr/sbin/iptables"), "iptables-nft");
     assert_eq!(link("usr/sbin/iptables-save"), "iptables-nft-save");
     assert_eq!(link("usr/sbin/ip6tables-restore"), "ip6tables-nft-restore");
-    assert_eq!(link("bin/sh"), "busybox");
-    assert_eq!(link("bin/cp"), "busybox");
+    assert_eq!(link("bin/sh"), "dash");
+    assert_eq!(link("usr/bin/awk"), "mawk");
+    // mk-docker-opts.sh asks for dirname.
+    for applet in ["cp", "dirname", "mktemp"] {
+        assert_eq!(link(&format!("bin/{applet}")), "busybox");
+    }
     let read = |name: &str| fs::read_to_string(dir.path().join(name)).expect(name);
     assert_eq!(
         read("etc/ssl/certs/ca-certificates.crt"),
