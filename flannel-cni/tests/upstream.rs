@@ -4,7 +4,7 @@ use std::{
     fs,
     io::Write as _,
     os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Output, Stdio},
 };
 
@@ -22,16 +22,8 @@ test "$CNI_COMMAND" = ADD && echo '{"cniVersion":"'"$version"'","ips":[{"version
 exit 0
 "#;
 
-/// Upstream's plugin, where `cargo xtask setup` unpacks it.
 fn theirs() -> PathBuf {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let plugin = workspace.join("target/cni-0.9/usr/lib/cni/flannel");
-    assert!(
-        plugin.exists(),
-        "{} is missing: run `cargo xtask setup`",
-        plugin.display()
-    );
-    plugin
+    flannel_testkit::cni::upstream_plugin().unwrap()
 }
 
 fn ours() -> PathBuf {
