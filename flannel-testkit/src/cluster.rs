@@ -10,6 +10,7 @@ use crate::relay::Relay;
 use anyhow::{Context as _, bail};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -38,6 +39,8 @@ pub struct Real {
     made: Mutex<BTreeSet<String>>,
     dir: TempDir,
     _relay: Relay,
+    /// One test at a time: the nodes of another one would be peers.
+    _turn: File,
 }
 
 impl Cluster {
@@ -51,6 +54,8 @@ impl Cluster {
 
     /// A real cluster, relayed to `ip` in `ns`.
     pub fn real(ns: &Netns, ip: Ipv4Addr, kubeconfig: &Path) -> anyhow::Result<Cluster> {
+        let turn = File::create(std::env::temp_dir().join("flannel-testkit-cluster.lock"))?;
+        turn.lock().context("wait for our turn at the cluster")?;
         let words = [
             "config",
             "view",
@@ -86,6 +91,7 @@ impl Cluster {
             made: Mutex::new(BTreeSet::new()),
             dir: TempDir::new()?,
             _relay: relay,
+            _turn: turn,
         }))
     }
 
