@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 
 /// Where tests are. A name's first part is a file or a directory in one of these, or a crate.
-const TESTS: [&str; 4] = [
+const TESTS: [&str; 5] = [
     "flannel-agent/tests",
+    "flannel-cni/tests",
     "flannel-core/tests",
     "flannel-testkit/tests",
     "bench/tests",
