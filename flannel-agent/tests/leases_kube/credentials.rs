@@ -1,8 +1,8 @@
 //! Credentials that change while the agent runs.
 
 use std::{
-    fs,
-    os::unix::fs::symlink,
+    fs::{self, Permissions},
+    os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
 };
 
@@ -136,6 +136,12 @@ async fn a_kubeconfig_that_is_half_written_ends_nothing() {
     fs::write(&path, half.replace(&token, &format!("{token}, x: ["))).expect("kubeconfig");
     cluster.api.end_watches(WatchEnd::Cut);
     log.until(&["the credentials cannot be read again"]).await;
+    let error = Store::open(&cluster.config(1)).await.expect_err("half");
+    let error = error.chain();
+    assert!(
+        error.contains("at line 8 column") && !error.contains(&token),
+        "{error}"
+    );
     fs::write(&path, text).expect("kubeconfig");
     works(&cluster, &mut agent, 3).await;
     assert!(!log.text().contains(&token), "{}", log.text());
@@ -151,4 +157,39 @@ async fn a_token_file_may_end_with_a_newline() {
     let list = store.list().await;
     assert!(list.is_ok(), "{list:?}");
     assert!(store.acquire(&offer(1)).await.is_ok());
+}
+
+#[tokio::test]
+async fn what_an_exec_plugin_prints_is_in_no_error() {
+    let cluster = Cluster::new(&[1]);
+    let plugin = cluster.dir.path().join("plugin");
+    let exec = format!(
+        "{{exec: {{apiVersion: client.authentication.k8s.io/v1, interactiveMode: Never, command: {}}}}}",
+        plugin.display()
+    );
+    let token = format!("{{token: {}}}", cluster.api.token());
+    let text = cluster.api.kubeconfig().replace(&token, &exec);
+    fs::write(cluster.dir.path().join("kubeconfig"), text).expect("kubeconfig");
+    for (end, wanted) in [
+        (
+            "exit 3",
+            "exec plugin of the kubeconfig failed: exit status: 3",
+        ),
+        ("exit 0", "what the exec plugin of the kubeconfig prints"),
+    ] {
+        fs::write(
+            &plugin,
+            format!("#!/bin/sh\necho '{{token: hunter2, x: [}}'\n{end}\n"),
+        )
+        .expect("plugin");
+        fs::set_permissions(&plugin, Permissions::from_mode(0o755)).expect("plugin");
+        let error = Store::open(&cluster.config(1))
+            .await
+            .expect_err(end)
+            .chain();
+        assert!(
+            error.contains(wanted) && !error.contains("hunter2"),
+            "{error}"
+        );
+    }
 }

@@ -14,6 +14,7 @@ use futures_util::{AsyncBufReadExt as _, Stream, StreamExt as _};
 use http::{Method, Request, header::CONTENT_TYPE};
 use kube::{
     Client, Config,
+    client::AuthError,
     config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
     core::WatchEvent,
 };
@@ -109,7 +110,7 @@ impl Made {
         trim_token(&mut config);
         let server = without_credentials(config.cluster_url.to_string().trim_end_matches('/'));
         let client = Client::try_from(config).map_err(|error| LeaseError::KubeConfig {
-            cause: chain(&error),
+            cause: without_secrets(&error),
         })?;
         Ok(Self {
             client,
@@ -326,7 +327,7 @@ impl Connection {
                     status.message.clone()
                 },
             },
-            error => self.broken(action, chain(error)),
+            error => self.broken(action, without_secrets(error)),
         }
     }
 
@@ -356,6 +357,30 @@ impl Connection {
     fn late(&self, action: &str) -> LeaseError {
         self.broken(action, format!("no answer within {ANSWER:?}"))
     }
+}
+
+/// An error and its sources, without what it quotes of a kubeconfig, or of what an exec plugin prints.
+fn without_secrets(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        match error.downcast_ref::<AuthError>() {
+            Some(AuthError::AuthExecRun { out, .. }) => {
+                return format!("the exec plugin of the kubeconfig failed: {}", out.status);
+            }
+            Some(AuthError::AuthExecParse(_)) => {
+                return "what the exec plugin of the kubeconfig prints cannot be read".to_owned();
+            }
+            _ => {}
+        }
+        if let Some(KubeconfigError::Parse(parse)) = error.downcast_ref::<KubeconfigError>() {
+            let place = parse.location().map_or_else(String::new, |place| {
+                format!(" at line {} column {}", place.line(), place.column())
+            });
+            return format!("this is not a kubeconfig in YAML: it cannot be read{place}");
+        }
+        next = error.source();
+    }
+    chain(error)
 }
 
 /// The text of an answer.
@@ -440,7 +465,7 @@ async fn configure(options: &KubeOptions, is_first: bool) -> Result<Config, Leas
         refuse(format!(
             "--kubeconfig-file={}: {}",
             path.display(),
-            chain(error)
+            without_secrets(error)
         ))
     };
     let mut kubeconfig = Kubeconfig::read_from(path).map_err(|error| told(&error))?;
