@@ -110,12 +110,11 @@ async fn an_authority_that_was_replaced_is_read_again() {
         cluster.api.change_authority().expect("authority");
         log.until(&["WARN", "lease store unreachable"]).await;
         let token = cluster.api.rotate_token(&service_account());
-        match volume {
-            Some(volume) => project(&volume, &cluster.api, 2),
-            None => {
-                let text = cluster.api.kubeconfig();
-                fs::write(cluster.dir.path().join("kubeconfig"), text).expect("kubeconfig");
-            }
+        if let Some(volume) = volume {
+            project(&volume, &cluster.api, 2);
+        } else {
+            let text = cluster.api.kubeconfig();
+            fs::write(cluster.dir.path().join("kubeconfig"), text).expect("kubeconfig");
         }
         works(&cluster, &mut agent, 3).await;
         assert!(!log.text().contains(&token));

@@ -152,7 +152,7 @@ impl Connection {
             return false;
         }
         renewal.tried = Some(Instant::now());
-        match Made::new(&self.shared.options, used + 1).await {
+        match Box::pin(Made::new(&self.shared.options, used + 1)).await {
             Ok(made) => {
                 renewal.failed = None;
                 let mut current = self
@@ -276,7 +276,10 @@ impl Connection {
         ask: impl Fn(Client, Request<Vec<u8>>) -> A,
     ) -> Result<T, LeaseError> {
         let made = self.made();
-        let error = match self.once(action, ask(made.client, request.clone())).await {
+        let error = match self
+            .once(action, Box::pin(ask(made.client, request.clone())))
+            .await
+        {
             Ok(answer) => return Ok(answer),
             Err(error) => error,
         };
@@ -287,7 +290,9 @@ impl Connection {
                 if !self.renew(made.number, REFUSED_AGAIN).await {
                     return Err(error);
                 }
-                let answer = self.once(action, ask(self.made().client, request)).await?;
+                let answer = self
+                    .once(action, Box::pin(ask(self.made().client, request)))
+                    .await?;
                 info!(
                     server = self.server(),
                     "our credentials were refused: those that were read again are accepted"
