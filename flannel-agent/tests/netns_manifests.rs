@@ -12,7 +12,7 @@ use anyhow::ensure;
 use container::Container;
 use flannel_testkit::{
     AgentProcess,
-    apiserver::{ApiServer, Asked, Kind, Rule, service_account},
+    apiserver::{ApiServer, Asked, Kind, Rule, WatchEnd, service_account},
     eventually, privileged,
     traffic::{self, FloodPing},
 };
