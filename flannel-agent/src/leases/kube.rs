@@ -8,6 +8,7 @@ mod acquire;
 mod condition;
 mod conf;
 mod connection;
+mod credentials;
 mod events;
 mod feed;
 mod keeper;

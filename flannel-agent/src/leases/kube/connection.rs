@@ -12,12 +12,7 @@ use std::{
 use flannel_core::kube::Node;
 use futures_util::{AsyncBufReadExt as _, Stream, StreamExt as _};
 use http::{Method, Request, header::CONTENT_TYPE};
-use kube::{
-    Client, Config,
-    client::AuthError,
-    config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
-    core::WatchEvent,
-};
+use kube::{Client, core::WatchEvent};
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::{
     sync::mpsc,
@@ -25,7 +20,11 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{KubeOptions, without_credentials};
+use super::{
+    KubeOptions,
+    credentials::{configure, without_secrets},
+    without_credentials,
+};
 use crate::leases::{LeaseError, error::chain};
 
 /// How long a connection may take to come about.
@@ -107,7 +106,6 @@ impl Made {
         config.connect_timeout = Some(CONNECT);
         // How often and how long to try is decided by those who ask.
         config.default_retry = false;
-        trim_token(&mut config);
         let server = without_credentials(config.cluster_url.to_string().trim_end_matches('/'));
         let client = Client::try_from(config).map_err(|error| LeaseError::KubeConfig {
             cause: without_secrets(&error),
@@ -364,47 +362,9 @@ impl Connection {
     }
 }
 
-/// An error and its sources, without what it quotes of a kubeconfig, or of what an exec plugin prints.
-fn without_secrets(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        match error.downcast_ref::<AuthError>() {
-            Some(AuthError::AuthExecRun { out, .. }) => {
-                return format!("the exec plugin of the kubeconfig failed: {}", out.status);
-            }
-            Some(AuthError::AuthExecParse(_)) => {
-                return "what the exec plugin of the kubeconfig prints cannot be read".to_owned();
-            }
-            _ => {}
-        }
-        if let Some(KubeconfigError::Parse(parse)) = error.downcast_ref::<KubeconfigError>() {
-            let place = parse.location().map_or_else(String::new, |place| {
-                format!(" at line {} column {}", place.line(), place.column())
-            });
-            return format!("this is not a kubeconfig in YAML: it cannot be read{place}");
-        }
-        next = error.source();
-    }
-    chain(error)
-}
-
 /// The text of an answer.
 async fn text(client: Client, request: Request<Vec<u8>>) -> Result<String, kube::Error> {
     client.request_text(request).await
-}
-
-/// A token from a file counts without the newline behind it, as for client-go.
-fn trim_token(config: &mut Config) {
-    let auth = &mut config.auth_info;
-    let Some(path) = auth.token_file.as_ref().filter(|_| auth.token.is_none()) else {
-        return;
-    };
-    if let Ok(text) = std::fs::read_to_string(path)
-        && text.trim() != text
-    {
-        // It is read again when it is refused, not every minute.
-        auth.token = Some(text.trim().to_owned().into());
-    }
 }
 
 /// Pieces of an answer, for a reader that blocks.
@@ -423,65 +383,6 @@ impl io::Read for Pieces {
         }
         self.current.read(into)
     }
-}
-
-/// The configuration by client-go's rules: a file, a URL that overrides what the file says, or the pod's service account.
-async fn configure(options: &KubeOptions, is_first: bool) -> Result<Config, LeaseError> {
-    let refuse = |cause: String| LeaseError::KubeConfig { cause };
-    let url = options
-        .api_url
-        .as_deref()
-        .map(|url| {
-            let with_scheme = if url.contains("://") {
-                url.to_owned()
-            } else {
-                format!("http://{url}")
-            };
-            with_scheme.parse::<http::Uri>().map_err(|error| {
-                refuse(format!(
-                    "--kube-api-url={}: {error}: write one such as https://10.0.0.1:6443",
-                    without_credentials(url)
-                ))
-            })
-        })
-        .transpose()?;
-    let Some(path) = &options.kubeconfig else {
-        if let Some(url) = url {
-            return Ok(Config::new(url));
-        }
-        return Config::incluster().map_err(|error| {
-            if is_first {
-                warn!(
-                    "Neither --kubeconfig nor --master was specified.  Using the inClusterConfig.  This might not work."
-                );
-                warn!(
-                    "error creating inClusterConfig, falling back to default config: {}",
-                    chain(&error)
-                );
-            }
-            refuse(
-                "invalid configuration: no configuration has been provided, try setting KUBERNETES_MASTER environment variable: \
-                 name one with --kubeconfig-file, or run in a pod with a service account"
-                    .to_owned(),
-            )
-        });
-    };
-    let told = |error: &KubeconfigError| {
-        refuse(format!(
-            "--kubeconfig-file={}: {}",
-            path.display(),
-            without_secrets(error)
-        ))
-    };
-    let mut kubeconfig = Kubeconfig::read_from(path).map_err(|error| told(&error))?;
-    if let Some(url) = url {
-        for named in &mut kubeconfig.clusters {
-            named.cluster.get_or_insert_default().server = Some(url.to_string());
-        }
-    }
-    Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
-        .await
-        .map_err(|error| told(&error))
 }
 
 /// A value for the query of a URL.
