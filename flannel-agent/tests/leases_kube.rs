@@ -5,6 +5,8 @@ mod lease_rig;
 
 #[path = "leases_kube/condition.rs"]
 mod condition;
+#[path = "leases_kube/credentials.rs"]
+mod credentials;
 #[path = "leases_kube/offline.rs"]
 mod offline;
 #[path = "leases_kube/own.rs"]

@@ -12,7 +12,7 @@ use anyhow::ensure;
 use container::Container;
 use flannel_testkit::{
     AgentProcess,
-    apiserver::{ApiServer, Asked, Kind, Rule, service_account},
+    apiserver::{ApiServer, Asked, Kind, Rule, WatchEnd, service_account},
     eventually, privileged,
     traffic::{self, FloodPing},
 };
@@ -185,6 +185,28 @@ impl Cluster {
         ns.exec(["bash", "-c", &ask]).expect("an answer")
     }
 
+    /// What the kubelet does when the tokens of pods grow old, here after the API refuses the old ones.
+    #[track_caller]
+    fn rotate_token(&mut self) {
+        self.api.rotate_token(&service_account());
+        for node in 0..2 {
+            let account = self.rig.node(node).run_dir.join("account");
+            self.api.write_service_account(&account).expect("a token");
+        }
+        self.api.end_watches(WatchEnd::Cut);
+        let key = "flannel.alpha.coreos.com/public-ip";
+        for node in 0..2 {
+            let name = format!("n{node}");
+            let before = self.api.annotations(&name)[key].clone();
+            self.api.annotate(&name, &[(key, None)]).expect("annotate");
+            eventually(PATIENCE, "the agent writes with the new token", || {
+                let after = self.api.annotations(&name);
+                ensure!(after.get(key) == Some(&before), "{after:?}");
+                Ok(())
+            });
+        }
+    }
+
     /// What the API has refused to the agents.
     fn refused(&self) -> Vec<Asked> {
         let asked = self.api.asked();
@@ -254,6 +276,7 @@ fn our_manifest_carries_traffic_by_ebpf_and_has_all_rights_that_it_uses() {
         assert_eq!(cluster.complaints(node), Vec::<String>::new());
     }
     assert_eq!(cluster.refused(), []);
+    cluster.rotate_token();
 }
 
 /// The steps of docs/migrate.md: the image alone, the manifest, a pod that replaces another, and back.

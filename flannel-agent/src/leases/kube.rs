@@ -8,6 +8,7 @@ mod acquire;
 mod condition;
 mod conf;
 mod connection;
+mod credentials;
 mod events;
 mod feed;
 mod keeper;
@@ -28,14 +29,10 @@ use flannel_core::{
     lease::{Lease, SubnetKey},
 };
 use ipnet::Ipv4Net;
-use tokio::{
-    sync::{OnceCell, watch},
-    task::JoinHandle,
-    time::Instant,
-};
+use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use self::{connection::Connection, events::Recorder, feed::Known};
+use self::{connection::Connection, events::Recorder, feed::Known, name::OwnName};
 use super::{Held, LeaseError, Offer, Snapshot, View};
 use crate::health::Board;
 
@@ -145,8 +142,7 @@ struct Shared {
     options: KubeOptions,
     connection: Arc<Connection>,
     names: Names,
-    /// This node's name, once known.
-    node: OnceCell<String>,
+    own: OwnName,
     known: watch::Sender<Known>,
     /// The task that lists and watches, once started.
     feeding: Mutex<Option<JoinHandle<()>>>,
@@ -186,7 +182,7 @@ impl KubeLeases {
         let recorder = Recorder::start(Arc::clone(&connection));
         Ok(Self {
             shared: Arc::new(Shared {
-                node: OnceCell::new_with(options.node_name.clone()),
+                own: OwnName::new(options.node_name.clone()),
                 options: options.clone(),
                 connection,
                 names,
@@ -204,7 +200,7 @@ impl KubeLeases {
 
     pub(super) fn describe(&self) -> String {
         let server = self.shared.connection.server();
-        match self.shared.node.get() {
+        match self.shared.own.get() {
             Some(node) => format!("kubernetes {server} node {node}"),
             None => format!("kubernetes {server}"),
         }
@@ -253,7 +249,7 @@ impl KubeLeases {
 
     /// Our own Node object as it is known.
     fn own_node(&self, known: &Known) -> Option<Node> {
-        known.nodes.get(self.shared.node.get()?).cloned()
+        known.nodes.get(&self.shared.own.get()?).cloned()
     }
 
     /// Waits until the cluster is known: from the API, or, if that does not answer soon, from the file of the last known state. `tell`
@@ -282,11 +278,11 @@ impl KubeLeases {
             v6: false,
         };
         let known = self.shared.known.borrow();
-        let own = self.shared.node.get();
+        let own = self.shared.own.get();
         let subnets = known
             .nodes
             .values()
-            .filter(|node| node.takes_part(&self.shared.names) || Some(&node.name) == own)
+            .filter(|node| node.takes_part(&self.shared.names) || Some(&node.name) == own.as_ref())
             .filter_map(|node| subnets_of(node, families).ok()?.v4);
         granularity(network, subnets, at_least)
     }

@@ -3,11 +3,12 @@
 use std::fs;
 
 use flannel_agent::leases::{KubeOptions, Origin, Store};
-use flannel_testkit::apiserver::Failure;
+use flannel_testkit::apiserver::{Failure, Kind};
+use serde_json::json;
 use tokio::time::timeout;
 
 use crate::{
-    lease_rig::{Agent, Log, PATIENCE, snapshot},
+    lease_rig::{Agent, Log, PATIENCE, key, snapshot},
     rig::{Cluster, offer, store, until, with_conf},
 };
 
@@ -108,6 +109,56 @@ async fn the_name_of_the_node_is_in_the_last_known_state_too() {
         "{}",
         opened.describe()
     );
+}
+
+#[tokio::test]
+async fn a_remembered_name_that_is_wrong_is_put_right() {
+    let log = Log::capture();
+    let cluster = remembered().await;
+    cluster.api.stop().expect("stop");
+    let options = KubeOptions {
+        node_name: None,
+        pod_name: Some("p".into()),
+        pod_namespace: Some("kube-flannel".into()),
+        ..cluster.options(1)
+    };
+    let opened = Store::open(&store(options)).await.expect("open");
+    let Store::Kube(kube) = opened.twin() else {
+        panic!("another store");
+    };
+    kube.sync(&offer(1).conf, |_| {}).await;
+    let mut agent = Agent::start_with(opened, offer(1)).await;
+    let view = agent.until("a list", |view| view.snapshot.is_some()).await;
+    assert_eq!(view.own.map(|own| own.key), Some(key("10.5.1.0-24")));
+    // Meanwhile the machine has become another node, and its name another's.
+    cluster.set("n1", "public-ip", Some("192.168.77.99"));
+    let pod = json!({
+        "metadata": {"name": "p", "namespace": "kube-flannel"},
+        "spec": {"nodeName": "n3"},
+    });
+    cluster.api.create(Kind::Pod, pod).expect("a pod");
+    cluster.api.resume().expect("resume");
+    agent
+        .until("our subnet", |view| {
+            view.own
+                .as_ref()
+                .is_some_and(|own| own.key == key("10.5.3.0-24"))
+        })
+        .await;
+    assert_eq!(
+        log.lines(&["WARN", "this node is \"n3\"", "\"n1\""]).len(),
+        1
+    );
+    until("annotations", || {
+        cluster.get("n3", "public-ip").as_deref() == Some("192.168.77.1")
+    })
+    .await;
+    assert_eq!(
+        cluster.get("n1", "public-ip").as_deref(),
+        Some("192.168.77.99"),
+        "the other node's"
+    );
+    agent.stop().await;
 }
 
 #[tokio::test]

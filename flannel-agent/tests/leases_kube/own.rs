@@ -7,7 +7,7 @@ use serde_json::json;
 use tokio::time::sleep;
 
 use crate::{
-    lease_rig::{Agent, Log, attrs, key},
+    lease_rig::{Agent, Log, attrs, key, snapshot},
     rig::{Cluster, PREFIX, offer, until},
 };
 
@@ -257,5 +257,29 @@ async fn a_peer_with_our_subnet_does_not_get_it() {
         log.lines(&["WARN", r#"node "twin" has our subnet"#]).len(),
         1
     );
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn an_answer_that_takes_long_holds_up_nothing_else() {
+    let cluster = Cluster::new(&[1, 2]);
+    let mut agent = cluster.agent(1).await;
+    agent.until("connected", |view| view.connected).await;
+    // The watch is open, only new requests wait.
+    cluster.api.delay(Duration::from_secs(10));
+    cluster.set("n1", "backend-data", None);
+    sleep(Duration::from_millis(300)).await;
+    for host in [2, 3] {
+        cluster.peer("n2", host);
+        agent
+            .until_leases(
+                "a peer",
+                &snapshot(&[("10.5.1.0-24", 1), ("10.5.2.0-24", host)]),
+            )
+            .await;
+    }
+    assert_eq!(cluster.get("n1", "backend-data"), None, "answered by now");
+    cluster.api.delay(Duration::ZERO);
+    until("restored", || cluster.get("n1", "backend-data").is_some()).await;
     agent.stop().await;
 }

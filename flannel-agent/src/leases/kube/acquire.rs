@@ -52,7 +52,7 @@ pub(super) async fn sync(store: &KubeLeases, conf: &NetConf, tell: &impl Fn(&str
     info!("Node controller sync successful");
     info!(
         "Created subnet manager: Kubernetes Subnet Manager - {}",
-        store.shared.node.get().map_or("", String::as_str)
+        store.shared.own.get().unwrap_or_default()
     );
     Origin::Api
 }
@@ -85,12 +85,12 @@ async fn from_api(store: &KubeLeases, tell: &impl Fn(&str)) {
 /// Takes the last known state for what is known until the API answers.
 fn remember(store: &KubeLeases, conf: &NetConf) -> Option<String> {
     let path = store.shared.options.memory.as_deref()?;
-    let given = store.shared.node.get().map(String::as_str);
-    let (own, nodes) = memory::load(path, given, conf)?;
-    let has_own = nodes.contains_key(&own);
-    if !has_own || (store.shared.node.set(own.clone()).is_err() && given.is_none()) {
+    let given = store.shared.own.get();
+    let (own, nodes) = memory::load(path, given.as_deref(), conf)?;
+    if !nodes.contains_key(&own) {
         return None;
     }
+    store.shared.own.remember(own);
     let peers = nodes.len().saturating_sub(1);
     let mut taken = false;
     store.shared.known.send_if_modified(|known| {
@@ -134,19 +134,23 @@ async fn find_name(store: &KubeLeases, tell: &impl Fn(&str)) {
 pub(super) async fn attempt(store: &KubeLeases, offer: &Offer) -> Result<Held, LeaseError> {
     let mut known = store.known();
     let mut backoff = Backoff::new();
-    while store.shared.node.get().is_none() {
+    while store.shared.own.get().is_none() {
         match name::find(store).await {
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::Retry => sleep(backoff.next_wait()).await,
             Err(error) => return Err(error),
         }
     }
-    let (node, complete) = match known.wait_for(Known::is_usable).await {
-        Ok(known) => (store.own_node(&known), known.complete),
-        Err(_closed) => (None, false),
+    let complete = match known.wait_for(Known::is_usable).await {
+        Ok(known) => known.complete,
+        Err(_closed) => false,
     };
+    if complete {
+        name::find(store).await?;
+    }
+    let node = store.own_node(&known.borrow());
     let node = node.ok_or_else(|| LeaseError::KubeNoNode {
-        node: store.shared.node.get().cloned().unwrap_or_default(),
+        node: store.shared.own.get().unwrap_or_default(),
     })?;
     let plan = plan_own(&node, &store.shared.names, &offer.conf, &offer.attrs)
         .map_err(|error| LeaseError::KubeNode(Box::new(error)))?;

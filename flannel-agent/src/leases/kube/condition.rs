@@ -10,6 +10,7 @@ use tracing::{info, warn};
 use super::{
     KubeLeases,
     events::{Event, seconds},
+    name,
 };
 use crate::{
     health::{Board, Lacking, Part},
@@ -189,9 +190,7 @@ fn words(verdict: &Verdict) -> (&'static str, &'static str) {
 }
 
 async fn set(store: &KubeLeases, verdict: &Verdict) -> Result<(), LeaseError> {
-    let Some(node) = store.shared.node.get() else {
-        return Ok(());
-    };
+    let node = name::find(store).await?;
     let path = format!("/api/v1/nodes/{node}/status");
     let patch = (
         "application/strategic-merge-patch+json",

@@ -2,27 +2,41 @@
 //!
 //! Long lists are read piece by piece, so that no more than the trimmed nodes and a few kilobytes of text are in memory at once.
 
-use std::{collections::VecDeque, io, time::Duration};
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use flannel_core::kube::Node;
 use futures_util::{AsyncBufReadExt as _, Stream, StreamExt as _};
 use http::{Method, Request, header::CONTENT_TYPE};
-use kube::{
-    Client, Config,
-    config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
-    core::WatchEvent,
-};
+use kube::{Client, core::WatchEvent};
 use serde::{Deserialize, de::DeserializeOwned};
-use tokio::{sync::mpsc, time::timeout};
-use tracing::warn;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
+use tracing::{info, warn};
 
-use super::{KubeOptions, without_credentials};
+use super::{
+    KubeOptions,
+    credentials::{configure, without_secrets},
+    without_credentials,
+};
 use crate::leases::{LeaseError, error::chain};
 
 /// How long a connection may take to come about.
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long an answer may take, or the next piece of a long one.
 const ANSWER: Duration = Duration::from_secs(15);
+/// The least time between two looks for other credentials after a refusal.
+const REFUSED_AGAIN: Duration = Duration::from_secs(1);
+/// The least time between two looks for other certificates, or another address, while the API cannot be reached.
+const LOST_AGAIN: Duration = Duration::from_secs(5);
+/// Nobody is known by these credentials.
+const UNAUTHORIZED: u16 = 401;
 /// Pieces of a long answer that wait to be read.
 const BACKLOG: usize = 8;
 
@@ -49,37 +63,115 @@ pub(super) struct PageMeta {
     pub(super) next: Option<String>,
 }
 
-/// A client of the API.
+/// A client of the API, made anew when what it was made of is refused: tokens, certificates and addresses change.
 #[derive(Clone)]
 pub(super) struct Connection {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    options: KubeOptions,
+    made: Mutex<Made>,
+    renewal: tokio::sync::Mutex<Renewal>,
+}
+
+/// A client as it was made of the files at some time.
+#[derive(Clone)]
+struct Made {
     client: Client,
+    /// The URL, without secrets.
     server: String,
+    /// How many were made before.
+    number: u64,
+}
+
+/// When a client was last made anew, and what hindered it.
+#[derive(Default)]
+struct Renewal {
+    tried: Option<Instant>,
+    failed: Option<String>,
 }
 
 impl std::fmt::Debug for Connection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Connection")
-            .field("server", &self.server)
+            .field("server", &self.server())
             .finish_non_exhaustive()
     }
 }
 
-impl Connection {
-    pub(super) async fn open(options: &KubeOptions) -> Result<Self, LeaseError> {
-        let mut config = configure(options).await?;
+impl Made {
+    async fn new(options: &KubeOptions, number: u64) -> Result<Self, LeaseError> {
+        let mut config = configure(options, number == 0).await?;
         config.connect_timeout = Some(CONNECT);
         // How often and how long to try is decided by those who ask.
         config.default_retry = false;
         let server = without_credentials(config.cluster_url.to_string().trim_end_matches('/'));
         let client = Client::try_from(config).map_err(|error| LeaseError::KubeConfig {
-            cause: chain(&error),
+            cause: without_secrets(&error),
         })?;
-        Ok(Self { client, server })
+        Ok(Self {
+            client,
+            server,
+            number,
+        })
+    }
+}
+
+impl Connection {
+    pub(super) async fn open(options: &KubeOptions) -> Result<Self, LeaseError> {
+        let made = Made::new(options, 0).await?;
+        let shared = Arc::new(Shared {
+            options: options.clone(),
+            made: Mutex::new(made),
+            renewal: tokio::sync::Mutex::default(),
+        });
+        Ok(Self { shared })
     }
 
     /// The URL, without secrets.
-    pub(super) fn server(&self) -> &str {
-        &self.server
+    pub(super) fn server(&self) -> String {
+        self.made().server
+    }
+
+    fn made(&self) -> Made {
+        let made = self.shared.made.lock();
+        made.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Makes a client of what the files say now, unless there is one that is newer than `used`, or the last attempt was less than
+    /// `pause` ago. True when there is a newer one.
+    async fn renew(&self, used: u64, pause: Duration) -> bool {
+        let mut renewal = self.shared.renewal.lock().await;
+        if self.made().number > used {
+            return true;
+        }
+        if renewal.tried.is_some_and(|at| at.elapsed() < pause) {
+            return false;
+        }
+        renewal.tried = Some(Instant::now());
+        match Box::pin(Made::new(&self.shared.options, used + 1)).await {
+            Ok(made) => {
+                renewal.failed = None;
+                let mut current = self
+                    .shared
+                    .made
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                *current = made;
+                true
+            }
+            Err(error) => {
+                let text = error.chain();
+                if renewal.failed.as_ref() != Some(&text) {
+                    warn!(
+                        "the credentials cannot be read again, going on with those from before: {text}"
+                    );
+                    renewal.failed = Some(text);
+                }
+                false
+            }
+        }
     }
 
     pub(super) async fn get<T: DeserializeOwned>(
@@ -87,13 +179,8 @@ impl Connection {
         action: &str,
         path: &str,
     ) -> Result<T, LeaseError> {
-        let text = self
-            .call(
-                action,
-                self.client
-                    .request_text(self.request(action, Method::GET, path, None)?),
-            )
-            .await?;
+        let request = self.request(action, Method::GET, path, None)?;
+        let text = self.call(action, request, text).await?;
         serde_json::from_str(&text).map_err(|error| self.unreadable(action, &error))
     }
 
@@ -105,15 +192,14 @@ impl Connection {
         (kind, body): (&'static str, String),
     ) -> Result<String, LeaseError> {
         let request = self.request(action, method, path, Some((kind, body)))?;
-        self.call(action, self.client.request_text(request)).await
+        self.call(action, request, text).await
     }
 
     /// Reads one page of a list of nodes.
     pub(super) async fn page(&self, action: &str, path: &str) -> Result<Page, LeaseError> {
         let request = self.request(action, Method::GET, path, None)?;
-        let answer = self
-            .call(action, self.client.request_stream(request))
-            .await?;
+        let ask = |client: Client, request| async move { client.request_stream(request).await };
+        let answer = self.call(action, request, ask).await?;
         let mut answer = std::pin::pin!(answer);
         let (pieces, waiting) = mpsc::channel(BACKLOG);
         let reading = tokio::task::spawn_blocking(move || {
@@ -154,9 +240,9 @@ impl Connection {
         path: &str,
     ) -> Result<impl Stream<Item = Result<WatchEvent<Node>, LeaseError>> + use<>, LeaseError> {
         let request = self.request(action, Method::GET, path, None)?;
-        let events = self
-            .call(action, self.client.request_events::<Node>(request))
-            .await?;
+        let ask =
+            |client: Client, request| async move { client.request_events::<Node>(request).await };
+        let events = self.call(action, request, ask).await?;
         let (this, action) = (self.clone(), action.to_owned());
         Ok(events.map(move |event| event.map_err(|error| this.refused(&action, &error))))
     }
@@ -180,7 +266,47 @@ impl Connection {
             .map_err(|error| self.broken(action, chain(&error)))
     }
 
-    async fn call<T>(
+    /// Asks. A refusal of our credentials counts only when those that are in the files by now are refused, too.
+    async fn call<T, A: Future<Output = Result<T, kube::Error>>>(
+        &self,
+        action: &str,
+        request: Request<Vec<u8>>,
+        ask: impl Fn(Client, Request<Vec<u8>>) -> A,
+    ) -> Result<T, LeaseError> {
+        let made = self.made();
+        let error = match self
+            .once(action, Box::pin(ask(made.client, request.clone())))
+            .await
+        {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        match &error {
+            LeaseError::KubeAnswer {
+                code: UNAUTHORIZED, ..
+            } => {
+                if !self.renew(made.number, REFUSED_AGAIN).await {
+                    return Err(error);
+                }
+                let answer = self
+                    .once(action, Box::pin(ask(self.made().client, request)))
+                    .await?;
+                info!(
+                    server = self.server(),
+                    "our credentials were refused: those that were read again are accepted"
+                );
+                Ok(answer)
+            }
+            LeaseError::KubeAnswer { .. } => Err(error),
+            _ => {
+                // For the next request: it may be the certificates or the address, and an old connection may be dead.
+                self.renew(made.number, LOST_AGAIN).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn once<T>(
         &self,
         action: &str,
         answer: impl Future<Output = Result<T, kube::Error>>,
@@ -195,7 +321,7 @@ impl Connection {
     fn refused(&self, action: &str, error: &kube::Error) -> LeaseError {
         match error {
             kube::Error::Api(status) => LeaseError::KubeAnswer {
-                server: self.server.clone(),
+                server: self.server(),
                 action: action.to_owned(),
                 code: status.code,
                 message: if status.message.is_empty() {
@@ -204,14 +330,14 @@ impl Connection {
                     status.message.clone()
                 },
             },
-            error => self.broken(action, chain(error)),
+            error => self.broken(action, without_secrets(error)),
         }
     }
 
     /// What an event of a watch says is wrong.
     pub(super) fn answered(&self, action: &str, code: u16, message: &str) -> LeaseError {
         LeaseError::KubeAnswer {
-            server: self.server.clone(),
+            server: self.server(),
             action: action.to_owned(),
             code,
             message: message.to_owned(),
@@ -220,7 +346,7 @@ impl Connection {
 
     pub(super) fn broken(&self, action: &str, cause: String) -> LeaseError {
         LeaseError::KubeUnreachable {
-            server: self.server.clone(),
+            server: self.server(),
             action: action.to_owned(),
             cause,
         }
@@ -234,6 +360,11 @@ impl Connection {
     fn late(&self, action: &str) -> LeaseError {
         self.broken(action, format!("no answer within {ANSWER:?}"))
     }
+}
+
+/// The text of an answer.
+async fn text(client: Client, request: Request<Vec<u8>>) -> Result<String, kube::Error> {
+    client.request_text(request).await
 }
 
 /// Pieces of an answer, for a reader that blocks.
@@ -252,63 +383,6 @@ impl io::Read for Pieces {
         }
         self.current.read(into)
     }
-}
-
-/// The configuration by client-go's rules: a file, a URL that overrides what the file says, or the pod's service account.
-async fn configure(options: &KubeOptions) -> Result<Config, LeaseError> {
-    let refuse = |cause: String| LeaseError::KubeConfig { cause };
-    let url = options
-        .api_url
-        .as_deref()
-        .map(|url| {
-            let with_scheme = if url.contains("://") {
-                url.to_owned()
-            } else {
-                format!("http://{url}")
-            };
-            with_scheme.parse::<http::Uri>().map_err(|error| {
-                refuse(format!(
-                    "--kube-api-url={}: {error}: write one such as https://10.0.0.1:6443",
-                    without_credentials(url)
-                ))
-            })
-        })
-        .transpose()?;
-    let Some(path) = &options.kubeconfig else {
-        if let Some(url) = url {
-            return Ok(Config::new(url));
-        }
-        return Config::incluster().map_err(|error| {
-            warn!(
-                "Neither --kubeconfig nor --master was specified.  Using the inClusterConfig.  This might not work."
-            );
-            warn!(
-                "error creating inClusterConfig, falling back to default config: {}",
-                chain(&error)
-            );
-            refuse(
-                "invalid configuration: no configuration has been provided, try setting KUBERNETES_MASTER environment variable: \
-                 name one with --kubeconfig-file, or run in a pod with a service account"
-                    .to_owned(),
-            )
-        });
-    };
-    let told = |error: &KubeconfigError| {
-        refuse(format!(
-            "--kubeconfig-file={}: {}",
-            path.display(),
-            chain(error)
-        ))
-    };
-    let mut kubeconfig = Kubeconfig::read_from(path).map_err(|error| told(&error))?;
-    if let Some(url) = url {
-        for named in &mut kubeconfig.clusters {
-            named.cluster.get_or_insert_default().server = Some(url.to_string());
-        }
-    }
-    Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
-        .await
-        .map_err(|error| told(&error))
 }
 
 /// A value for the query of a URL.

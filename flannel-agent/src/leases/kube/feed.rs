@@ -75,7 +75,6 @@ pub(super) async fn run(connection: Arc<Connection>, known: watch::Sender<Known>
     let mut backoff = Backoff::new();
     let mut outage = Outage::default();
     let mut paged = true;
-    let name = format!("kubernetes {}", connection.server());
     loop {
         let Some(from) = &mut version else {
             match list(&connection, paged).await {
@@ -96,7 +95,7 @@ pub(super) async fn run(connection: Arc<Connection>, known: watch::Sender<Known>
             continue;
         };
         let begun = Instant::now();
-        let ended = feed.watch(from, &mut outage, &name).await;
+        let ended = feed.watch(from, &mut outage).await;
         if begun.elapsed() >= PROVEN {
             backoff.reset();
         }
@@ -166,7 +165,7 @@ impl Feed<'_> {
     }
 
     /// Watches from `version` on, which moves with what comes.
-    async fn watch(&self, version: &mut String, outage: &mut Outage, name: &str) -> Ended {
+    async fn watch(&self, version: &mut String, outage: &mut Outage) -> Ended {
         const ACTION: &str = "watch nodes";
         let seconds = WATCH_SECONDS + random_below(WATCH_SPREAD);
         let path = format!(
@@ -178,7 +177,7 @@ impl Feed<'_> {
             Err(error) => return ended(error),
         };
         let mut events = std::pin::pin!(events);
-        outage.recovered(name);
+        outage.recovered(&format!("kubernetes {}", self.connection.server()));
         self.known.send_if_modified(|known| {
             let changed = !known.connected || known.error.is_some();
             known.connected = true;

@@ -12,21 +12,22 @@ use flannel_core::{
     kube::{Families, Node, OwnPlan, plan_own, read_cluster, shared_addresses, subnets_of},
     lease::{Lease, LeaseAttrs, SubnetKey},
 };
+use futures_util::{FutureExt as _, future::BoxFuture};
 use tokio::{
     sync::watch,
     time::{Instant, sleep, sleep_until},
 };
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::{
     KubeLeases,
     acquire::{REFUSED, announce, event, publish, subnets},
     events::Event,
     feed::Known,
-    memory,
+    memory, name,
 };
 use crate::leases::{
-    COALESCE, ErrorKind, Held, Offer, Snapshot, View,
+    COALESCE, ErrorKind, Held, LeaseError, Offer, Snapshot, View,
     retry::{Backoff, Contest, jittered},
 };
 
@@ -49,6 +50,22 @@ impl Said {
     }
 }
 
+/// What is to be done about our own Node object.
+enum Step {
+    Nothing,
+    /// The view changes.
+    Tell,
+    /// The annotations of this object are to be written. The API may take its time, and the other nodes are followed meanwhile.
+    Write(Box<Node>, Box<OwnPlan>),
+}
+
+/// What became of a write.
+struct Wrote {
+    node: Node,
+    plan: OwnPlan,
+    result: Result<(), LeaseError>,
+}
+
 struct Keeper<'a> {
     store: &'a KubeLeases,
     out: &'a watch::Sender<View>,
@@ -60,7 +77,10 @@ struct Keeper<'a> {
     own_error: Option<String>,
     contest: Contest,
     backoff: Backoff,
+    /// Nothing is written before.
     repair_at: Option<Instant>,
+    /// When to look again for our own write.
+    lag_until: Option<Instant>,
     save_at: Option<Instant>,
     /// A digest of the last known state as it was written.
     saved: Option<u64>,
@@ -86,22 +106,35 @@ pub(super) async fn run(
         contest: Contest::default(),
         backoff: Backoff::new(),
         repair_at: None,
+        lag_until: None,
         save_at: None,
         saved: None,
         ever_complete: false,
     };
     let mut offers_open = true;
+    let mut naming =
+        (!store.shared.own.is_certain()).then(|| ascertain(store, known.clone()).boxed());
+    let mut writing: Option<BoxFuture<'_, Wrote>> = None;
+    let mut is_news = true;
     loop {
-        let own = {
-            let known = known.borrow_and_update();
-            keeper.look(&known);
-            known.complete.then(|| store.own_node(&known))
-        };
-        if let Some(own) = own
-            && keeper.settle(own.as_ref()).await
-        {
-            keeper.look(&known.borrow());
+        if is_news {
+            let own = {
+                let known = known.borrow_and_update();
+                keeper.look(&known);
+                known.complete.then(|| store.own_node(&known))
+            };
+            if let Some(own) = own
+                && naming.is_none()
+                && writing.is_none()
+            {
+                match keeper.settle(own) {
+                    Step::Nothing => {}
+                    Step::Tell => keeper.look(&known.borrow()),
+                    Step::Write(node, plan) => writing = Some(write(store, *node, *plan).boxed()),
+                }
+            }
         }
+        is_news = true;
         tokio::select! {
             changed = known.changed() => match changed {
                 // Changes that come together are looked at together.
@@ -115,13 +148,52 @@ pub(super) async fn run(
                 }
                 Err(_) => offers_open = false,
             },
+            wrote = end_of(&mut writing) => {
+                writing = None;
+                keeper.wrote(wrote);
+            }
+            () = end_of(&mut naming) => naming = None,
             () = until(keeper.repair_at) => keeper.repair_at = None,
+            () = until(keeper.lag_until) => keeper.lag_until = None,
             () = until(keeper.save_at) => {
                 keeper.save_at = None;
                 let text = keeper.remember(&known.borrow());
                 keeper.save(text).await;
+                is_news = false;
             }
         }
+    }
+}
+
+/// Finds out whether the name of the last known state is right, as soon as the API answers. Until then nothing is written: the object of
+/// that name may be another node's.
+async fn ascertain(store: &KubeLeases, mut known: watch::Receiver<Known>) {
+    let mut backoff = Backoff::new();
+    let mut said = false;
+    // Closed is what it never is.
+    let _complete = known.wait_for(|known| known.complete).await.is_ok();
+    while let Err(error) = name::find(store).await {
+        if !std::mem::replace(&mut said, true) {
+            warn!(
+                "{}: our lease is not published until our name is certain",
+                error.chain()
+            );
+        }
+        sleep(backoff.next_wait()).await;
+    }
+}
+
+/// Publishes what was planned.
+async fn write(store: &KubeLeases, node: Node, plan: OwnPlan) -> Wrote {
+    let result = publish(store, &node, &plan).await;
+    Wrote { node, plan, result }
+}
+
+/// Waits for the end of something, or for ever when nothing runs.
+async fn end_of<T>(running: &mut Option<BoxFuture<'_, T>>) -> T {
+    match running {
+        Some(running) => running.await,
+        None => pending().await,
     }
 }
 
@@ -133,12 +205,13 @@ async fn until(at: Option<Instant>) {
 }
 
 impl Keeper<'_> {
-    fn own(&self) -> &str {
-        self.store.shared.node.get().map_or("", String::as_str)
+    fn own(&self) -> String {
+        self.store.shared.own.get().unwrap_or_default()
     }
 
     /// Turns what is known into a view.
     fn look(&mut self, known: &Known) {
+        debug!("looking at what is known of the cluster");
         if known.complete && !self.ever_complete {
             self.ever_complete = true;
             info!(nodes = known.nodes.len(), "the list of nodes is complete");
@@ -161,7 +234,7 @@ impl Keeper<'_> {
     fn snapshot(&mut self, known: &Known) -> Snapshot {
         let families = Families::from(&self.offer.conf);
         let names = &self.store.shared.names;
-        let own = self.own().to_owned();
+        let own = self.own();
         let cluster = read_cluster(known.nodes.values(), names, families, &own);
         let mut leases = cluster.leases;
         let mut holders = cluster.holders;
@@ -182,7 +255,7 @@ impl Keeper<'_> {
         let kept: Vec<(String, Lease)> = self
             .last
             .iter()
-            .filter(|(name, _)| !readable.contains(name))
+            .filter(|(name, _)| **name != own && !readable.contains(name))
             .filter(|(name, (uid, lease))| {
                 known.nodes.get(*name).is_some_and(|node| {
                     node.uid == *uid && subnets_of(node, families).is_ok_and(|key| key == lease.key)
@@ -257,10 +330,10 @@ impl Keeper<'_> {
         })
     }
 
-    /// Puts our own annotations right, and follows what the cluster assigns to us. True when the view changes by it.
-    async fn settle(&mut self, own: Option<&Node>) -> bool {
+    /// Compares our own annotations with what they should be, and follows what the cluster assigns to us.
+    fn settle(&mut self, own: Option<Node>) -> Step {
         if self.repair_at.is_some_and(|at| Instant::now() < at) {
-            return false;
+            return Step::Nothing;
         }
         let Some(node) = own else {
             return self.fail(format!(
@@ -268,12 +341,12 @@ impl Keeper<'_> {
                 self.own()
             ));
         };
-        if self.lags(node) {
-            self.repair_at = Some(Instant::now() + LAG);
-            return false;
+        self.lag_until = self.lags(&node).then(|| Instant::now() + LAG);
+        if self.lag_until.is_some() {
+            return Step::Nothing;
         }
         let plan = plan_own(
-            node,
+            &node,
             &self.store.shared.names,
             &self.offer.conf,
             &self.offer.attrs,
@@ -287,31 +360,33 @@ impl Keeper<'_> {
             }
         };
         if plan.patch.is_empty() {
-            return self.take(&plan, node);
+            return self.take(&plan, &node);
         }
-        if !self.may_write(node, &plan) {
-            return false;
+        if !self.may_write(&node, &plan) {
+            return Step::Nothing;
         }
         announce(&plan);
-        match publish(self.store, node, &plan).await {
-            Ok(()) => {
-                self.backoff.reset();
-                self.take(&plan, node)
-            }
-            Err(error) => {
-                let refused = error.kind() == ErrorKind::Refused;
-                let wait = if refused {
-                    jittered(REFUSED)
-                } else {
-                    self.backoff.next_wait()
-                };
-                self.repair_at = Some(Instant::now() + wait);
-                self.fail(format!(
-                    "our annotations cannot be written: {}",
-                    error.chain()
-                ))
-            }
-        }
+        Step::Write(Box::new(node), Box::new(plan))
+    }
+
+    /// Notes what became of a write.
+    fn wrote(&mut self, Wrote { node, plan, result }: Wrote) {
+        let Err(error) = result else {
+            self.backoff.reset();
+            self.take(&plan, &node);
+            return;
+        };
+        let refused = error.kind() == ErrorKind::Refused;
+        let wait = if refused {
+            jittered(REFUSED)
+        } else {
+            self.backoff.next_wait()
+        };
+        self.repair_at = Some(Instant::now() + wait);
+        self.fail(format!(
+            "our annotations cannot be written: {}",
+            error.chain()
+        ));
     }
 
     /// Whether to write now: somebody who keeps changing our annotations is not to be fought at full speed.
@@ -342,8 +417,8 @@ impl Keeper<'_> {
         true
     }
 
-    /// Our annotations say what they should. True when our lease is another one by that.
-    fn take(&mut self, plan: &OwnPlan, node: &Node) -> bool {
+    /// Our annotations say what they should.
+    fn take(&mut self, plan: &OwnPlan, node: &Node) -> Step {
         let mut changed = false;
         if self.own_error.take().is_some() {
             changed = true;
@@ -367,24 +442,24 @@ impl Keeper<'_> {
             self.held.lease = plan.lease.clone();
             changed = true;
         }
-        changed
+        if changed { Step::Tell } else { Step::Nothing }
     }
 
-    /// Notes what is wrong with our own object, in one line. True: the view has to say so.
-    fn fail(&mut self, text: String) -> bool {
+    /// Notes what is wrong with our own object, in one line.
+    fn fail(&mut self, text: String) -> Step {
         if self.own_error.as_ref() == Some(&text) {
-            return false;
+            return Step::Nothing;
         }
         error!("{text}");
         self.own_error = Some(text);
-        true
+        Step::Tell
     }
 
     /// The text of the last known state, if it is another one.
     fn remember(&self, known: &Known) -> Option<String> {
         let shared = &self.store.shared;
         shared.options.memory.as_ref()?;
-        let text = memory::text(&known.nodes, self.own(), &shared.names, &self.offer.conf)?;
+        let text = memory::text(&known.nodes, &self.own(), &shared.names, &self.offer.conf)?;
         (self.saved != Some(digest(&text))).then_some(text)
     }
 
