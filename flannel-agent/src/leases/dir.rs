@@ -3,7 +3,6 @@
 //! `<dir>/subnets/<key>` holds the same JSON as etcd would under the same key, `<dir>/config` the network
 //! configuration. Files do not expire. Names that start with a dot are ours to write through and never leases.
 
-mod conf;
 mod files;
 mod keeper;
 
@@ -20,7 +19,7 @@ use tokio::{sync::watch, time::Instant};
 use tracing::debug;
 
 use super::{
-    Held, LeaseError, Offer, Outcome, Snapshot, View, addresses, is_ours, log_acquired,
+    Held, LeaseError, Offer, Outcome, Snapshot, View, addresses, conf_file, is_ours, log_acquired,
     log_decision, pick,
     retry::Backoff,
     table::{Raw, Reported, Table, overlap},
@@ -121,7 +120,11 @@ impl DirLeases {
     }
 
     pub(super) async fn net_conf_after(&self, known: &str) -> String {
-        conf::after(self, known).await
+        let elsewhere = self.net_config_path.as_deref().and_then(Path::parent);
+        let dirs: Vec<&Path> = std::iter::once(self.dir.as_path())
+            .chain(elsewhere)
+            .collect();
+        conf_file::after(&dirs, self.rescan, || self.net_conf(), known).await
     }
 
     pub(super) async fn own_stored(&self, us: &Identity) -> Result<Option<Lease>, LeaseError> {

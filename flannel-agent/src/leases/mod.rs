@@ -4,6 +4,7 @@
 //! kernel, and it never publishes less than it knows: an outage, a compacted history or an unreadable key leaves the
 //! last complete [`Snapshot`] in force.
 
+mod conf_file;
 mod dir;
 mod error;
 mod etcd;

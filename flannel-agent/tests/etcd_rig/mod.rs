@@ -16,7 +16,11 @@ use flannel_testkit::{
 };
 use serde_json::Value;
 
-use crate::rig::{DEVICE, PATIENCE, Peer, agent_binary, kernel_peers, list};
+use crate::rig::{
+    DEVICE, PATIENCE, Peer, agent_binary,
+    agents::{Agents, with_agents},
+    kernel_peers, list,
+};
 
 /// Where flannel's keys are.
 pub(crate) const PREFIX: &str = "/coreos.com/network";
@@ -27,7 +31,7 @@ const ETCD_HOST: u8 = 200;
 
 /// Nodes, their agents and an etcd. Everything is ended and removed when it is dropped.
 pub(crate) struct EtcdRig {
-    agents: BTreeMap<usize, AgentProcess>,
+    pub(crate) agents: Agents,
     pods: BTreeMap<usize, Pod>,
     pub(crate) etcd: Etcd,
     pub(crate) lab: Lab,
@@ -45,7 +49,7 @@ impl EtcdRig {
         let ip = Ipv4Addr::new(192, 168, 77, ETCD_HOST);
         let etcd = Etcd::start(Some(&host), ip).expect("etcd");
         let rig = EtcdRig {
-            agents: BTreeMap::new(),
+            agents: Agents::default(),
             pods: BTreeMap::new(),
             etcd,
             lab,
@@ -103,52 +107,10 @@ impl EtcdRig {
         self.agents.insert(node, agent);
     }
 
-    #[track_caller]
-    pub(crate) fn agent(&mut self, node: usize) -> &mut AgentProcess {
-        self.agents.get_mut(&node).expect("an agent on the node")
-    }
-
-    #[track_caller]
-    pub(crate) fn wait_ready(&mut self, node: usize) {
-        self.wait_log(node, "flannel is ready");
-    }
-
-    #[track_caller]
-    pub(crate) fn wait_log(&mut self, node: usize, needle: &str) {
-        if let Err(error) = self.agent(node).wait_log(needle, PATIENCE) {
-            panic!("node {node}: {error:#}");
-        }
-    }
-
-    /// How many lines of a node's agent contain `needle`.
-    #[track_caller]
-    pub(crate) fn lines(&mut self, node: usize, needle: &str) -> usize {
-        let log = self.agent(node).log();
-        log.lines().filter(|line| line.contains(needle)).count()
-    }
-
     /// Ends an agent with a signal, and gives its exit code, which must come within the two seconds that it has.
     #[track_caller]
     pub(crate) fn stop_agent(&mut self, node: usize, signal: i32) -> i32 {
-        let agent = self.agent(node);
-        agent.signal(signal).expect("send a signal");
-        let code = agent
-            .wait(Duration::from_secs(2))
-            .expect("an end within 2 s");
-        self.agents.remove(&node);
-        code
-    }
-
-    /// Fails if an agent has ended.
-    #[track_caller]
-    pub(crate) fn all_run(&mut self) {
-        for (node, agent) in &mut self.agents {
-            assert!(
-                agent.is_running(),
-                "the agent of node {node} ended:\n{}",
-                agent.log()
-            );
-        }
+        self.agents.end(node, signal, Duration::from_secs(2))
     }
 
     /// Takes etcd's host off the wire, or puts it back. `etcdctl` reaches it all the same.
@@ -305,7 +267,7 @@ impl EtcdRig {
     /// Waits until every node with an agent has all of `leases` but its own, and nothing else.
     #[track_caller]
     pub(crate) fn wait_peers(&self, leases: &BTreeMap<Subnet, Peer>) {
-        for node in self.agents.keys().copied() {
+        for node in self.agents.nodes() {
             let mut want = leases.clone();
             want.remove(&self.subnet(node));
             eventually(PATIENCE, &format!("node {node} has its peers"), || {
@@ -360,15 +322,7 @@ impl EtcdRig {
     }
 }
 
-impl Drop for EtcdRig {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            for (node, agent) in &self.agents {
-                eprintln!("--- the agent of node {node} said:\n{}", agent.log());
-            }
-        }
-    }
-}
+with_agents!(EtcdRig);
 
 /// A lease as upstream writes it.
 pub(crate) fn value(public_ip: &str, vni: u32, mac: &str) -> String {

@@ -21,7 +21,11 @@ use serde_json::Value;
 
 pub(crate) use traffic::Traffic;
 
-use crate::rig::{DEVICE, PATIENCE, Peer, agent_binary, kernel_peers, list};
+use crate::rig::{
+    DEVICE, PATIENCE, Peer, agent_binary,
+    agents::{Agents, with_agents},
+    kernel_peers, list,
+};
 
 /// The prefix of flannel's annotations.
 pub(crate) const PREFIX: &str = "flannel.alpha.coreos.com";
@@ -32,7 +36,7 @@ const API_HOST: u8 = 200;
 
 /// Nodes, their agents and an API. Everything is ended and removed when it is dropped.
 pub(crate) struct KubeRig {
-    agents: BTreeMap<usize, AgentProcess>,
+    pub(crate) agents: Agents,
     pods: BTreeMap<usize, Pod>,
     pub(crate) cluster: Cluster,
     pub(crate) lab: Lab,
@@ -56,7 +60,7 @@ impl KubeRig {
         let file = lab.node(0).run_dir.join("net-conf.json");
         fs::write(&file, net_conf).expect("write net-conf.json");
         KubeRig {
-            agents: BTreeMap::new(),
+            agents: Agents::default(),
             pods: BTreeMap::new(),
             cluster,
             lab,
@@ -196,56 +200,10 @@ impl KubeRig {
         &self.pods[&node]
     }
 
-    #[track_caller]
-    pub(crate) fn agent(&mut self, node: usize) -> &mut AgentProcess {
-        self.agents.get_mut(&node).expect("an agent on the node")
-    }
-
-    #[track_caller]
-    pub(crate) fn wait_ready(&mut self, node: usize) {
-        self.wait_log(node, "flannel is ready");
-    }
-
-    #[track_caller]
-    pub(crate) fn wait_log(&mut self, node: usize, needle: &str) {
-        if let Err(error) = self.agent(node).wait_log(needle, PATIENCE) {
-            panic!("node {node}: {error:#}");
-        }
-    }
-
-    /// How many lines of a node's agent contain `needle`.
-    #[track_caller]
-    pub(crate) fn lines(&mut self, node: usize, needle: &str) -> usize {
-        let log = self.agent(node).log();
-        log.lines().filter(|line| line.contains(needle)).count()
-    }
-
     /// Asks an agent to stop; it must end well.
     #[track_caller]
     pub(crate) fn stop_agent(&mut self, node: usize) {
-        let agent = self.agent(node);
-        agent.sigterm().expect("send SIGTERM");
-        assert_eq!(agent.wait(PATIENCE).expect("an end"), 0);
-        self.agents.remove(&node);
-    }
-
-    /// Kills an agent as a crash would.
-    #[track_caller]
-    pub(crate) fn kill_agent(&mut self, node: usize) {
-        self.agent(node).sigkill();
-        self.agents.remove(&node);
-    }
-
-    /// Fails if an agent has ended.
-    #[track_caller]
-    pub(crate) fn all_run(&mut self) {
-        for (node, agent) in &mut self.agents {
-            assert!(
-                agent.is_running(),
-                "the agent of node {node} ended:\n{}",
-                agent.log()
-            );
-        }
+        assert_eq!(self.agents.end(node, libc::SIGTERM, PATIENCE), 0);
     }
 
     /// Takes the API's host off the wire, or puts it back: packets to it go nowhere.
@@ -305,7 +263,7 @@ impl KubeRig {
     /// Waits until every node with an agent has exactly the peers that the API has.
     #[track_caller]
     pub(crate) fn wait_converged(&self) {
-        for node in self.agents.keys().copied() {
+        for node in self.agents.nodes() {
             eventually(PATIENCE, &format!("node {node} has its peers"), || {
                 self.converged(node, &self.leases())
             });
@@ -423,15 +381,7 @@ impl KubeRig {
     }
 }
 
-impl Drop for KubeRig {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            for (node, agent) in &self.agents {
-                eprintln!("--- the agent of node {node} said:\n{}", agent.log());
-            }
-        }
-    }
-}
+with_agents!(KubeRig);
 
 /// What a Node object says to upstream's agent, if it does.
 fn lease_of(node: &Value) -> Option<(Subnet, Peer)> {

@@ -4,9 +4,11 @@
 #![allow(
     dead_code,
     unused_imports,
+    unused_macros,
     reason = "every test binary uses a part of it"
 )]
 
+pub(crate) mod agents;
 pub(crate) mod dump;
 pub(crate) mod hooks;
 mod kernel;

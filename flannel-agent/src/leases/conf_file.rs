@@ -1,29 +1,37 @@
-//! Waiting for another network configuration.
+//! Waiting for another network configuration in a file.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use futures_util::StreamExt as _;
 use inotify::{EventStream, Inotify, WatchMask};
 use tokio::time::sleep;
 use tracing::{debug, warn};
 
-use super::DirLeases;
-use crate::leases::COALESCE;
+use super::{COALESCE, LeaseError};
 
 /// Space for the events of one read.
 const EVENTS: usize = 4 << 10;
 
-/// Reads the configuration whenever its directory changes, and now and then in between, until its text is another than `known`.
-pub(super) async fn after(store: &DirLeases, known: &str) -> String {
+/// Reads the configuration whenever one of these directories changes, and every `rescan`, until its text is another than `known`.
+/// A directory, and not the file: Kubernetes swaps the link `..data` beside a mounted file, and others rename a new file over the old.
+pub(super) async fn after<R>(
+    dirs: &[&Path],
+    rescan: Duration,
+    read: impl Fn() -> R,
+    known: &str,
+) -> String
+where
+    R: Future<Output = Result<String, LeaseError>>,
+{
     let mut reported = None;
     loop {
         // Before the look, so that no change falls in between.
-        let events = watch(store);
-        match store.net_conf().await {
+        let events = watch(dirs);
+        match read().await {
             Ok(text) if text != known => {
                 // Somebody may be writing it at this moment.
                 sleep(COALESCE).await;
-                if store.net_conf().await.is_ok_and(|again| again == text) {
+                if read().await.is_ok_and(|again| again == text) {
                     return text;
                 }
                 continue;
@@ -43,20 +51,19 @@ pub(super) async fn after(store: &DirLeases, known: &str) -> String {
         match events {
             Some(mut events) => tokio::select! {
                 _ = events.next() => sleep(COALESCE).await,
-                () = sleep(store.rescan) => {}
+                () = sleep(rescan) => {}
             },
-            None => sleep(store.rescan).await,
+            None => sleep(rescan).await,
         }
     }
 }
 
-/// Events of the directories in which the configuration may be. Without them the regular look is all there is.
-fn watch(store: &DirLeases) -> Option<EventStream<Vec<u8>>> {
+/// Events of the directories. Without them the regular look is all there is.
+fn watch(dirs: &[&Path]) -> Option<EventStream<Vec<u8>>> {
     let attach = || {
         let inotify = Inotify::init()?;
         let mask = WatchMask::CREATE | WatchMask::CLOSE_WRITE | WatchMask::MOVE | WatchMask::DELETE;
-        let elsewhere = store.net_config_path.as_deref().and_then(Path::parent);
-        for dir in std::iter::once(store.dir.as_path()).chain(elsewhere) {
+        for dir in dirs {
             if let Err(error) = inotify.watches().add(dir, mask) {
                 debug!(dir = %dir.display(), %error, "cannot watch");
             }
