@@ -30,7 +30,7 @@ pub(crate) struct Args {
     #[arg(long, default_value = "all", value_name = "ARCH")]
     arch: Arches,
     /// Where to put it, relative to the workspace
-    #[arg(long, default_value = "target/dist", value_name = "DIR")]
+    #[arg(long, default_value = "target/packages", value_name = "DIR")]
     out: PathBuf,
     /// Make the container image, too: an OCI layout of Debian's packages, without a container engine
     #[arg(long)]
