@@ -2,9 +2,23 @@
 
 use std::net::UdpSocket;
 
-use flannel_testkit::privileged;
+use flannel_testkit::{eventually, privileged};
 
-use crate::{assert_fails, assert_healthy, check_with, rig::Rig};
+use crate::{
+    assert_fails, assert_healthy, check_with,
+    rig::{PATIENCE, Rig},
+};
+
+/// Binds a socket once nobody has the port any more: a process that another test starts has all descriptors for a moment.
+#[track_caller]
+fn take(rig: &Rig, address: &str) -> UdpSocket {
+    eventually(PATIENCE, "the port is free", || {
+        let taken = rig.ns(0).exec(["ss", "-Hlun"]).expect("ss");
+        taken.trim().is_empty().then_some(()).ok_or(taken)
+    });
+    let socket = rig.ns(0).run(|| UdpSocket::bind(address));
+    socket.expect("take the port")
+}
 
 #[test]
 fn a_port_that_a_program_has_is_named_with_the_program() {
@@ -15,14 +29,13 @@ fn a_port_that_a_program_has_is_named_with_the_program() {
     let dir = format!("--lease-dir={}", rig.lease_dir().display());
     // As C programs listen, as Go programs do, and on one address only.
     for address in ["0.0.0.0:8472", "[::]:8472", "127.0.0.1:8472"] {
-        let thief = rig.ns(0).run(|| UdpSocket::bind(address));
-        let thief = thief.expect("take the port");
+        let thief = take(&rig, address);
         let answer = check_with(&rig, 0, &[&dir]);
         let pid = std::process::id();
         assert_fails(&answer, "port", &format!("pid {pid}"), "another Port");
         drop(thief);
     }
-    let elsewhere = rig.ns(0).run(|| UdpSocket::bind("[::1]:8472"));
+    let elsewhere = take(&rig, "[::1]:8472");
     assert_healthy(&check_with(&rig, 0, &[&dir]), &[]);
     drop(elsewhere);
 }
