@@ -153,7 +153,7 @@ fn sees_every_packet(gate: &Gate, rule: Rule, node: usize) -> anyhow::Result<()>
         ensure!(fast > DATAGRAMS, "{fast} packets were fast after the rule");
         Ok(())
     })?;
-    let again = flows.pair.retransmits()?;
+    let again = flows.pair.lost_segments()?;
     ensure!(again == 0, "{again} segments sent again");
     flows.pair.close()
 }

@@ -117,7 +117,7 @@ fn promote_all(gate: &Gate, pairs: &mut [TcpPair]) -> anyhow::Result<()> {
 
 fn unharmed(pairs: &[TcpPair]) -> anyhow::Result<()> {
     for pair in pairs {
-        let again = pair.retransmits()?;
+        let again = pair.lost_segments()?;
         ensure!(again == 0, "{again} segments of {} sent again", pair.local);
     }
     Ok(())

@@ -260,7 +260,7 @@ fn forwards(gate: &Gate) -> anyhow::Result<()> {
         );
         // Super-packets that could not be segmented would all have to be sent again. Some of the 6,000 segments are lost in the bursts
         // that a device without offloads gets.
-        let again = pair.retransmits()?;
+        let again = pair.lost_segments()?;
         ensure!(again < 1_500, "{}: {again} segments sent again", what());
         pair.close()?;
         let client = gate.udp(from, 0);

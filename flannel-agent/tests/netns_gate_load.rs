@@ -103,7 +103,7 @@ fn hundred_thousand(mode: Mode, flavour: Flavour) {
 fn idle_goes_on(mut pair: TcpPair, server: SocketAddrV4) -> anyhow::Result<()> {
     pair.exchange(60_000)
         .with_context(|| format!("a silent connection to {server}"))?;
-    let again = pair.retransmits()?;
+    let again = pair.lost_segments()?;
     ensure!(again == 0, "{again} segments sent again");
     pair.close()
 }

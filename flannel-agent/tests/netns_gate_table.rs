@@ -66,7 +66,7 @@ impl Live {
     fn close(self) {
         let mut again = 0;
         for pair in self.pairs {
-            again += pair.retransmits().unwrap();
+            again += pair.lost_segments().unwrap();
             pair.close().unwrap();
         }
         assert_eq!(again, 0, "segments sent again");
@@ -273,7 +273,7 @@ fn eviction(mode: Mode, flavour: Flavour) {
     idle.exchange(500).unwrap();
     pairs.push(idle);
     for (at, pair) in pairs.iter().enumerate() {
-        let count = pair.retransmits().unwrap();
+        let count = pair.lost_segments().unwrap();
         if count > 0 {
             again.insert(at, count);
         }

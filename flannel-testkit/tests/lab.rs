@@ -88,14 +88,16 @@ fn segments_that_were_lost_are_counted_as_ss_counts_them() {
     let target = server.address;
     let mut pair = TcpPair::connect(&a.ns, target, &[&server]).unwrap();
     pair.exchange(100_000).unwrap();
-    assert_eq!(pair.retransmits().unwrap(), 0);
+    assert_eq!(pair.lost_segments().unwrap(), 0);
     let rules = "add table ip lossy; \
         add chain ip lossy in { type filter hook prerouting priority 0; }; \
         add rule ip lossy in meta length > 500 numgen inc mod 5 0 drop";
     b.ns.exec(["nft", rules]).unwrap();
     pair.exchange(100_000).unwrap();
+    let stream = traffic::tcp_transfer(&b.ns, b.ip, &a.ns, Amount::Bytes(1_000_000)).unwrap();
+    assert!(stream.lost > 0, "{stream:?}");
     b.ns.exec(["nft", "delete table ip lossy"]).unwrap();
-    let counted = pair.retransmits().unwrap();
+    let counted = pair.lost_segments().unwrap();
     assert!(counted > 0);
     let line = a.ns.exec(["ss", "-Htni", "dport", "8099"]).unwrap();
     let number = |name: &str| -> u32 {

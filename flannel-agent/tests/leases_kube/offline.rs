@@ -89,8 +89,8 @@ async fn a_start_goes_by_the_last_known_state() {
     }
 }
 
-#[tokio::test]
-async fn the_name_of_the_node_is_in_the_last_known_state_too() {
+/// A store that has started from the last known state, and knows of itself only its pod.
+async fn started_without_a_name() -> (Cluster, Store) {
     let cluster = remembered().await;
     cluster.api.stop().expect("stop");
     let options = KubeOptions {
@@ -104,6 +104,12 @@ async fn the_name_of_the_node_is_in_the_last_known_state_too() {
         panic!("another store");
     };
     kube.sync(&offer(1).conf, |_| {}).await;
+    (cluster, opened)
+}
+
+#[tokio::test]
+async fn the_name_of_the_node_is_in_the_last_known_state_too() {
+    let (cluster, opened) = started_without_a_name().await;
     assert!(
         opened.describe().ends_with("node n1"),
         "{}",
@@ -114,19 +120,7 @@ async fn the_name_of_the_node_is_in_the_last_known_state_too() {
 #[tokio::test]
 async fn a_remembered_name_that_is_wrong_is_put_right() {
     let log = Log::capture();
-    let cluster = remembered().await;
-    cluster.api.stop().expect("stop");
-    let options = KubeOptions {
-        node_name: None,
-        pod_name: Some("p".into()),
-        pod_namespace: Some("kube-flannel".into()),
-        ..cluster.options(1)
-    };
-    let opened = Store::open(&store(options)).await.expect("open");
-    let Store::Kube(kube) = opened.twin() else {
-        panic!("another store");
-    };
-    kube.sync(&offer(1).conf, |_| {}).await;
+    let (cluster, opened) = started_without_a_name().await;
     let mut agent = Agent::start_with(opened, offer(1)).await;
     let view = agent.until("a list", |view| view.snapshot.is_some()).await;
     assert_eq!(view.own.map(|own| own.key), Some(key("10.5.1.0-24")));

@@ -23,7 +23,7 @@ fn at_once(what: &str, from: &Netns, to: SocketAddrV4, server: &TcpServer) -> Tc
     let mut pair =
         TcpPair::connect(from, to, &[server]).unwrap_or_else(|error| panic!("{what}: {error:#}"));
     // That of the handshake, which has taken all of a second if there was one.
-    let again = pair.retransmits().expect("TCP_INFO");
+    let again = pair.lost_segments().expect("TCP_INFO");
     assert_eq!(again, 0, "{what}: the handshake was sent again");
     for bytes in [1, 1400, 60_000, 200] {
         pair.exchange(bytes)

@@ -11,8 +11,6 @@ use std::time::{Duration, Instant};
 
 /// How long a connection may stand still, or take to come about.
 const LIMIT: Duration = Duration::from_secs(5);
-/// How long the word of a duplicate may be on its way.
-const DUPLICATE: Duration = Duration::from_millis(300);
 /// How long a listener's address may stay in use after it: a process that another thread starts has all descriptors for a moment.
 const INHERITED: Duration = Duration::from_secs(2);
 /// Bytes handed to the kernel at a time.
@@ -219,17 +217,9 @@ impl TcpPair {
         Ok(socket::linger_nothing(&self.server)?)
     }
 
-    /// Segments that either end has sent again because they were lost. One that was only late, as on a busy machine, arrives twice:
-    /// its receiver says so (RFC 2883), and it does not count.
-    pub fn retransmits(&self) -> anyhow::Result<u32> {
-        let until = Instant::now() + DUPLICATE;
-        loop {
-            let lost = socket::lost_segments(&self.client)? + socket::lost_segments(&self.server)?;
-            if lost == 0 || Instant::now() > until {
-                return Ok(lost);
-            }
-            thread::sleep(Duration::from_millis(10));
-        }
+    /// Segments that either end has sent again because they were lost.
+    pub fn lost_segments(&self) -> anyhow::Result<u32> {
+        Ok(socket::lost_segments(&[&self.client, &self.server])?)
     }
 
     /// The client's end.

@@ -37,6 +37,8 @@ pub struct TcpStats {
     pub mbps: f64,
     /// Segments that the sender sent again (`tcpi_total_retrans`).
     pub retransmits: u32,
+    /// Those of them that had not arrived already.
+    pub lost: u32,
     /// The longest time in which the receiver got nothing.
     pub longest_stall: Duration,
     /// The sender's segment size in bytes at the end.
@@ -163,7 +165,7 @@ fn transfer(
     server.set_read_timeout(Some(STALL))?;
     let start = Instant::now();
     let (sent, got) = std::thread::scope(|scope| {
-        let receiver = scope.spawn(|| receive(server, address, start));
+        let receiver = scope.spawn(|| receive(&server, address, start));
         let sent = send(&client, left);
         if sent.is_err() {
             // Ends the receiver too.
@@ -192,6 +194,7 @@ fn transfer(
         #[expect(clippy::cast_precision_loss, reason = "a rate, not an account")]
         mbps: sent as f64 * 8.0 / 1e6 / elapsed.as_secs_f64().max(1e-9),
         retransmits: info.tcpi_total_retrans,
+        lost: socket::lost_segments(&[&client])?,
         longest_stall: got.longest_stall,
         mss: info.tcpi_snd_mss,
     })
@@ -223,7 +226,11 @@ fn send(mut stream: &TcpStream, left: impl Fn(u64) -> usize) -> anyhow::Result<u
     Ok(sent)
 }
 
-fn receive(mut stream: TcpStream, address: SocketAddr, start: Instant) -> anyhow::Result<Received> {
+fn receive(
+    mut stream: &TcpStream,
+    address: SocketAddr,
+    start: Instant,
+) -> anyhow::Result<Received> {
     let block = super::pattern(0, PERIOD + CHUNK);
     let mut buffer = vec![0; CHUNK];
     let mut got = Received {

@@ -194,20 +194,12 @@ pub(super) fn starting(binary: &Path, arch: Arch) -> Command {
 mod tests {
     use super::*;
 
-    fn stamp() -> Stamp {
-        Stamp {
-            version: "0.1.0".to_owned(),
-            revision: "abc".to_owned(),
-            epoch: 0,
-        }
-    }
-
     #[test]
     fn the_environment_is_the_targets_alone() {
         let all = environment(
             Path::new("/w"),
             Arch::Arm64,
-            &stamp(),
+            &Stamp::example(),
             Path::new("/o"),
             Path::new("/sys"),
         );

@@ -21,6 +21,16 @@ pub(crate) struct Stamp {
 }
 
 impl Stamp {
+    /// For tests.
+    #[cfg(test)]
+    pub(super) fn example() -> Self {
+        Self {
+            version: "0.1.0".to_owned(),
+            revision: "abc".to_owned(),
+            epoch: 0,
+        }
+    }
+
     /// From git, unless `SOURCE_DATE_EPOCH` and `FLANNEL_REVISION` say it, as they must where there is no repository.
     pub(super) fn of(root: &Path, version: &str) -> Result<Self> {
         let git = |words: &[&str], variable: &str| {

@@ -43,14 +43,6 @@ fn metadata() -> Value {
     })
 }
 
-fn stamp() -> Stamp {
-    Stamp {
-        version: "0.1.0".to_owned(),
-        revision: "abc".to_owned(),
-        epoch: 0,
-    }
-}
-
 #[test]
 fn what_is_linked_is_listed_and_nothing_else() {
     let crates = shipped(&metadata()).expect("read");
@@ -66,7 +58,7 @@ fn what_is_linked_is_listed_and_nothing_else() {
     );
     let lock = "version = 4\n\n[[package]]\nname = \"ring\"\nversion = \"0.17.0\"\nsource = \"registry\"\nchecksum = \"00ff\"\n\
                 dependencies = [\n \"cc\",\n]\n\n[[package]]\nname = \"flannel-cni\"\nversion = \"0.1.0\"\n";
-    let bill = render(&crates, &checksums(lock), &stamp(), Arch::Arm64);
+    let bill = render(&crates, &checksums(lock), &Stamp::example(), Arch::Arm64);
     assert_eq!(
         bill["components"][3],
         json!({
@@ -96,7 +88,7 @@ fn metadata_without_our_crates_is_refused() {
 #[test]
 fn this_workspace_has_a_bill() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let bill = of_binaries(&root, Arch::Arm64, &stamp()).expect("cargo metadata");
+    let bill = of_binaries(&root, Arch::Arm64, &Stamp::example()).expect("cargo metadata");
     let names: Vec<_> = bill["components"]
         .as_array()
         .expect("components")
