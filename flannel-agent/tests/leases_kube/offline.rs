@@ -109,7 +109,7 @@ async fn started_without_a_name() -> (Cluster, Store) {
 
 #[tokio::test]
 async fn the_name_of_the_node_is_in_the_last_known_state_too() {
-    let (cluster, opened) = started_without_a_name().await;
+    let (_cluster, opened) = started_without_a_name().await;
     assert!(
         opened.describe().ends_with("node n1"),
         "{}",
