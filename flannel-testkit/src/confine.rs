@@ -53,8 +53,8 @@ const CAPSET_VERSION: u32 = 0x2008_0522;
 /// The number under which a confined child keeps the listener of its own filter.
 const LISTENER: i32 = 250;
 /// `SECCOMP_IOCTL_NOTIF_RECV` and `SECCOMP_IOCTL_NOTIF_SEND`: `_IOWR('!', n, struct)` with structs of 80 and 24 bytes.
-const NOTIF_RECV: libc::c_ulong = 0xc050_2100;
-const NOTIF_SEND: libc::c_ulong = 0xc018_2101;
+const NOTIF_RECV: libc::Ioctl = 0xc050_2100_u32 as libc::Ioctl;
+const NOTIF_SEND: libc::Ioctl = 0xc018_2101_u32 as libc::Ioctl;
 /// The device kind in a netlink request, behind the upper half of its attribute's header (`IFLA_INFO_KIND`).
 const KIND_VXLAN: &[u8] = b"\x01\0vxlan";
 /// A kind of the same length that no kernel has.
