@@ -60,8 +60,9 @@ const KIND_VXLAN: &[u8] = b"\x01\0vxlan";
 /// A kind of the same length that no kernel has.
 const KIND_NONE: &[u8] = b"\x01\0vxnot";
 
-/// Makes `cmd` start confined. Call [`watch`] with the child if `no_vxlan` is set.
-pub(crate) fn apply(cmd: &mut Command, confinement: &Confinement<'_>) {
+/// Makes `cmd` start confined. With `no_vxlan` it waits at its first netlink request until somebody serves it, as
+/// [`AgentProcess::spawn_confined`](crate::AgentProcess::spawn_confined) does.
+pub fn apply(cmd: &mut Command, confinement: &Confinement<'_>) {
     let Confinement {
         caps,
         bpf,

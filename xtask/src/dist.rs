@@ -1,6 +1,6 @@
 //! `cargo xtask dist`: what a release consists of.
 
-mod arch;
+pub(crate) mod arch;
 mod binaries;
 mod bundle;
 mod image;
@@ -8,7 +8,7 @@ mod rootfs;
 mod sbom;
 mod smoke;
 mod stamp;
-mod tools;
+pub(crate) mod tools;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -74,15 +74,6 @@ enum Command {
     ///
     /// `cargo xtask bench -- --help` lists the flags of the benchmark itself.
     Bench(labs::Args),
-    /// Try the programs and the agent on other kernels, in QEMU (Debian and Ubuntu)
-    ///
-    /// Fetches Debian's kernels into target/kernels (200 MB) and boots each without acceleration, in memory: no
-    /// root, no disk, no network. In the guest the verifier takes the object that the agent embeds, the programs run
-    /// on packets, and two agents and a plain kernel node carry pings and TCP, on tcx and on clsact, around a
-    /// restart. A line for each kernel; its console is in target/kernels/<kernel>.log.
-    ///
-    /// Exit codes: 0 all as expected; 1 otherwise; 2 wrong arguments; 130 interrupted.
-    Kernels(kernels::Args),
     /// Build what a release consists of: binaries for amd64 and arm64, tarballs, bills of materials, the image
     ///
     /// Static binaries for both architectures, with one eBPF object, in tarballs that come out the same wherever they are
@@ -111,7 +102,6 @@ fn main() -> ExitCode {
         Command::Demo(args) => labs::demo(&root, &args),
         Command::Test(args) => test::run(&root, &args),
         Command::Bench(args) => labs::bench(&root, &args),
-        Command::Kernels(args) => kernels::run(&root, &args),
         Command::Dist(args) => dist::run(&root, &args),
         Command::Lint => lint::run(&root),
     };

@@ -1,5 +1,6 @@
 //! What a release is built for.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::str::FromStr;
 
@@ -52,6 +53,23 @@ impl Arch {
             Self::Amd64 => ["gcc-x86-64-linux-gnu", "libc6-dev-amd64-cross"],
             Self::Arm64 => ["gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"],
         }
+    }
+
+    /// What a build for it needs to be told beside `--target`: Debian's compiler for the C of ring, and rust-lld with what Rust has of
+    /// musl for all the rest. No cross linker is needed. ring asks the C library for nothing that differs between musl and glibc,
+    /// whose headers the compiler finds.
+    pub(crate) fn toolchain(self) -> [(String, OsString); 2] {
+        let lower = self.target().replace('-', "_");
+        let upper = lower.to_uppercase();
+        let compiler = if Self::host() == Some(self) {
+            "cc".to_owned()
+        } else {
+            format!("{}-gcc", self.gnu())
+        };
+        [
+            (format!("CC_{lower}"), compiler.into()),
+            (format!("CARGO_TARGET_{upper}_LINKER"), "rust-lld".into()),
+        ]
     }
 
     /// QEMU's name of it.

@@ -75,8 +75,7 @@ pub(super) fn build(
     })
 }
 
-/// Debian's compiler for the C of ring, and rust-lld with what Rust has of musl for all the rest: no cross linker is needed. ring
-/// asks the C library for nothing that differs between musl and glibc, whose headers the compiler finds.
+/// The toolchain, and whatever makes a build the same wherever it is done.
 fn environment(
     root: &Path,
     arch: Arch,
@@ -85,7 +84,6 @@ fn environment(
     sysroot: &Path,
 ) -> Vec<(String, OsString)> {
     let lower = arch.target().replace('-', "_");
-    let upper = lower.to_uppercase();
     let mut prefixes = ebpf::source_prefixes(root, sysroot);
     let target = std::env::var_os("CARGO_TARGET_DIR").map(|dir| root.join(dir));
     prefixes.push((target.unwrap_or_else(|| root.join("target")), "/target"));
@@ -100,22 +98,17 @@ fn environment(
         cflags.push(prefix);
         cflags.push(format!("={stand_in}"));
     }
-    let compiler = if Arch::host() == Some(arch) {
-        "cc".to_owned()
-    } else {
-        format!("{}-gcc", arch.gnu())
-    };
-    vec![
-        (format!("CC_{lower}"), compiler.into()),
+    let mut all = arch.toolchain().to_vec();
+    all.extend([
         (format!("CFLAGS_{lower}"), cflags),
-        (format!("CARGO_TARGET_{upper}_LINKER"), "rust-lld".into()),
         ("CARGO_ENCODED_RUSTFLAGS".to_owned(), rustflags),
         ("FLANNEL_EBPF_OBJECT".to_owned(), object.into()),
         (
             "FLANNEL_VERSION".to_owned(),
             stamp.long_version(arch).into(),
         ),
-    ]
+    ]);
+    all
 }
 
 /// Refuses a binary of another architecture, one that needs a loader, and one without a build id.
