@@ -87,18 +87,18 @@ impl Lab {
     /// Builds the lab and returns when every node reaches the switch. The uplinks are veth pairs, unless `FLANNEL_LAB_NICS` names
     /// network cards by their MAC addresses: then see [`Lab::on_nics`].
     pub fn new(options: LabOptions) -> anyhow::Result<Lab> {
-        Lab::build(options, Nics::from_env())
+        Lab::build(options, Nics::from_env().as_ref())
     }
 
     /// Builds a lab whose uplinks `eth0` are network cards, which return when it is dropped: one such lab at a time. The first card
     /// is a port of the switch `br0`, through which everything on the wire can be seen; it is every node's [`Node::port`].
     pub fn on_nics(options: LabOptions, nics: &Nics) -> anyhow::Result<Lab> {
-        Lab::build(options, Some(nics.clone()))
+        Lab::build(options, Some(nics))
     }
 
-    fn build(options: LabOptions, nics: Option<Nics>) -> anyhow::Result<Lab> {
+    fn build(options: LabOptions, nics: Option<&Nics>) -> anyhow::Result<Lab> {
         anyhow::ensure!(options.nodes <= 200, "at most 200 nodes");
-        if let Some(nics) = &nics {
+        if let Some(nics) = nics {
             anyhow::ensure!(
                 usize::from(options.nodes) <= nics.nodes(),
                 "{} nodes, but network cards for {} alone",
@@ -114,7 +114,7 @@ impl Lab {
         let state = LabState {
             prefix: prefix.clone(),
             dir: dir.clone(),
-            nics: nics.clone(),
+            nics: nics.cloned(),
             _state: state,
         };
         let underlay = Netns::add(&format!("{prefix}underlay"))?;
@@ -122,7 +122,7 @@ impl Lab {
         for uplink in 0..=u8::from(options.second_uplink) {
             add_switch(&underlay, uplink, options.mtu)?;
         }
-        if let Some(nics) = &nics {
+        if let Some(nics) = nics {
             nics.gather()?;
             nics.take(0, &underlay, WIRE, options.mtu)?;
             underlay.ip(&format!("link set {WIRE} master br0"))?;
@@ -138,12 +138,7 @@ impl Lab {
             let run_dir = dir.join(format!("n{index}"));
             std::fs::create_dir(&run_dir).with_context(|| format!("make {}", run_dir.display()))?;
             let ns = Netns::add(&format!("{}n{index}", lab.prefix))?;
-            let node = Node::set_up(
-                (index, ns),
-                run_dir,
-                (&lab.underlay, nics.as_ref()),
-                &options,
-            )?;
+            let node = Node::set_up((index, ns), run_dir, (&lab.underlay, nics), &options)?;
             lab.nodes.push(node);
         }
         for node in &lab.nodes {
