@@ -31,6 +31,13 @@ use guest::Guest;
 use suites::Place;
 pub(crate) use suites::Tier;
 
+/// What a run of all tests ends with: the oldest and the newest, and another architecture.
+pub(crate) const EVERY_TIME: [(Kernel, Arch); 3] = [
+    (Kernel::V5_10, Arch::Amd64),
+    (Kernel::V7, Arch::Amd64),
+    (Kernel::V6_12, Arch::Arm64),
+];
+
 /// How many machines run at a time.
 const AT_ONCE: usize = 2;
 
@@ -103,19 +110,81 @@ impl Kernel {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Case {
     Plain,
+    /// `vxlan.ko` is not there, as on distributions that put it into another package.
+    NoVxlan,
+    /// Neither `cls_bpf.ko` nor `sch_ingress.ko`: without tcx there is nothing to attach to.
+    NoClassifier,
+    /// `bpf(2)` is refused to everybody, as by a sandbox.
+    NoBpf,
+    NoVxlanNoBpf,
+    /// What Secure Boot sets.
+    LockdownIntegrity,
+    LockdownConfidentiality,
 }
 
 impl Case {
+    /// For files.
     const fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain",
+            Self::NoVxlan => "no-vxlan",
+            Self::NoClassifier => "no-classifier",
+            Self::NoBpf => "no-bpf",
+            Self::NoVxlanNoBpf => "no-vxlan-no-bpf",
+            Self::LockdownIntegrity => "lockdown-integrity",
+            Self::LockdownConfidentiality => "lockdown-confidentiality",
+        }
+    }
+
+    /// For people, behind the name of the kernel.
+    const fn description(self) -> &'static str {
+        match self {
+            Self::Plain => "",
+            Self::NoVxlan => " without vxlan.ko",
+            Self::NoClassifier => " without cls_bpf.ko and sch_ingress.ko",
+            Self::NoBpf => " with bpf(2) refused",
+            Self::NoVxlanNoBpf => " without vxlan.ko and with bpf(2) refused",
+            Self::LockdownIntegrity => " with lockdown=integrity",
+            Self::LockdownConfidentiality => " with lockdown=confidentiality",
         }
     }
 
     /// The modules that it does not have.
     const fn withheld(self) -> &'static [&'static str] {
         match self {
-            Self::Plain => &[],
+            Self::NoVxlan | Self::NoVxlanNoBpf => &["vxlan"],
+            Self::NoClassifier => &["cls_bpf", "sch_ingress"],
+            _ => &[],
+        }
+    }
+
+    /// What bpf(2) answers, if it does not do what it is asked.
+    const fn refuse_bpf(self) -> Option<i32> {
+        /// `EPERM`: what a container's seccomp profile says.
+        const EPERM: i32 = 1;
+        match self {
+            Self::NoBpf | Self::NoVxlanNoBpf => Some(EPERM),
+            _ => None,
+        }
+    }
+
+    /// What is added to the kernel's command line.
+    const fn append(self) -> &'static str {
+        match self {
+            Self::LockdownIntegrity => "lockdown=integrity",
+            Self::LockdownConfidentiality => "lockdown=confidentiality",
+            _ => "",
+        }
+    }
+
+    /// In the words of `flannel-agent/tests/netns_kernel.rs`.
+    const fn lacks(self) -> &'static [&'static str] {
+        match self {
+            Self::NoVxlan => &["vxlan"],
+            Self::NoClassifier => &["cls_bpf"],
+            Self::NoBpf => &["bpf"],
+            Self::NoVxlanNoBpf => &["vxlan", "bpf"],
+            Self::Plain | Self::LockdownIntegrity | Self::LockdownConfidentiality => &[],
         }
     }
 }
@@ -163,22 +232,25 @@ fn one_architecture(
         .kernels
         .iter()
         .filter(|(_, of)| *of == arch)
-        .map(|(kernel, arch)| Place {
-            kernel: *kernel,
-            arch: *arch,
-            case: Case::Plain,
+        .flat_map(|(kernel, _)| {
+            let cases = suites::cases(*kernel, request.tier);
+            cases.map(|case| Place {
+                kernel: *kernel,
+                arch,
+                case,
+            })
         })
         .collect();
     let mut targets: Vec<&str> = places
         .iter()
         .flat_map(|place| place.suites(request.tier))
-        .map(|suite| suite.target)
+        .map(|(target, _)| target)
         .collect();
     targets.sort_unstable();
     targets.dedup();
     let userland = userland::fetch(dir, arch, request.refresh)?;
-    for place in &places {
-        debian::fetch(dir, place.kernel, arch, request.refresh)?;
+    for (kernel, _) in request.kernels.iter().filter(|(_, of)| *of == arch) {
+        debian::fetch(dir, *kernel, arch, request.refresh)?;
     }
     eprintln!("building {} test binaries for {arch} guests", targets.len());
     let programs = programs::build(root, arch, &targets, object)?;

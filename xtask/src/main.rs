@@ -66,7 +66,13 @@ enum Command {
     /// Build and run the tests; the last line is `N passed, N failed, N skipped` (root)
     ///
     /// Tests that measure time (the targets `netns_*` of flannel-agent) come last and run one at a time. A network
-    /// namespace that a test leaves behind counts as a failure.
+    /// namespace that a test leaves behind counts as a failure. After them a part runs on the oldest and the newest kernel of
+    /// Debian's and on arm64.
+    ///
+    /// With --kernel nothing runs here, and everything that means something on another kernel does so there: in virtual
+    /// machines, by QEMU without acceleration, which need no root, disk or network. The first time fetches kernels and
+    /// programs from Debian into target/kernels (40 and 70 MB for each). What a machine said is in
+    /// target/kernels/<kernel>-<arch>-<what it lacks>.
     ///
     /// Exit codes: 0 all passed; 1 a failure, or nothing ran; 2 wrong arguments; 130 interrupted.
     Test(test::Args),

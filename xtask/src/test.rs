@@ -60,7 +60,7 @@ impl Outcome {
         self.failures.push(what);
     }
 
-    fn add_guest(&mut self, done: Done) {
+    fn add_guest(&mut self, done: &Done) {
         let minutes = done.took.as_secs_f64() / 60.0;
         for (name, report) in &done.suites {
             self.add(&format!("{}: {name}", done.label), report);
@@ -68,6 +68,11 @@ impl Outcome {
         for trouble in &done.troubles {
             self.fail(format!("{}: {trouble}", done.label));
         }
+        let facts = if done.facts.is_empty() {
+            String::new()
+        } else {
+            format!("{}; ", done.facts)
+        };
         let passed: u64 = done
             .suites
             .iter()
@@ -82,11 +87,10 @@ impl Outcome {
             println!("{}: not run: {left_out}", done.label);
         }
         println!(
-            "{}: {passed} passed, {} failed, {} not run{}; {minutes:.1} min; {}",
+            "{}: {passed} passed, {} failed, {} not run; {facts}{minutes:.1} min; {}",
             done.label,
             failed + done.troubles.len() as u64,
             done.not_run.len(),
-            done.facts,
             done.place.display()
         );
     }
@@ -136,6 +140,21 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             leaked.join(" ")
         ));
     }
+    // A part of the tests is for here alone.
+    let is_whole = args.filter.is_none() && args.package.is_none() && !args.fast;
+    if is_whole {
+        println!(
+            "\nother kernels, after {:.0} s",
+            start.elapsed().as_secs_f64()
+        );
+        let request = Request {
+            kernels: kernels::EVERY_TIME.to_vec(),
+            tier: Tier::Quick,
+            filter: None,
+            refresh: false,
+        };
+        kernels::run(root, &request, &mut |done| outcome.add_guest(&done))?;
+    }
     conclude(&outcome, start)
 }
 
@@ -153,7 +172,7 @@ fn run_on_kernels(root: &Path, args: &Args, outcome: &mut Outcome) -> Result<()>
         filter: args.filter.as_deref(),
         refresh: args.refresh,
     };
-    kernels::run(root, &request, &mut |done| outcome.add_guest(done))
+    kernels::run(root, &request, &mut |done| outcome.add_guest(&done))
 }
 
 fn conclude(outcome: &Outcome, start: Instant) -> Result<()> {
@@ -216,10 +235,15 @@ fn is_lab(binary: &Executable) -> bool {
         && binary.target.starts_with("netns_")
 }
 
+/// Tests that take what belongs to the machine, which only [`kernels`]' machines can spare.
+fn is_for_guests(binary: &Executable) -> bool {
+    binary.kind == "test" && binary.target.starts_with("guest_")
+}
+
 fn run_binaries(built: &[Executable], args: &Args, outcome: &mut Outcome) -> Result<()> {
     let tests: Vec<_> = built
         .iter()
-        .filter(|executable| executable.is_test)
+        .filter(|executable| executable.is_test && !is_for_guests(executable))
         .collect();
     for (number, test) in (1..).zip(&tests) {
         if process::interrupted() {

@@ -17,10 +17,10 @@ const EXECUTABLE: u64 = 4;
 
 /// Makes a copy of the agent in `dir` whose embedded object has instructions of the same effect in other words.
 pub(crate) fn changed_agent(dir: &Path) -> PathBuf {
-    let object = fs::read(env!("FLANNEL_EBPF_OBJECT")).expect("read the eBPF object");
+    let object = include_bytes!(env!("FLANNEL_EBPF_OBJECT"));
     let mut agent = fs::read(agent_binary()).expect("read the agent");
-    let at = find(&agent, &object).expect("the agent contains the object");
-    agent[at..at + object.len()].copy_from_slice(&rewritten(&object));
+    let at = find(&agent, object).expect("the agent contains the object");
+    agent[at..at + object.len()].copy_from_slice(&rewritten(object));
     let dir = dir.join("changed-build");
     fs::create_dir_all(&dir).expect("make a directory");
     let path = dir.join("flannel-agent");

@@ -71,7 +71,8 @@ impl Guest<'_> {
     }
 
     fn label(&self, kernel: &str) -> String {
-        format!("{kernel} {}", self.place.arch)
+        let Place { arch, case, .. } = self.place;
+        format!("{kernel} {arch}{}", case.description())
     }
 
     /// The directory of its files.
@@ -105,7 +106,7 @@ impl Guest<'_> {
             arch,
             vmlinuz: &files.vmlinuz,
             initrd: &initrd,
-            append: "",
+            append: case.append(),
             console: home.join("console.log"),
             results: home.join("results.log"),
         };
@@ -116,34 +117,34 @@ impl Guest<'_> {
         // Quickly made again, and large.
         fs::remove_file(&initrd).with_context(|| format!("remove {}", initrd.display()))?;
         fs::remove_dir_all(&staged).with_context(|| format!("remove {}", staged.display()))?;
-        self.judge(done, said, end, &machine.console)
+        Self::judge(done, said, end, &machine.console)
     }
 
     fn plan(&self, done: &mut Done) -> String {
         let mut suites = Vec::new();
-        for suite in self.place.suites(self.tier) {
+        for (target, tests) in self.place.suites(self.tier) {
             let Some(test) = self
                 .programs
                 .tests
                 .iter()
-                .find(|test| test.target == suite.target)
+                .find(|test| test.target == target)
             else {
                 continue;
             };
-            let mut args: Vec<String> = self
-                .filter
-                .iter()
-                .map(|filter| (*filter).to_owned())
-                .collect();
-            args.push("--test-threads=1".to_owned());
-            for (name, why) in self.place.left_out(suite.target) {
+            let mut args = vec!["--test-threads=1".to_owned()];
+            if let Some(filter) = self.filter {
+                args.push(filter.to_owned());
+            } else if !tests.is_empty() {
+                args.push("--exact".to_owned());
+                args.extend(tests.iter().map(|test| (*test).to_owned()));
+            }
+            for (name, why) in self.place.left_out(target) {
                 args.extend(["--skip".to_owned(), name.to_owned()]);
-                done.not_run
-                    .push(format!("{}::{name}: {why}", suite.target));
+                done.not_run.push(format!("{target}::{name}: {why}"));
             }
             let manifest_dir = test.manifest_dir.display().to_string();
             suites.push(json!({
-                "name": format!("flannel-agent/tests/{}", suite.target),
+                "name": format!("flannel-agent/tests/{target}"),
                 "program": test.path,
                 "args": args,
                 "dir": "/",
@@ -154,14 +155,20 @@ impl Guest<'_> {
                     "CARGO_PKG_VERSION": test.version,
                     "FLANNEL_TEST_REQUIRE_ROOT": "1",
                     "FLANNEL_TEST_PATIENCE": PATIENCE.to_string(),
+                    "FLANNEL_TEST_LACKS": self.place.lacks(),
                     "FLANNEL_AGENT": self.programs.agent,
                 },
             }));
         }
-        json!({ "modules": modules::LOADED, "suites": suites }).to_string()
+        json!({
+            "modules": modules::LOADED,
+            "refuse_bpf": self.place.case.refuse_bpf(),
+            "suites": suites,
+        })
+        .to_string()
     }
 
-    fn judge(&self, done: &mut Done, said: Said, end: End, console: &Path) -> Result<()> {
+    fn judge(done: &mut Done, said: Said, end: End, console: &Path) -> Result<()> {
         match end {
             End::Ended => {}
             End::TooLong => done.troubles.push(format!(
@@ -197,6 +204,7 @@ impl Guest<'_> {
             }
             fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
         }
+        done.facts = facts(&said);
         for suite in said.suites {
             if let Some(trouble) = suite.trouble() {
                 done.troubles.push(format!("{}: {trouble}", suite.name));
@@ -205,6 +213,29 @@ impl Guest<'_> {
         }
         Ok(())
     }
+}
+
+/// What the kernel can, and how much work the largest program was for the verifier.
+fn facts(said: &Said) -> String {
+    let with = |name: &'static str, word: &str| {
+        let value = said.fact(name)?;
+        Some(if value == "true" {
+            word.to_owned()
+        } else {
+            format!("no {word}")
+        })
+    };
+    let largest = said
+        .facts("insns_")
+        .filter_map(|(name, count)| Some((count.parse::<u64>().ok()?, name)))
+        .max();
+    let known = [
+        said.fact("attach").map(str::to_owned),
+        with("l2_eth", "L2_ETH"),
+        with("decap_l4_udp", "DECAP_L4_UDP"),
+        largest.map(|(count, name)| format!("{count} instructions seen in {name}")),
+    ];
+    known.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 /// Reads a file that grows, and tells of each test binary that has ended.

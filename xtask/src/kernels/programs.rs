@@ -60,7 +60,6 @@ pub(super) fn build(root: &Path, arch: Arch, targets: &[&str], object: &Path) ->
             ]
             .map(|(name, value)| (name, value.into())),
         );
-        environment.push(("FLANNEL_EBPF_OBJECT".to_owned(), object.into()));
     }
     let mut test = vec!["test", "--no-run", "-p", TESTED];
     test.extend(targets.iter().flat_map(|target| ["--test", target]));

@@ -121,11 +121,20 @@ impl Said {
         }
     }
 
-    /// A fact that a test wrote down, from the file `facts` of lines `name value`.
-    pub(super) fn fact(&self, name: &str) -> Option<&str> {
-        let lines = self.files.get("facts")?.lines();
-        let mut pairs = lines.filter_map(|line| line.split_once(' '));
-        pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
+    /// A fact that a test wrote down.
+    pub(super) fn fact<'a>(&'a self, name: &'a str) -> Option<&'a str> {
+        let mut pairs = self.facts(name);
+        pairs
+            .find(|(rest, _)| rest.is_empty())
+            .map(|(_, value)| value)
+    }
+
+    /// The facts whose names begin like this, without that beginning, from the file `facts` of lines `name value`.
+    pub(super) fn facts<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
+        let text = self.files.get("facts").map_or("", String::as_str);
+        text.lines()
+            .filter_map(|line| line.split_once(' '))
+            .filter_map(move |(name, value)| Some((name.strip_prefix(prefix)?, value)))
     }
 }
 

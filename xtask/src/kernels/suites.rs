@@ -15,22 +15,57 @@ pub(crate) enum Tier {
 /// A test binary of the agent.
 pub(super) struct Suite {
     pub(super) target: &'static str,
-    quick: bool,
+    quick: Part,
 }
 
-const fn suite(target: &'static str, quick: bool) -> Suite {
+/// How much of a binary.
+#[derive(Clone, Copy)]
+enum Part {
+    All,
+    /// The tests of these names.
+    Only(&'static [&'static str]),
+    Nothing,
+}
+
+const fn suite(target: &'static str, quick: Part) -> Suite {
     Suite { target, quick }
 }
 
+/// What the kernel can, and the overlay in every way: also on kernels from which something is withheld.
+const OF_THE_KERNEL: &str = "netns_kernel";
+/// The part of it that knows what is left then.
+const RUNG: &[&str] = &["rung::the_agent_makes_the_best_of_what_there_is"];
+
 /// On a kernel from which nothing is withheld, in this order.
-const SUITES: [Suite; 2] = [suite("bpf_testrun", true), suite("netns_wire", true)];
+const SUITES: [Suite; 9] = [
+    suite(OF_THE_KERNEL, Part::All),
+    suite(
+        "bpf_testrun",
+        Part::Only(&[
+            "decap::outer_headers",
+            "decap::receivers_rules",
+            "decap::super_packets",
+            "encap::every_length_and_tos_is_encapsulated",
+            "gate::a_connection_is_fast_after_its_handshake",
+            "gate::what_the_gate_cannot_follow_goes_on_unchanged_and_untagged",
+            "xdp::every_length_is_stripped",
+        ]),
+    ),
+    suite("netns_wire", Part::Only(&["frames_equal_the_kernels"])),
+    suite("netns_restart", Part::Nothing),
+    suite("netns_modes", Part::Nothing),
+    suite("netns_detach", Part::Nothing),
+    suite("netns_fastpath", Part::Nothing),
+    suite("netns_gate_packets", Part::Nothing),
+    suite("netns_pmtu", Part::Nothing),
+];
 
 /// A test that is not run somewhere.
 struct LeftOut {
     target: &'static str,
     /// The beginning of its path in the binary, or all of it.
     test: &'static str,
-    on: fn(&Place) -> bool,
+    on: fn(Place) -> bool,
     why: &'static str,
 }
 
@@ -42,20 +77,118 @@ pub(super) struct Place {
     pub(super) case: Case,
 }
 
-const LEFT_OUT: [LeftOut; 0] = [];
+const LEFT_OUT: [LeftOut; 1] = [LeftOut {
+    target: OF_THE_KERNEL,
+    test: "overlay::the_overlay_works_on_clsact",
+    on: without_tcx,
+    why: "clsact is what this kernel likes best: the same test under another name has run",
+}];
+
+fn without_tcx(place: Place) -> bool {
+    !place.kernel.has_tcx()
+}
+
+/// Which machines lack something: on these kernels, and whether within minutes.
+const CASES: [(Case, &[Kernel], bool); 9] = [
+    (Case::NoBpf, &[Kernel::V5_10], false),
+    (Case::NoClassifier, &[Kernel::V5_10], true),
+    (Case::NoVxlan, &[Kernel::V6_1], false),
+    (Case::NoClassifier, &[Kernel::V6_1, Kernel::V6_12], false),
+    (Case::NoBpf, &[Kernel::V6_1], false),
+    (Case::NoVxlanNoBpf, &[Kernel::V6_1], false),
+    (Case::LockdownIntegrity, &[Kernel::V6_12], false),
+    (Case::LockdownConfidentiality, &[Kernel::V6_12], false),
+    (Case::NoVxlan, &[Kernel::V7], true),
+];
+
+/// What a machine may lack on a kernel, beside nothing.
+pub(super) fn cases(kernel: Kernel, tier: Tier) -> impl Iterator<Item = Case> {
+    let here = CASES.iter().filter(move |(_, kernels, quick)| {
+        kernels.contains(&kernel) && (*quick || tier == Tier::Complete)
+    });
+    std::iter::once(Case::Plain).chain(here.map(|(case, ..)| *case))
+}
 
 impl Place {
-    /// What runs here.
-    pub(super) fn suites(self, tier: Tier) -> impl Iterator<Item = &'static Suite> {
-        let is_wanted = move |suite: &&Suite| tier == Tier::Complete || suite.quick;
-        SUITES.iter().filter(is_wanted)
+    /// What runs here, and which tests of it: all, if none are named.
+    pub(super) fn suites(self, tier: Tier) -> Vec<(&'static str, &'static [&'static str])> {
+        let of_the_kernel = match self.case {
+            Case::Plain => None,
+            Case::LockdownIntegrity | Case::LockdownConfidentiality => Some(&[][..]),
+            Case::NoVxlan | Case::NoClassifier | Case::NoBpf | Case::NoVxlanNoBpf => Some(RUNG),
+        };
+        if let Some(tests) = of_the_kernel {
+            return vec![(OF_THE_KERNEL, tests)];
+        }
+        let part = |suite: &Suite| match (tier, suite.quick) {
+            (Tier::Complete, _) | (_, Part::All) => Some((suite.target, &[][..])),
+            (_, Part::Only(tests)) => Some((suite.target, tests)),
+            (_, Part::Nothing) => None,
+        };
+        SUITES.iter().filter_map(part).collect()
     }
 
     /// Tests of a binary that do not run here, with the reason.
     pub(super) fn left_out(self, target: &str) -> Vec<(&'static str, &'static str)> {
         let here = LEFT_OUT
             .iter()
-            .filter(|row| row.target == target && (row.on)(&self));
+            .filter(|row| row.target == target && (row.on)(self));
         here.map(|row| (row.test, row.why)).collect()
+    }
+
+    /// What the tests are told that is not here (`flannel-agent/tests/netns_kernel.rs`).
+    pub(super) fn lacks(self) -> String {
+        let of_kernel = [
+            (!self.kernel.has_tcx(), "tcx"),
+            (!self.kernel.has_l2_eth(), "l2_eth"),
+        ];
+        let of_kernel = of_kernel.into_iter().filter(|(lacks, _)| *lacks);
+        let words = of_kernel
+            .map(|(_, word)| word)
+            .chain(self.case.lacks().iter().copied());
+        words.collect::<Vec<_>>().join(",")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn place(kernel: Kernel, case: Case) -> Place {
+        Place {
+            kernel,
+            arch: Arch::Amd64,
+            case,
+        }
+    }
+
+    #[test]
+    fn tests_are_told_what_is_not_there() {
+        assert_eq!(place(Kernel::V7, Case::Plain).lacks(), "");
+        assert_eq!(place(Kernel::V5_10, Case::Plain).lacks(), "tcx,l2_eth");
+        let none = place(Kernel::V6_1, Case::NoVxlanNoBpf);
+        assert_eq!(none.lacks(), "tcx,vxlan,bpf");
+    }
+
+    #[test]
+    fn the_quick_tier_is_a_part_of_the_other() {
+        for kernel in Kernel::ALL {
+            let plain = place(kernel, Case::Plain);
+            let complete = plain.suites(Tier::Complete);
+            for (target, _) in plain.suites(Tier::Quick) {
+                assert!(complete.contains(&(target, &[][..])), "{target}");
+            }
+            let all: Vec<Case> = cases(kernel, Tier::Complete).collect();
+            assert!(cases(kernel, Tier::Quick).all(|case| all.contains(&case)));
+            assert!(all.len() > 1, "{kernel:?} is never without anything");
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_has_a_suite_and_a_reason() {
+        for row in LEFT_OUT {
+            assert!(SUITES.iter().any(|suite| suite.target == row.target));
+            assert!(!row.why.is_empty() && !row.test.is_empty());
+        }
     }
 }
