@@ -131,14 +131,11 @@ impl Wire {
         ip(&format!("-n {} {line}", self.namespace))
     }
 
-    /// The same command, in the namespace.
-    pub(super) fn enter(&self, command: &Command) -> Command {
-        let mut inside = process::command("ip");
-        inside
-            .args(["netns", "exec", &self.namespace])
-            .arg(command.get_program())
-            .args(command.get_args());
-        inside
+    /// A program in the namespace. Nothing stands between: it is the child.
+    pub(super) fn command(&self, program: &str) -> Command {
+        let mut command = process::command("ip");
+        command.args(["netns", "exec", &self.namespace, program]);
+        command
     }
 }
 

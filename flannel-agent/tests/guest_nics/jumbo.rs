@@ -62,6 +62,7 @@ fn pods_use_them() {
 fn the_mtu_may_grow_while_xdp_is_attached() {
     let mut rig = cards(Offloads::Default, 1_500);
     rig.start_all(&[]);
+    crate::meet(&rig);
     crate::wait_standing(&rig, 1, "works", true);
     let port = rig.node(0).port.clone();
     let underlay = rig.lab().underlay();

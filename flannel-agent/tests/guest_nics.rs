@@ -1,14 +1,14 @@
 //! What only a driver of network cards shows. `FLANNEL_LAB_NICS` names the cards, as `cargo xtask test --kernel` does in its machines;
 //! without them every test here fails.
 
-#[path = "netns_nics/jumbo.rs"]
+#[path = "guest_nics/jumbo.rs"]
 mod jumbo;
 #[path = "netns_wire/matrix.rs"]
 mod matrix;
-#[path = "netns_nics/queues.rs"]
+#[path = "guest_nics/queues.rs"]
 mod queues;
 mod rig;
-#[path = "netns_nics/silent.rs"]
+#[path = "guest_nics/silent.rs"]
 mod silent;
 mod wire_rig;
 
@@ -48,11 +48,19 @@ fn cards(offloads: Offloads, mtu: u32) -> Rig {
     rig
 }
 
-/// Two agents with these flags and a pod each.
+/// Two agents with these flags and a pod each, which have spoken to each other: the driver has had something to run the program on.
 fn start(offloads: Offloads, flags: &[&str]) -> Rig {
     let mut rig = cards(offloads, 1_500);
     rig.start_all(flags);
+    meet(&rig);
     rig
+}
+
+/// Makes sure that something went over the wire both ways.
+fn meet(rig: &Rig) {
+    for (from, to) in [(0, 1), (1, 0)] {
+        eventually(PATIENCE, "pods reach each other", || rig.ping(from, to));
+    }
 }
 
 fn counted(rig: &Rig, node: usize, counter: CounterId) -> u64 {
