@@ -19,6 +19,7 @@ pub mod config;
 pub mod datagram;
 pub mod farewell;
 pub mod fastpath;
+pub mod features;
 pub mod headroom;
 pub mod iface;
 mod json;
