@@ -35,6 +35,7 @@ mod fastpath;
 pub mod files;
 pub mod health;
 mod http;
+mod kernel_modules;
 pub mod leases;
 pub mod masquerade;
 mod metrics;
