@@ -15,6 +15,7 @@ use flannel_core::{
     config::{ConfigError, NetConf},
     iface::{self, Note, Selection, Uplink},
     lease::SubnetKey,
+    mark,
     plan::{Desired, ObservedKind},
     subnet_env,
 };
@@ -315,13 +316,16 @@ async fn choose_mac(
     name: &str,
     identity: &flannel_core::acquire::Identity,
 ) -> Result<VtepMac, StartError> {
-    if let Some(device) = net.device(name).await?
-        && matches!(
-            device.kind,
-            ObservedKind::Vxlan { .. } | ObservedKind::Veth { .. }
-        )
-    {
-        return Ok(device.mac);
+    let stand_in = mark::stand_in(name).map(|(name, _)| name);
+    for name in std::iter::once(name).chain(stand_in.as_deref()) {
+        if let Some(device) = net.device(name).await?
+            && matches!(
+                device.kind,
+                ObservedKind::Vxlan { .. } | ObservedKind::Veth { .. }
+            )
+        {
+            return Ok(device.mac);
+        }
     }
     let mut reported = false;
     let stored = loop {

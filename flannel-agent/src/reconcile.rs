@@ -45,7 +45,7 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often everything is read, whatever the notifications said.
 const RESYNC: Duration = Duration::from_secs(10);
 /// A plan that is not empty after so many passes is tried again at the next tick.
-const MAX_PASSES: usize = 8;
+const MAX_PASSES: usize = 14;
 /// Notifications that may wait while the loop is busy.
 const BACKLOG: usize = 1024;
 /// How long a lost notification socket stays closed.

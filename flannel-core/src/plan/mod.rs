@@ -104,8 +104,10 @@ fn plan_overlay(
         None => kernel::restore_neighbours(desired, device, &mut kernel.ops),
     }
     plan.problems.append(&mut kernel.problems);
-    // A vxlan device carries packets from its first route on; a veth pair only with its program.
-    let programs_first = matches!(desired.tunnel.kind, DeviceKind::Veth { .. });
+    // A vxlan device carries packets from its first route on; a veth pair only with its program. And where another device carries them
+    // until then, none need be lost to a clsact qdisc: while a device gets one it sends nothing (`qdisc_graft`).
+    let programs_first =
+        matches!(desired.tunnel.kind, DeviceKind::Veth { .. }) || observed.stand_in.is_some();
     if !programs_first {
         plan.ops.append(&mut kernel.ops);
     }

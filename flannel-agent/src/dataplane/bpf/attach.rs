@@ -204,7 +204,7 @@ impl Bpf {
         Ok(())
     }
 
-    fn attach_clsact(
+    pub(super) fn attach_clsact(
         &mut self,
         hook: Hook,
         ifindex: IfIndex,

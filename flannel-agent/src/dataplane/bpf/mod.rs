@@ -7,6 +7,7 @@ mod link;
 mod pins;
 mod pods;
 mod probe;
+mod stand_in;
 mod xdp;
 
 use std::{
