@@ -32,6 +32,7 @@ mod datapath;
 pub mod dataplane;
 mod device;
 mod fastpath;
+mod features;
 pub mod files;
 pub mod health;
 mod http;

@@ -20,6 +20,7 @@ pub mod datagram;
 pub mod distribution;
 pub mod farewell;
 pub mod fastpath;
+pub mod features;
 pub mod headroom;
 pub mod iface;
 mod json;

@@ -223,6 +223,11 @@ pub fn instance_path(cookie: u64, vni: Vni) -> String {
     format!("{BPFFS_ROOT}/{}", instance_dir(cookie, vni))
 }
 
+/// Name of what a process pins in the root of the BPF file system to find out whether it may, and removes at once.
+pub fn trial_pin(process: u32) -> String {
+    format!("flannel-try-{process}")
+}
+
 /// Reads a name made by [`instance_dir`] back. `None` for anything it would not have written.
 pub fn parse_instance_dir(name: &str) -> Option<(u64, Vni)> {
     let (cookie, vni) = name.split_once('-')?;

@@ -16,6 +16,7 @@ use crate::{
         bpf::{self, Instance},
         netlink::Netlink,
     },
+    features,
     masquerade::leftovers,
     state::State,
 };
@@ -96,9 +97,12 @@ pub(super) async fn run(args: &Args, scope: Scope) -> anyhow::Result<bool> {
     }
     if let Some(state) = &state {
         let subnet_file = (!keep_device).then_some(&state.subnet_file);
-        for file in subnet_file.into_iter().chain([
+        let dir = args.subnet_file.parent();
+        let logs = dir.map(bpf::kept_logs).unwrap_or_default();
+        for file in subnet_file.into_iter().chain(&logs).chain([
             &State::path(&args.subnet_file),
             &last_known_state(&args.subnet_file),
+            &features::cache_path(&args.subnet_file),
         ]) {
             if file.exists() {
                 clean &= act.on(&format!("file {}", file.display()), || {

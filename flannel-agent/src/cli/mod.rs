@@ -7,6 +7,7 @@ mod args;
 mod check;
 mod cleanup;
 mod docker_opts;
+mod features;
 mod install_conf;
 mod peers;
 mod status;
@@ -91,6 +92,7 @@ async fn dispatch(args: Args) -> ExitCode {
     match &args.command {
         None => daemon(args).await,
         Some(Command::Status { output }) => report(status::run(&args, *output).await),
+        Some(Command::Features { output }) => report(features::run(&args, *output)),
         Some(Command::Peers { output }) => report(peers::run(&args, *output).await),
         Some(Command::Cleanup {
             dry_run,

@@ -8,6 +8,7 @@ mod pins;
 mod pods;
 mod probe;
 mod stand_in;
+pub(crate) mod syscall;
 mod xdp;
 
 use std::{
@@ -34,6 +35,7 @@ use crate::telemetry::chain;
 
 pub use attach::{AttachMode, delete_filter, interface_name};
 pub use error::BpfError;
+pub(crate) use error::{kept_logs, last_word};
 pub use pins::{Instance, Totals, ensure_bpffs, mounted};
 use pods::PodMap;
 pub use pods::PodState;
@@ -88,6 +90,8 @@ pub struct Bpf {
     moved: bool,
     /// Whether there was nothing of an earlier run.
     fresh: bool,
+    /// Where the verifier's refusals are kept.
+    logs: Option<PathBuf>,
 }
 
 impl std::fmt::Debug for Bpf {
@@ -103,8 +107,16 @@ impl Bpf {
     /// Loads the programs with the pinned maps of an earlier run, where they fit, and asks the kernel what it can do.
     /// If that fails where nothing was before, nothing is left behind.
     pub fn load(options: &LoadOptions) -> Result<Self, BpfError> {
+        Self::load_with_logs(options, None)
+    }
+
+    /// The same, keeping what the verifier says of programs that it refuses in files of that directory.
+    pub fn load_with_logs(options: &LoadOptions, logs: Option<&Path>) -> Result<Self, BpfError> {
         let fresh = !options.instance.dir().exists();
-        let loaded = Self::load_pinned(options, fresh);
+        if let Some(dir) = logs {
+            error::forget_logs(dir);
+        }
+        let loaded = Self::load_pinned(options, fresh, logs);
         if loaded.is_err() && fresh {
             remove(&options.instance);
         }
@@ -118,7 +130,11 @@ impl Bpf {
         }
     }
 
-    fn load_pinned(options: &LoadOptions, fresh: bool) -> Result<Self, BpfError> {
+    fn load_pinned(
+        options: &LoadOptions,
+        fresh: bool,
+        logs: Option<&Path>,
+    ) -> Result<Self, BpfError> {
         let LoadOptions {
             instance,
             subnet_count,
@@ -174,7 +190,7 @@ impl Bpf {
         for hook in Hook::ALL {
             let loaded = program(&mut ebpf, hook.as_str())?
                 .load()
-                .map_err(|source| BpfError::program("load", hook.as_str(), source));
+                .map_err(|source| BpfError::program("load", hook.as_str(), source).kept_in(logs));
             match loaded {
                 // Without the gate everything goes through the stack, as it would with the gate shut.
                 Err(error) if !Hook::BASE.contains(&hook) => {
@@ -183,7 +199,7 @@ impl Bpf {
                 loaded => loaded?,
             }
         }
-        let room = probe::room(&mut ebpf)?;
+        let room = probe::room(&mut ebpf).map_err(|error| error.kept_in(logs))?;
         let mut pins = Vec::new();
         for (name, path) in maps {
             let map = MapData::from_pin(&path).map_err(|source| BpfError::read(name, 0, source))?;
@@ -209,6 +225,7 @@ impl Bpf {
             xdp: None,
             moved: false,
             fresh,
+            logs: logs.map(Path::to_owned),
         })
     }
 
