@@ -74,7 +74,13 @@ impl Site<'_> {
             } else {
                 Mode::Kernel
             },
-            reason: reason.unwrap_or_else(|| "eBPF is permitted and works".into()),
+            reason: match (reason, &refused) {
+                (Some(reason), _) => reason,
+                (None, Some((vxlan, _))) => {
+                    format!("eBPF is permitted and works, and carries the overlay alone: {vxlan}")
+                }
+                (None, None) => "eBPF is permitted and works".into(),
+            },
             device: if alone { "veth" } else { "vxlan" }.into(),
             attach: bpf
                 .as_ref()
@@ -186,7 +192,10 @@ impl Site<'_> {
     }
 
     /// Our veth pair has the name; a vxlan device under a passing name tells whether the kernel has learnt better since.
-    async fn try_elsewhere(&self, tunnel: &Tunnel) -> Result<Option<String>, StartError> {
+    pub(crate) async fn try_elsewhere(
+        &self,
+        tunnel: &Tunnel,
+    ) -> Result<Option<String>, StartError> {
         let passing = Tunnel {
             // Never longer than the device's own name.
             name: format!("flan-{}", self.conf.backend.vxlan.vni),

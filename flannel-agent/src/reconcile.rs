@@ -5,6 +5,7 @@
 
 mod agenda;
 mod calls;
+mod fall;
 mod gate;
 mod readiness;
 mod xdp;
@@ -36,6 +37,8 @@ use crate::{
 
 use agenda::Agenda;
 pub(crate) use calls::Calls;
+pub(crate) use fall::Fall;
+use fall::Falling;
 pub(crate) use gate::Gatekeeper;
 pub(crate) use readiness::Readiness;
 pub(crate) use xdp::XdpKeeper;
@@ -70,6 +73,7 @@ pub(crate) struct Loop<'a> {
     gate: Gatekeeper,
     xdp: XdpKeeper,
     agenda: Agenda,
+    falling: Falling,
     /// Whether the leases have changed since they were looked at.
     view_changed: bool,
     /// Whether a look at the kernel failed: the kernel ends a list that changes while it is read with EBUSY or EINTR.
@@ -86,6 +90,7 @@ impl<'a> Loop<'a> {
         state: State,
         (ready, calls): (&'a mut Readiness, &'a mut Calls),
         (gate, xdp): (Gatekeeper, XdpKeeper),
+        may_fall: bool,
     ) -> Self {
         let (notify, changes) = mpsc::channel(BACKLOG);
         Self {
@@ -103,6 +108,7 @@ impl<'a> Loop<'a> {
             gate,
             xdp,
             agenda: Agenda::default(),
+            falling: Falling::new(may_fall),
             view_changed: true,
             unanswered: false,
             changes,
@@ -110,8 +116,9 @@ impl<'a> Loop<'a> {
         }
     }
 
-    /// Runs until cancelled.
-    pub(crate) async fn run(mut self, cancel: CancellationToken) {
+    /// Runs until cancelled, or until it cannot be gone on with like this.
+    pub(crate) async fn run(mut self, cancel: CancellationToken) -> Option<Fall> {
+        let mut fall = None;
         // Watch first, look second: what changes in between is not lost.
         let watcher = self
             .notify
@@ -132,6 +139,10 @@ impl<'a> Loop<'a> {
                 self.converge(scope).await;
                 self.agenda.end(scope, begun.elapsed());
                 self.ready.metrics().looked(scope, begun.elapsed());
+                fall = self.fall().await;
+                if fall.is_some() {
+                    break;
+                }
             }
             if let Err(error) = self.dataplane.keep(&self.desired) {
                 tracing::debug!(error = chain(&error), "say that the maps are kept");
@@ -179,6 +190,22 @@ impl<'a> Loop<'a> {
         self.ready.rest();
         if let Some(watcher) = watcher {
             watcher.abort();
+        }
+        fall
+    }
+
+    /// Whether what was just tried is to be given up.
+    async fn fall(&mut self) -> Option<Fall> {
+        let fall = self.falling.end_attempt();
+        let stuck = self.falling.has_just_failed() || fall.is_some();
+        let advice = if stuck {
+            fall::load_clsact(self.dataplane.attach_mode()).await
+        } else {
+            None
+        };
+        match (fall, advice) {
+            (Some(Fall::Bpf(why)), Some(advice)) => Some(Fall::Bpf(format!("{why}; {advice}"))),
+            (fall, _) => fall,
         }
     }
 
@@ -372,6 +399,7 @@ impl<'a> Loop<'a> {
                 // The way without it is open.
                 (Err(error), None) if self.xdp.is_refused(op, &error) => {}
                 (Err(error), None) => {
+                    self.falling.note(op, &error, &self.desired.tunnel.kind);
                     self.ready
                         .fault(troubles, format!("{op}: {}", chain(&error)));
                     return false;

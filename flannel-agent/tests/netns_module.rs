@@ -5,7 +5,7 @@
 mod confined;
 mod rig;
 
-use std::time::Duration;
+use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, process::Command, time::Duration};
 
 use flannel_testkit::{
     BpfCall, Capability, Confinement, eventually,
@@ -13,7 +13,10 @@ use flannel_testkit::{
     privileged,
     traffic::{FloodPing, TcpFlow},
 };
-use rig::{DEVICE, PATIENCE, Rig};
+use rig::{
+    DEVICE, PATIENCE, Rig, agent_binary,
+    hooks::{Hooks, hooks},
+};
 
 /// 1 kHz.
 const EVERY: Duration = Duration::from_millis(1);
@@ -172,4 +175,104 @@ fn a_capability_that_comes_and_goes_loses_nothing() {
         wait_device(&rig, "vxlan", mode, PATIENCE);
     }
     traffic.assert_untouched();
+}
+
+#[test]
+fn a_device_type_that_comes_while_running_is_taken_up_and_given_up_again() {
+    if !privileged() {
+        return;
+    }
+    let mut rig = two_nodes(&[SLOW], &NO_VXLAN);
+    wait_device(&rig, "veth", "bpf", PATIENCE);
+    let traffic = Traffic::start(&rig);
+    rig.agent(0).know_vxlan(true);
+    wait_device(&rig, "vxlan", "bpf", NOTICED);
+    traffic.assert_untouched();
+
+    // Somebody deletes the device, and the kernel makes no other: what is left carries on.
+    rig.agent(0).know_vxlan(false);
+    rig.ns(0)
+        .ip("link del flannel.1")
+        .expect("delete the device");
+    wait_device(&rig, "veth", "bpf", PATIENCE);
+    let reason = rig.status(0)["datapath"]["reason"].to_string();
+    assert!(reason.contains("refuses vxlan devices"), "{reason}");
+    let traffic = Traffic::start(&rig);
+    rig.agent(0).know_vxlan(true);
+    wait_device(&rig, "vxlan", "bpf", NOTICED);
+    traffic.assert_untouched();
+    let log = rig.agent(0).log();
+    for line in [
+        "the tunnel device cannot be made as it was",
+        "the kernel makes vxlan devices now",
+    ] {
+        assert!(log.contains(line), "{log}");
+    }
+}
+
+/// A program that starts the agent with a bpf file system of its own, and without the right to mount another.
+fn with_own_bpffs(rig: &Rig) -> PathBuf {
+    let script = rig.node(0).run_dir.join("flannel-agent.sh");
+    let agent = agent_binary().display();
+    let text = format!(
+        "#!/bin/sh\nexec unshare -m sh -c 'umount /sys/fs/bpf; mount -t bpf bpf /sys/fs/bpf && exec setpriv --bounding-set=-sys_admin {agent} \"$@\"' sh \"$@\"\n"
+    );
+    fs::write(&script, text).expect("write a script");
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("make it a program");
+    script
+}
+
+/// Runs a command where the agent of node 0 sees the file systems.
+fn beside_the_agent(rig: &mut Rig, words: &[&str]) {
+    let pid = rig.agent(0).pid().to_string();
+    let done = Command::new("nsenter")
+        .args(["-t", &pid, "-m"])
+        .args(words)
+        .status()
+        .expect("run nsenter");
+    assert!(done.success(), "{words:?}: {done}");
+}
+
+#[test]
+fn a_bpf_file_system_that_goes_and_comes_costs_ebpf_and_no_packet() {
+    if !privileged() {
+        return;
+    }
+    let mut rig = Rig::new(2);
+    let binary = with_own_bpffs(&rig);
+    rig.start_binary(0, &binary, &[SLOW], &[]);
+    rig.start_agent(1, &[SLOW]);
+    for node in 0..2 {
+        rig.wait_ready(node);
+        rig.add_pod(node);
+    }
+    rig.wait_converged();
+    let mode = |rig: &Rig, wanted: &str, needle: &str| {
+        eventually(NOTICED, &format!("node 0 is in mode {wanted}"), || {
+            let state = rig.state(0);
+            let path = &state["datapath"];
+            let reason = path["reason"].as_str().unwrap_or_default();
+            let attached = hooks(rig.ns(0)) != Hooks::default();
+            (path["mode"] == wanted
+                && reason.contains(needle)
+                && attached == (wanted == "bpf")
+                && state["problems"].as_array().is_some_and(Vec::is_empty))
+            .then_some(())
+            .ok_or_else(|| format!("{state} {attached}"))
+        });
+    };
+    mode(&rig, "bpf", "");
+    let traffic = Traffic::start(&rig);
+    beside_the_agent(&mut rig, &["umount", "-l", "/sys/fs/bpf"]);
+    mode(&rig, "kernel", "eBPF was given up");
+    let before = rig.device_counters(0);
+    eventually(PATIENCE, "the kernel's device carries the traffic", || {
+        let now = rig.device_counters(0);
+        let more = now.encap > before.encap + 100 && now.decap > before.decap + 100;
+        more.then_some(()).ok_or_else(|| format!("{now:?}"))
+    });
+    beside_the_agent(&mut rig, &["mount", "-t", "bpf", "bpf", "/sys/fs/bpf"]);
+    mode(&rig, "bpf", "");
+    traffic.assert_untouched();
+    assert!(rig.agent(0).is_running());
 }

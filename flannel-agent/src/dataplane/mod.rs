@@ -183,6 +183,11 @@ impl Dataplane {
         Some(format!("its programs cannot be loaded: {obstacle}"))
     }
 
+    /// How programs are attached; `None` without eBPF.
+    pub fn attach_mode(&self) -> Option<AttachMode> {
+        self.bpf.as_ref().map(Bpf::attach_mode)
+    }
+
     /// The flow gate's epoch that is in place, see [`Bpf::epoch`].
     pub fn epoch(&self) -> Result<u32, DataplaneError> {
         Ok(match &self.bpf {
