@@ -4,6 +4,7 @@ use flannel_core::{
     addr::IfIndex,
     check::Wants,
     config::NetConf,
+    distribution::{self, Refusal},
     features::{Attach, Course, Feature, Findings, Rung as Step, Wishes, climb},
     iface::Uplink,
     plan::{Gate, Hook, Settings},
@@ -16,7 +17,7 @@ use crate::{
         bpf::{self, AttachMode, Bpf, BpfError, Instance, LoadOptions},
         netlink::Netlink,
     },
-    features,
+    features, kernel_modules,
     preflight::Capabilities,
     state::{Mode, State},
     telemetry::chain,
@@ -24,6 +25,8 @@ use crate::{
 
 /// The largest number of subnets that gets a dense array: a /8 of /24.
 const MAX_SUBNETS: u32 = 1 << 20;
+/// Fewer flows are not worth the programs.
+const FEWEST_FLOWS: u32 = 1 << 10;
 
 /// The eBPF half, or why there is none.
 #[derive(Debug)]
@@ -47,7 +50,7 @@ pub(crate) fn choose(args: &Args, conf: &NetConf, ethernet: bool) -> Result<Rung
         Some(reason) => reason,
         None => match load(args, conf, &findings) {
             Ok(bpf) => return Ok(Rung::Bpf(Box::new(bpf))),
-            Err(error) => format!("eBPF cannot be used: {}", chain(&error)),
+            Err(error) => format!("eBPF cannot be used: {}", explain(&error)),
         },
     };
     if args.datapath == DatapathChoice::Bpf {
@@ -149,7 +152,60 @@ fn impossible(args: &Args, conf: &NetConf, findings: &Findings) -> Option<String
     Some(format!("eBPF cannot be used: {reason}"))
 }
 
+/// What went wrong, and what to do about it where that is known.
+fn explain(error: &BpfError) -> String {
+    let refusal = match error.errno() {
+        Some(libc::ENOSYS) => Refusal::Unknown,
+        Some(libc::EPERM | libc::EACCES) => Refusal::Forbidden,
+        Some(libc::ENOMEM | libc::E2BIG) => Refusal::NoRoom,
+        _ => Refusal::Other,
+    };
+    let (kernel, confines) = (kernel_modules::release(), kernel_modules::confines());
+    match distribution::bpf_advice(refusal, &kernel, &confines) {
+        Some(advice) => format!("{}: {advice}", chain(error)),
+        None => chain(error),
+    }
+}
+
+/// Loads with as many flows as were asked for, or with fewer where the kernel has no room for them: a small table of flows is a
+/// smaller loss than all of eBPF.
 fn load(args: &Args, conf: &NetConf, findings: &Findings) -> Result<Bpf, BpfError> {
+    let mut flow_entries = args.bpf_flow_entries;
+    loop {
+        match load_with(args, conf, findings, flow_entries) {
+            // Before Linux 5.11 a limit of locked memory is told as EPERM.
+            Err(error)
+                if matches!(
+                    error.errno(),
+                    Some(libc::ENOMEM | libc::E2BIG | libc::EPERM)
+                ) && flow_entries > FEWEST_FLOWS =>
+            {
+                flow_entries = (flow_entries / 8).max(FEWEST_FLOWS);
+                tracing::debug!(
+                    error = chain(&error),
+                    flow_entries,
+                    "load eBPF with room for fewer flows"
+                );
+            }
+            Ok(bpf) if flow_entries != args.bpf_flow_entries => {
+                tracing::warn!(
+                    flow_entries,
+                    "the kernel has no room for {} flows: fewer are remembered",
+                    args.bpf_flow_entries
+                );
+                return Ok(bpf);
+            }
+            loaded => return loaded,
+        }
+    }
+}
+
+fn load_with(
+    args: &Args,
+    conf: &NetConf,
+    findings: &Findings,
+    flow_entries: u32,
+) -> Result<Bpf, BpfError> {
     features::raise_memlock();
     bpf::ensure_bpffs()?;
     let attach = match args.bpf_attach {
@@ -171,7 +227,7 @@ fn load(args: &Args, conf: &NetConf, findings: &Findings) -> Result<Bpf, BpfErro
         instance: Instance::of(conf.backend.vxlan.vni)?,
         subnet_count,
         attach,
-        flow_entries: args.bpf_flow_entries,
+        flow_entries,
     };
     Bpf::load_with_logs(&options, args.subnet_file.parent())
 }

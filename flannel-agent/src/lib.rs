@@ -26,6 +26,7 @@ mod features;
 pub mod files;
 pub mod health;
 mod http;
+mod kernel_modules;
 pub mod leases;
 pub mod masquerade;
 mod metrics;

@@ -5,6 +5,7 @@
 
 mod agenda;
 mod calls;
+mod fall;
 mod gate;
 mod quiet;
 mod readiness;
@@ -40,6 +41,8 @@ use crate::{
 
 use agenda::Agenda;
 pub(crate) use calls::Calls;
+pub(crate) use fall::Fall;
+use fall::Falling;
 pub(crate) use gate::Gatekeeper;
 use quiet::Quiet;
 pub(crate) use readiness::Readiness;
@@ -52,7 +55,7 @@ const RESYNC: Duration = Duration::from_secs(10);
 /// The same for each peer: what is read at a time costs so much more, and so often the node must not be busy with it.
 const RESYNC_OF_PEER: Duration = Duration::from_millis(20);
 /// A plan that is not empty after so many passes is tried again at the next tick.
-const MAX_PASSES: usize = 8;
+const MAX_PASSES: usize = 14;
 /// Notifications that may wait while the loop is busy.
 const BACKLOG: usize = 1024;
 /// How long a lost notification socket stays closed.
@@ -79,6 +82,7 @@ pub(crate) struct Loop<'a> {
     agenda: Agenda,
     /// What the last plan was made for, if it was empty and the peers are the same.
     quiet: Option<Quiet>,
+    falling: Falling,
     /// Whether the leases have changed since they were looked at.
     view_changed: bool,
     /// Whether a look at the kernel failed: the kernel ends a list that changes while it is read with EBUSY or EINTR.
@@ -95,6 +99,7 @@ impl<'a> Loop<'a> {
         state: State,
         (ready, calls): (&'a mut Readiness, &'a mut Calls),
         (gate, xdp): (Gatekeeper, XdpKeeper),
+        may_fall: bool,
     ) -> Self {
         let (notify, changes) = mpsc::channel(BACKLOG);
         Self {
@@ -113,6 +118,7 @@ impl<'a> Loop<'a> {
             xdp,
             agenda: Agenda::default(),
             quiet: None,
+            falling: Falling::new(may_fall),
             view_changed: true,
             unanswered: false,
             changes,
@@ -120,8 +126,9 @@ impl<'a> Loop<'a> {
         }
     }
 
-    /// Runs until cancelled.
-    pub(crate) async fn run(mut self, cancel: CancellationToken) {
+    /// Runs until cancelled, or until it cannot be gone on with like this.
+    pub(crate) async fn run(mut self, cancel: CancellationToken) -> Option<Fall> {
+        let mut fall = None;
         // Watch first, look second: what changes in between is not lost.
         let watcher = self
             .notify
@@ -142,6 +149,10 @@ impl<'a> Loop<'a> {
                 self.converge(scope).await;
                 self.agenda.end(scope, begun.elapsed());
                 self.ready.metrics().looked(scope, begun.elapsed());
+                fall = self.fall().await;
+                if fall.is_some() {
+                    break;
+                }
             }
             if let Err(error) = self.dataplane.keep(&self.desired) {
                 tracing::debug!(error = chain(&error), "say that the maps are kept");
@@ -189,6 +200,22 @@ impl<'a> Loop<'a> {
         self.ready.rest();
         if let Some(watcher) = watcher {
             watcher.abort();
+        }
+        fall
+    }
+
+    /// Whether what was just tried is to be given up.
+    async fn fall(&mut self) -> Option<Fall> {
+        let fall = self.falling.end_attempt();
+        let stuck = self.falling.has_just_failed() || fall.is_some();
+        let advice = if stuck {
+            fall::load_clsact(self.dataplane.attach_mode()).await
+        } else {
+            None
+        };
+        match (fall, advice) {
+            (Some(Fall::Bpf(why)), Some(advice)) => Some(Fall::Bpf(format!("{why}; {advice}"))),
+            (fall, _) => fall,
         }
     }
 
@@ -402,6 +429,7 @@ impl<'a> Loop<'a> {
                 // The way without it is open.
                 (Err(error), None) if self.xdp.is_refused(op, &error) => {}
                 (Err(error), None) => {
+                    self.falling.note(op, &error, &self.desired.tunnel.kind);
                     self.ready
                         .fault(troubles, format!("{op}: {}", chain(&error)));
                     return false;

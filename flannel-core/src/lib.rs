@@ -17,6 +17,7 @@ pub mod addr;
 pub mod check;
 pub mod config;
 pub mod datagram;
+pub mod distribution;
 pub mod farewell;
 pub mod fastpath;
 pub mod features;

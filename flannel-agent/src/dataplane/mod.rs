@@ -8,6 +8,7 @@ pub mod fragments;
 mod headroom;
 pub mod netlink;
 mod pods;
+mod stand_in;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -192,6 +193,11 @@ impl Dataplane {
         Some(format!("its programs cannot be loaded: {obstacle}"))
     }
 
+    /// How programs are attached; `None` without eBPF.
+    pub fn attach_mode(&self) -> Option<AttachMode> {
+        self.bpf.as_ref().map(Bpf::attach_mode)
+    }
+
     /// The flow gate's epoch that is in place, see [`Bpf::epoch`].
     pub fn epoch(&self) -> Result<u32, DataplaneError> {
         Ok(match &self.bpf {
@@ -202,7 +208,8 @@ impl Dataplane {
 
     /// Says that the maps are kept, see [`Bpf::keep`].
     pub fn keep(&mut self, desired: &Desired) -> Result<(), DataplaneError> {
-        let alone = matches!(desired.tunnel.kind, DeviceKind::Veth { .. });
+        let alone =
+            matches!(desired.tunnel.kind, DeviceKind::Veth { .. }) || self.seen.stand_in.is_some();
         match &mut self.bpf {
             // Until all peers are known, what an earlier run left may be of the past.
             Some(bpf) if alone || desired.peers.is_some() => Ok(bpf.keep(alone)?),
@@ -235,6 +242,7 @@ impl Dataplane {
 
     async fn observe_kernel(&mut self, desired: &Desired) -> Result<(), DataplaneError> {
         self.seen.device = self.net.device(&desired.tunnel.name).await?;
+        self.observe_stand_in(desired).await?;
         self.interests = self.tunnel().into_iter().collect();
         let Some(settings) = &desired.bpf else {
             return Ok(());
@@ -283,11 +291,13 @@ impl Dataplane {
             (before.pods.clone(), before.pod_hooks.clone())
         });
         let mut state = bpf.observe(settings.uplink, &hooks, full, before)?;
-        self.unchanged &= rest == Some(Rest::of(&state)) && bpf.is_unchanged();
+        let is_settled = rest == Some(Rest::of(&state)) && bpf.is_unchanged();
+        // While a pair stands in, there is always something to do.
+        self.unchanged &= is_settled && self.seen.stand_in.is_none();
         // Until they are read, too.
         (state.pods, state.pod_hooks) = (pods, pod_hooks);
         self.seen.bpf = Some(state);
-        Ok(())
+        self.observe_stand_in_program().await
     }
 
     /// Interfaces whose notifications matter.
@@ -306,8 +316,24 @@ impl Dataplane {
 
     /// Makes one change.
     pub async fn apply(&mut self, op: &Op, kind: &DeviceKind) -> Result<(), DataplaneError> {
-        let net = &self.net;
         match op {
+            Op::StandIn(op) => self.apply_to_stand_in(op).await,
+            op => self.apply_to(op, kind, self.tunnel()).await,
+        }
+    }
+
+    /// Makes one change, with this device as the tunnel device.
+    async fn apply_to(
+        &mut self,
+        op: &Op,
+        kind: &DeviceKind,
+        device: Option<IfIndex>,
+    ) -> Result<(), DataplaneError> {
+        let net = &self.net;
+        let tunnel = device.ok_or_else(|| DataplaneError::NoDevice(op.to_string()));
+        match op {
+            // One that stands in for what stands in there is none.
+            Op::StandIn(_) => {}
             Op::Attach { hook, ifindex } => {
                 let filter = net.filter_program(*hook, *ifindex).await?;
                 self.bpf_for(op)?.attach(*hook, *ifindex, filter)?;
@@ -321,30 +347,28 @@ impl Dataplane {
             Op::PutPod { address, pod } => self.bpf_for(op)?.put_pod(*address, pod)?,
             Op::DelPod { address } => self.bpf_for(op)?.del_pod(*address)?,
             Op::CreateDevice(tunnel) => net.create_device(tunnel).await?,
-            Op::DeleteDevice { index, .. } => net.delete_device(*index).await?,
+            Op::DeleteDevice { index, .. } => self.delete(*index).await?,
             Op::SetMtu { index, mtu } => net.set_mtu(*index, *mtu).await?,
             Op::SetMac { index, mac } => net.set_mac(*index, *mac).await?,
             Op::SetUp { index } => net.set_up(*index, kind).await?,
             Op::PutAddress { index, address } => net.put_address(*index, *address).await?,
             Op::DelAddress { index, address } => net.del_address(*index, *address).await?,
-            Op::PutFdb { mac, vtep } => net.put_fdb(self.tunnel_for(op)?, *mac, *vtep).await?,
-            Op::DelFdb { mac, vtep } => net.del_fdb(self.tunnel_for(op)?, *mac, *vtep).await?,
+            Op::PutFdb { mac, vtep } => net.put_fdb(tunnel?, *mac, *vtep).await?,
+            Op::DelFdb { mac, vtep } => net.del_fdb(tunnel?, *mac, *vtep).await?,
             Op::PutNeighbour { address, mac } => {
-                net.put_neighbour(self.tunnel_for(op)?, *address, *mac)
-                    .await?;
+                net.put_neighbour(tunnel?, *address, *mac).await?;
             }
             Op::DelNeighbour { address } => {
-                net.del_neighbour(self.tunnel_for(op)?, *address).await?;
+                net.del_neighbour(tunnel?, *address).await?;
             }
             Op::PutRoute {
                 subnet,
                 gateway,
                 mtu,
             } => {
-                net.put_route(self.tunnel_for(op)?, *subnet, *gateway, *mtu)
-                    .await?;
+                net.put_route(tunnel?, *subnet, *gateway, *mtu).await?;
             }
-            Op::DelRoute { subnet } => net.del_route(self.tunnel_for(op)?, *subnet).await?,
+            Op::DelRoute { subnet } => net.del_route(tunnel?, *subnet).await?,
             Op::PutNode { id, node } => self.bpf_for(op)?.put_node(*id, node)?,
             Op::ClearNode { id } => self.bpf_for(op)?.clear_node(*id)?,
             Op::PutSubnet { index, id } => self.bpf_for(op)?.put_subnet(*index, *id)?,
@@ -352,11 +376,6 @@ impl Dataplane {
             Op::PutSettings(settings) => self.bpf_for(op)?.put_settings(settings)?,
         }
         Ok(())
-    }
-
-    fn tunnel_for(&self, op: &Op) -> Result<IfIndex, DataplaneError> {
-        self.tunnel()
-            .ok_or_else(|| DataplaneError::NoDevice(op.to_string()))
     }
 
     fn bpf_for(&mut self, op: &Op) -> Result<&mut Bpf, DataplaneError> {

@@ -8,6 +8,7 @@ mod pins;
 mod pods;
 mod probe;
 mod scan;
+mod stand_in;
 pub(crate) mod syscall;
 mod xdp;
 
