@@ -14,6 +14,7 @@ use flannel_core::{
         Bpffs, Capabilities, Clock, Manager, Node, Observations, Reverse, ReverseFilter, Vxlan,
         Wants,
     },
+    features::Ladder,
     mark,
 };
 use nix::sched::{CloneFlags, unshare};
@@ -21,10 +22,11 @@ use nix::sched::{CloneFlags, unshare};
 use crate::{
     cli::{Args, DatapathChoice},
     dataplane::{
-        bpf::{self, AttachMode},
+        bpf::{self, AttachMode, Instance},
         netlink::Netlink,
     },
-    preflight,
+    features, preflight,
+    state::State,
     telemetry::chain,
 };
 
@@ -54,8 +56,20 @@ pub(super) async fn look(args: &Args, agent: Option<u32>) -> Node {
         reverse: Reverse::default(),
         clock: clock(args),
         managers: managers(),
+        ladder: ladder(args),
         kernel,
     }
+}
+
+/// From what the agent has left: to try it here would load modules.
+fn ladder(args: &Args) -> Option<Ladder> {
+    let state = State::read(&args.subnet_file).ok()??;
+    let findings = features::left(&args.subnet_file)?;
+    let strips = Instance::of(state.vni).is_ok_and(|instance| {
+        instance.is_xdp_attached(state.uplink_index)
+            && instance.totals().is_ok_and(|totals| totals.xdp.packets > 0)
+    });
+    Some(state.ladder(&findings, strips))
 }
 
 fn setting(path: &str) -> Option<u8> {
