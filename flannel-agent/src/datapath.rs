@@ -229,7 +229,13 @@ fn load_with(
         attach,
         flow_entries,
     };
-    Bpf::load_with_logs(&options, args.subnet_file.parent())
+    let mut bpf = Bpf::load_with_logs(&options, args.subnet_file.parent())?;
+    // Of the flags nothing is asked here: what is in the way of it is known by then.
+    let mut ladder = climb(findings, &Wishes::default(), &Course::default());
+    if let Some(reason) = ladder.why_not.remove(&Step::Established) {
+        bpf.forbid_gate(reason);
+    }
+    Ok(bpf)
 }
 
 /// Says that there is no eBPF, and why: a warning, unless it was asked for.

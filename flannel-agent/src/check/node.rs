@@ -15,6 +15,7 @@ use flannel_core::{
         Wants,
     },
     distribution::{Feature, Host, Modules},
+    features::Ladder,
     mark,
 };
 use nix::sched::{CloneFlags, unshare};
@@ -22,10 +23,11 @@ use nix::sched::{CloneFlags, unshare};
 use crate::{
     cli::{Args, DatapathChoice},
     dataplane::{
-        bpf::{self, AttachMode},
+        bpf::{self, AttachMode, Instance},
         netlink::Netlink,
     },
-    kernel_modules, preflight,
+    features, kernel_modules, preflight,
+    state::State,
     telemetry::chain,
 };
 
@@ -52,9 +54,21 @@ pub(super) async fn look(args: &Args, agent: Option<u32>) -> Node {
         reverse: Reverse::default(),
         clock: clock(args),
         managers: managers(),
+        ladder: ladder(args),
         kernel: host.kernel.clone(),
         host,
     }
+}
+
+/// From what the agent has left: to try it here would load modules.
+fn ladder(args: &Args) -> Option<Ladder> {
+    let state = State::read(&args.subnet_file).ok()??;
+    let findings = features::left(&args.subnet_file)?;
+    let strips = Instance::of(state.vni).is_ok_and(|instance| {
+        instance.is_xdp_attached(state.uplink_index)
+            && instance.totals().is_ok_and(|totals| totals.xdp.packets > 0)
+    });
+    Some(state.ladder(&findings, strips))
 }
 
 fn setting(path: &str) -> Option<u8> {

@@ -61,6 +61,8 @@ fn figures_are_the_kernels() {
         ("flannel_store_connected", 1.0),
         ("flannel_datapath_mode{mode=\"bpf\"}", 1.0),
         ("flannel_datapath_mode{mode=\"kernel\"}", 0.0),
+        ("flannel_datapath_rung{rung=\"L1\"}", 1.0),
+        ("flannel_datapath_rung{rung=\"L0\"}", 0.0),
         ("flannel_fast_path_mode{mode=\"off\"}", 1.0),
         ("flannel_bpf_map_entries{map=\"subnets\"}", 1.0),
         ("flannel_bpf_map_capacity{map=\"subnets\"}", 256.0),

@@ -45,10 +45,13 @@ fn instructions(object: &[u8], sections: &[Section], name: &str) -> Range<usize>
         .find_map(|at| {
             let start = names.at + number(object, at, 4);
             let end = start + object[start..].iter().position(|byte| *byte == 0)?;
-            let section = &sections[number(object, at + 6, 2)];
             let (value, size) = (number(object, at + 8, 8), number(object, at + 16, 8));
-            (&object[start..end] == name.as_bytes() && size > 0)
-                .then(|| section.at + value..section.at + value + size)
+            if &object[start..end] != name.as_bytes() || size == 0 {
+                return None;
+            }
+            // Files and absolute values are in no section.
+            let section = &sections[number(object, at + 6, 2)];
+            Some(section.at + value..section.at + value + size)
         })
         .unwrap_or_else(|| panic!("no program {name} in the object"))
 }

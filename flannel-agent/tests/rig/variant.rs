@@ -41,8 +41,15 @@ fn agent_with(dir: &Path, name: &str, change: impl Fn(&[u8]) -> Vec<u8>) -> Path
     let dir = dir.join(name);
     fs::create_dir_all(&dir).expect("make a directory");
     let path = dir.join("flannel-agent");
-    fs::write(&path, agent).expect("write the changed agent");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("make it executable");
+    let draft = dir.join("draft");
+    fs::write(&draft, agent).expect("write the changed agent");
+    fs::set_permissions(&draft, fs::Permissions::from_mode(0o755)).expect("make it executable");
+    // The kernel runs no file that somebody may still write to, such as a process that another test has forked meanwhile.
+    let copied = std::process::Command::new("cp")
+        .args([&draft, &path])
+        .status()
+        .expect("run cp");
+    assert!(copied.success(), "copy the changed agent");
     path
 }
 

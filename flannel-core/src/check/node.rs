@@ -1,7 +1,10 @@
 //! Kernel, privileges, settings, and the daemon itself.
 
 use super::{Finding, Observations, agent, few};
-use crate::distribution::{Feature, Host, version};
+use crate::{
+    distribution::{Feature, Host, version},
+    features::Ladder,
+};
 
 /// The oldest kernel on which the programs have been seen to work.
 const OLDEST: (u32, u32) = (5, 10);
@@ -50,6 +53,8 @@ pub struct Node {
     pub clock: Clock,
     /// Programs that manage interfaces, and are running.
     pub managers: Vec<Manager>,
+    /// What the agent has found out about its ways to carry packets; `None` before one has run.
+    pub ladder: Option<Ladder>,
 }
 
 /// What a process may do.
@@ -143,6 +148,7 @@ pub(super) fn judge(seen: &Observations) -> Vec<Finding> {
         bpffs(node),
         hooks(node),
         vxlan(seen),
+        rung(node),
         ip_forward(node),
         rp_filter(seen),
         br_netfilter(seen),
@@ -283,6 +289,33 @@ fn vxlan(seen: &Observations) -> Finding {
                 )
             }
         }
+    }
+}
+
+fn rung(node: &Node) -> Finding {
+    const NAME: &str = "rung";
+    let Some(ladder) = &node.ladder else {
+        return Finding::skip(
+            NAME,
+            "no agent has tried yet what this kernel can do: flannel-agent features does it now",
+        );
+    };
+    let why_not = ladder.why_not.iter();
+    let why_not: Vec<String> = why_not
+        .filter(|(rung, why)| {
+            ladder.rung.is_none_or(|here| **rung > here) && !why.starts_with("needs L")
+        })
+        .map(|(rung, why)| format!("not {rung}: {why}"))
+        .collect();
+    let why_not = why_not.join("; ");
+    match ladder.rung {
+        Some(rung) if why_not.is_empty() => Finding::ok(NAME, format!("{rung}, {}", rung.title())),
+        Some(rung) => Finding::ok(NAME, format!("{rung}, {}; {why_not}", rung.title())),
+        None => Finding::fail(
+            NAME,
+            format!("nothing can carry the overlay: {why_not}"),
+            "install the module vxlan, or let the agent use eBPF",
+        ),
     }
 }
 

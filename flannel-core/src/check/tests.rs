@@ -12,6 +12,7 @@ use ipnet::{IpNet, Ipv4Net};
 use super::*;
 use crate::{
     addr::IfIndex,
+    features::{Course, Findings, Wishes, climb},
     iface::{Link, LinkAddr, Uplink},
     lease::{LeaseAttrs, SubnetKey},
     plan::{Device, ObservedKind, Route},
@@ -123,6 +124,11 @@ fn healthy() -> Observations {
                 newest: Some((1_799_999_999, "/run/flannel/subnet.env".into())),
             },
             managers: Vec::new(),
+            ladder: Some(climb(
+                &Findings::default(),
+                &Wishes::default(),
+                &Course::default(),
+            )),
         },
         agent: Agent {
             known: true,

@@ -226,12 +226,15 @@ pub(super) fn forget_logs(dir: &Path) {
     }
 }
 
+/// How the lines begin that end every log, whatever came of it.
+const STATISTICS: [&str; 3] = ["processed ", "stack depth ", "verification time "];
+
 /// The last line of a verifier's log that says something about the program.
 pub(crate) fn last_word(log: &str) -> Option<&str> {
     log.lines()
         .rev()
         .map(str::trim)
-        .find(|line| !line.is_empty() && !line.starts_with("processed "))
+        .find(|line| !line.is_empty() && !STATISTICS.iter().any(|begin| line.starts_with(begin)))
 }
 
 fn where_kept(kept: Option<&Path>) -> String {
@@ -266,5 +269,19 @@ fn advice(source: &(dyn StdError + 'static)) -> &'static str {
         }
         Some(libc::ENOSYS) => " (this kernel was built without eBPF)",
         _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_word_is_not_the_statistics() {
+        let log = "func#0 @0\n0: R1=ctx() R10=fp0\n; x @ main.rs:1\n0: (79) r0 = *(u64 *)(r0 +0)\nR0 !read_ok\n\
+                   verification time 74 usec\nstack depth 0+0\nprocessed 1 insns (limit 1000000) max_states_per_insn 0\n";
+        assert_eq!(last_word(log), Some("R0 !read_ok"));
+        assert_eq!(last_word("processed 0 insns\n\n"), None);
+        assert_eq!(last_word(""), None);
     }
 }

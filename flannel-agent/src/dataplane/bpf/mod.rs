@@ -247,6 +247,11 @@ impl Bpf {
         self.ring_shift
     }
 
+    /// Leaves the flow gate alone: what it needs was found not to work here. What the verifier has said stands.
+    pub(crate) fn forbid_gate(&mut self, reason: String) {
+        self.gate_obstacle.get_or_insert(reason);
+    }
+
     /// Why the flow gate cannot be used; `None` if it can, as far as the kernel takes its programs.
     pub fn gate_obstacle(&self) -> Option<&str> {
         self.gate_obstacle.as_deref()

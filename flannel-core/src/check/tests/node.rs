@@ -210,3 +210,34 @@ fn the_daemon() {
     });
     assert_only("datapath", Skip, &[], |seen| seen.agent.mode = None);
 }
+
+#[test]
+fn the_rung_is_named_and_what_is_out_of_reach() {
+    use crate::features::{Course, Feature, Finding, Findings, Wishes, climb};
+    assert_only("rung", Status::Ok, &["L2", "not L3: only with"], |_| {});
+    let ladder = |findings: &[(Feature, Finding)]| {
+        let findings: Findings = findings.iter().cloned().collect();
+        Some(climb(&findings, &Wishes::default(), &Course::default()))
+    };
+    let no_bpf = (Feature::Bpf, Finding::absent("no such call"));
+    let no_vxlan = (Feature::Vxlan, Finding::absent("no module"));
+    assert_only(
+        "rung",
+        Status::Ok,
+        &["L0", "not L1: bpf: no such call"],
+        |seen| {
+            seen.node.ladder = ladder(std::slice::from_ref(&no_bpf));
+        },
+    );
+    assert_only(
+        "rung",
+        Status::Fail,
+        &["no such call", "no module"],
+        |seen| {
+            seen.node.ladder = ladder(&[no_bpf.clone(), no_vxlan.clone()]);
+        },
+    );
+    assert_only("rung", Status::Skip, &["flannel-agent features"], |seen| {
+        seen.node.ladder = None;
+    });
+}
