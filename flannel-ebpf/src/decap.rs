@@ -144,17 +144,43 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
         pop(ctx, config)?;
         return land(ctx, pod, &inner.ip, tos);
     }
-    pop(ctx, config)?;
-    store(ctx, 0, &inner_eth)?;
-    if tos != inner.tos {
-        let part: [u8; IP_PART] = with_tos(&inner, tos);
-        store(ctx, EthHdr::LEN as u32, &part)?;
-    }
+    receive(ctx, config, &inner_eth, &inner, tos)?;
     Ok(Verdict {
         kind: Kind::Receive,
         ifindex: config.tunnel_ifindex,
         bytes: frame,
     })
+}
+
+/// Removes the outer headers and gives the inner frame its own, as it is to be received. On failure the packet is as it was.
+#[inline(always)]
+fn receive(
+    ctx: &TcContext,
+    config: &Config,
+    inner_eth: &[u8; EthHdr::LEN],
+    inner: &Ipv4Hdr,
+    tos: u8,
+) -> Result<(), DropReason> {
+    let outer_eth: [u8; EthHdr::LEN] = read(ctx, 0).ok_or(DropReason::TooShort)?;
+    // Written first, and where they are now: the outer Ethernet header is the one that stays.
+    store(ctx, 0, inner_eth)?;
+    let marked = if tos == inner.tos {
+        Ok(())
+    } else {
+        let part: [u8; IP_PART] = with_tos(inner, tos);
+        store(ctx, HEADER_LEN as u32, &part)
+    };
+    let done = marked.and_then(|()| pop(ctx, config));
+    if let Err(reason) = done {
+        let part: [u8; IP_PART] = with_tos(inner, inner.tos);
+        let undone = store(ctx, 0, &outer_eth).and_then(|()| store(ctx, HEADER_LEN as u32, &part));
+        return Err(if undone.is_ok() {
+            reason
+        } else {
+            DropReason::Torn
+        });
+    }
+    Ok(())
 }
 
 /// The start of a frame as it reaches a pod.

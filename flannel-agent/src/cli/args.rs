@@ -184,6 +184,9 @@ pub enum Command {
         /// Form of the answer.
         #[arg(short, long, value_enum, default_value_t = Output::Table, value_name = "FORM")]
         output: Output,
+        /// Also list what the agent has found out about the kernel. JSON always has it.
+        #[arg(long)]
+        features: bool,
     },
     /// Tries what this kernel can do for the agent, and says which way of carrying packets follows. Nothing is left behind.
     #[command(

@@ -46,16 +46,23 @@ impl From<Ladder> for Standing {
 }
 
 impl Standing {
-    /// For tables: the rung, and why no other.
-    pub(super) fn rows(&self) -> Vec<Vec<String>> {
+    /// For tables: the rung.
+    pub(super) fn row(&self) -> (&'static str, String) {
         let rung = match (self.rung, self.what) {
             (Some(rung), Some(what)) => format!("{rung}: {what}"),
             _ => "none: nothing can carry the overlay".into(),
         };
-        let mut rows = vec![vec!["Rung".to_owned(), rung]];
-        let why_not = self.why_not.iter();
-        rows.extend(why_not.map(|(rung, why)| vec![format!("Not {rung}"), why.clone()]));
-        rows
+        ("Rung", rung)
+    }
+
+    /// The rungs above, and why they are out of reach. Those that only lack one that is named are left out.
+    pub(super) fn above(&self) -> impl Iterator<Item = (Rung, &str)> {
+        self.why_not
+            .iter()
+            .map(|(rung, why)| (*rung, why.as_str()))
+            .filter(|(rung, why)| {
+                self.rung.is_none_or(|here| *rung > here) && !why.starts_with("needs L")
+            })
     }
 }
 
@@ -72,8 +79,15 @@ pub(super) fn rows(findings: &Findings) -> Vec<Row> {
         .collect()
 }
 
-/// The table's lines, one per feature.
-pub(super) fn lines(rows: &[Row]) -> Vec<Vec<String>> {
+/// Prints the table, one line per feature.
+pub(super) fn print(rows: &[Row]) {
+    table::rows(
+        &["Feature", "Finding", "What it is", "Why, and what follows"],
+        lines(rows),
+    );
+}
+
+fn lines(rows: &[Row]) -> Vec<Vec<String>> {
     rows.iter()
         .map(|row| {
             let mut note = row.finding.reason().unwrap_or_default().to_owned();
@@ -92,7 +106,7 @@ pub(super) fn lines(rows: &[Row]) -> Vec<Vec<String>> {
 
 /// Tries everything and prints it. False where nothing can carry the overlay.
 pub(super) fn run(args: &Args, output: Output) -> anyhow::Result<bool> {
-    let findings = features::look();
+    let findings = features::afresh();
     let ladder = climb(&findings, &datapath::wishes(args, None), &Course::default());
     let is_fit = ladder.rung.is_some();
     let answer = Answer {
@@ -102,11 +116,12 @@ pub(super) fn run(args: &Args, output: Output) -> anyhow::Result<bool> {
     match output {
         Output::Json => table::line(&serde_json::to_string_pretty(&answer)?),
         Output::Table => {
-            table::rows(
-                &["Feature", "Finding", "What it is", "Why, and what follows"],
-                lines(&answer.features),
-            );
-            table::pairs(answer.standing.rows());
+            print(&answer.features);
+            let (name, rung) = answer.standing.row();
+            let why_not = answer.standing.why_not.iter();
+            let rungs = why_not.map(|(rung, why)| vec![format!("Not {rung}"), why.clone()]);
+            let first = std::iter::once(vec![name.to_owned(), rung]);
+            table::pairs(first.chain(rungs).collect());
         }
     }
     Ok(is_fit)

@@ -91,7 +91,9 @@ fn share_memory() {}
 async fn dispatch(args: Args) -> ExitCode {
     match &args.command {
         None => daemon(args).await,
-        Some(Command::Status { output }) => report(status::run(&args, *output).await),
+        Some(Command::Status { output, features }) => {
+            report(status::run(&args, *output, *features).await)
+        }
         Some(Command::Features { output }) => report(features::run(&args, *output)),
         Some(Command::Peers { output }) => report(peers::run(&args, *output).await),
         Some(Command::Cleanup {

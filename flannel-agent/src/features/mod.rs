@@ -31,13 +31,8 @@ pub(crate) fn at_start(subnet_file: &Path, no_bpf: Option<&str>) -> Findings {
     settle(subnet_file, key, known, no_bpf)
 }
 
-/// The findings with everything tried now, whatever an earlier start has found.
-pub(crate) fn afresh(subnet_file: &Path, no_bpf: Option<&str>) -> Findings {
-    settle(subnet_file, cache::key(), Findings::default(), no_bpf)
-}
-
-/// Findings for a look at the node: nothing is written.
-pub(crate) fn look() -> Findings {
+/// The findings with everything tried now, whatever an earlier start has found. Nothing is written.
+pub(crate) fn afresh() -> Findings {
     complete(Findings::default(), None)
 }
 

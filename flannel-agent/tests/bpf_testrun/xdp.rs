@@ -1,6 +1,7 @@
 //! `xdp_decap`: the outer headers go, or the frame stays as it is.
 
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
+use flannel_agent::dataplane::bpf::OBJECT;
 use flannel_common::{CounterId, config_flags, map::BARE_MAGIC};
 use flannel_testkit::privileged;
 
@@ -15,7 +16,12 @@ const PASS: u32 = 2;
 const SHORTEST: usize = 14;
 
 fn kernel() -> Kernel {
-    let mut kernel = Kernel::load();
+    kernel_of(OBJECT)
+}
+
+/// With another object.
+pub(crate) fn kernel_of(object: &[u8]) -> Kernel {
+    let mut kernel = Kernel::load_object(object);
     xdp(&mut kernel).load().expect("the verifier agrees");
     let mut config = kernel.config();
     config.flags |= config_flags::XDP;
@@ -28,7 +34,7 @@ fn xdp(kernel: &mut Kernel) -> &mut Xdp {
     program.try_into().expect("an XDP program")
 }
 
-fn run(kernel: &mut Kernel, frame: &[u8]) -> Vec<u8> {
+pub(crate) fn run(kernel: &mut Kernel, frame: &[u8]) -> Vec<u8> {
     let stripped = count(kernel, CounterId::XdpDecap);
     let mut out = vec![0; frame.len() + 64];
     let result = xdp(kernel)

@@ -106,6 +106,8 @@ impl Default for Wishes {
 /// What came of it on this node, as far as that is known yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Course {
+    /// Why the kernel's device is not there, though it could be.
+    pub no_kernel: Option<String>,
     /// Why the agent does without eBPF, though the findings allow it: a setting, a program that the verifier refuses.
     pub no_bpf: Option<String>,
     /// The fast path's mode, and why it is this one.
@@ -177,7 +179,7 @@ pub fn climb(findings: &Findings, wishes: &Wishes, course: &Course) -> Ladder {
     };
     let (syn, xdp) = (above(no_syn), above(no_xdp));
     let why_not: BTreeMap<Rung, String> = [
-        (Rung::Kernel, no_kernel(findings)),
+        (Rung::Kernel, no_kernel(findings, course)),
         (Rung::Stack, stack),
         (Rung::Established, fast),
         (Rung::Syn, syn),
@@ -200,8 +202,8 @@ fn lacking(findings: &Findings, needed: &[Feature]) -> Option<String> {
         .find_map(|feature| Some(format!("{feature}: {}", findings.lacks(*feature)?)))
 }
 
-fn no_kernel(findings: &Findings) -> Option<String> {
-    lacking(findings, &[Feature::Vxlan])
+fn no_kernel(findings: &Findings, course: &Course) -> Option<String> {
+    lacking(findings, &[Feature::Vxlan]).or_else(|| course.no_kernel.clone())
 }
 
 fn no_stack(findings: &Findings, wishes: &Wishes, course: &Course) -> Option<String> {
