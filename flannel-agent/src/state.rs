@@ -112,6 +112,9 @@ pub struct Datapath {
 pub struct Xdp {
     /// What is asked for.
     pub wanted: xdp::Choice,
+    /// What has come of it.
+    #[serde(default)]
+    pub standing: xdp::Standing,
     /// Why it is as it is.
     pub reason: String,
 }

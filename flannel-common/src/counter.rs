@@ -47,6 +47,8 @@ pub enum CounterId {
     GateAdmitted = 8,
     /// Packets from the wire that native XDP stripped of their outer headers. They count again where they go on.
     XdpDecap = 9,
+    /// Packets that native XDP should have stripped, and that reached the hook behind it whole. Counted while XDP is wanted. A driver that takes the program and never runs it shows here.
+    XdpMissed = 10,
 }
 
 impl CounterId {

@@ -9,7 +9,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use flannel_common::{
-    Config, DropReason, HEADER_LEN, OVERHEAD_V4, PodRecord, checksum, config_flags, ecn,
+    Config, CounterId, DropReason, HEADER_LEN, OVERHEAD_V4, PodRecord, checksum, config_flags, ecn,
     flow::mode,
     header::{INNER_ETH, IP, UDP, VXLAN, VXLAN_I},
     map::{BARE_MAGIC, BareMark, room_flags},
@@ -25,7 +25,7 @@ use crate::{
     Kind, Verdict,
     access::{BROADCAST, copy, header as read, linear, load, mac_bits},
     encap::{IP_PART, next_hop, with_tos},
-    gate, pod,
+    gate, maps, pod,
     tuple::{self, Inner},
 };
 
@@ -119,15 +119,25 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
     let inner_eth: [u8; EthHdr::LEN] = read(ctx, INNER_ETH).ok_or(DropReason::TooShort)?;
     let inner: Ipv4Hdr = read(ctx, HEADER_LEN).ok_or(DropReason::TooShort)?;
     check_inner(config, &inner_eth)?;
+    let frame = bytes - OVERHEAD_V4;
+    let congestion = ecn::decap(ip.tos, inner.tos);
+    if config.flags & config_flags::XDP != 0
+        && udp.check == [0, 0]
+        && eth.dst_addr[0] & 1 == 0
+        && is_to_us(config, &inner_eth)
+        && (gso_size != 0 || total <= config.tunnel_mtu + OVERHEAD_V4)
+        && congestion != ecn::Decap::Drop
+    {
+        // `xdp_decap` asks for no more.
+        maps::count(CounterId::XdpMissed, frame);
+    }
     if gso_size != 0 && config.flags & config_flags::DECAP_GSO == 0 {
         return Err(DropReason::Gso);
     }
-    let frame = bytes - OVERHEAD_V4;
     // What `is_skb_forwardable` refuses on injection; super-packets are exempt there.
     if gso_size == 0 && frame > config.tunnel_mtu + ETH_LEN + VLAN_LEN {
         return Err(DropReason::OverTunnelMtu);
     }
-    let congestion = ecn::decap(ip.tos, inner.tos);
     if congestion == ecn::Decap::Drop {
         return Err(DropReason::Ecn);
     }

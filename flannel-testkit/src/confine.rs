@@ -55,15 +55,16 @@ const CAPSET_VERSION: u32 = 0x2008_0522;
 /// The number under which a confined child keeps the listener of its own filter.
 const LISTENER: i32 = 250;
 /// `SECCOMP_IOCTL_NOTIF_RECV` and `SECCOMP_IOCTL_NOTIF_SEND`: `_IOWR('!', n, struct)` with structs of 80 and 24 bytes.
-const NOTIF_RECV: libc::c_ulong = 0xc050_2100;
-const NOTIF_SEND: libc::c_ulong = 0xc018_2101;
+const NOTIF_RECV: libc::Ioctl = 0xc050_2100_u32 as libc::Ioctl;
+const NOTIF_SEND: libc::Ioctl = 0xc018_2101_u32 as libc::Ioctl;
 /// The device kind in a netlink request, behind the upper half of its attribute's header (`IFLA_INFO_KIND`).
 const KIND_VXLAN: &[u8] = b"\x01\0vxlan";
 /// A kind of the same length that no kernel has.
 const KIND_NONE: &[u8] = b"\x01\0vxnot";
 
-/// Makes `cmd` start confined. Call [`watch`] with the child if `no_vxlan` is set.
-pub(crate) fn apply(cmd: &mut Command, confinement: &Confinement<'_>) {
+/// Makes `cmd` start confined. With `no_vxlan` it waits at its first netlink request until somebody serves it, as
+/// [`AgentProcess::spawn_confined`](crate::AgentProcess::spawn_confined) does.
+pub fn apply(cmd: &mut Command, confinement: &Confinement<'_>) {
     let Confinement {
         caps,
         bpf,

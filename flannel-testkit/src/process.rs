@@ -1,5 +1,6 @@
 //! Running programs with a time limit, and marking children so that leftovers can be found.
 
+use crate::eventually::patience;
 use anyhow::{Context as _, bail};
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _};
@@ -72,7 +73,7 @@ pub fn wait_timeout(child: &mut Child, limit: Duration) -> io::Result<Option<Exi
         return Ok(Some(status));
     }
     let pidfd = pidfd_open(child.id())?;
-    poll_in(&pidfd, limit)?;
+    poll_in(&pidfd, patience(limit))?;
     child.try_wait()
 }
 

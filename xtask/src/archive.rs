@@ -1,6 +1,7 @@
 //! Packages from Debian's archive, by the machine's own apt with a directory of its own: signatures are checked, and nothing of
 //! the machine's packages is touched.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -107,6 +108,11 @@ impl Apt {
         Ok(dependencies(&output))
     }
 
+    /// These packages with all that they depend on, but for dependencies that are not to be followed.
+    pub(crate) fn closure(&self, wanted: &[&str], not_followed: &[&str]) -> Result<Vec<String>> {
+        closure(wanted, not_followed, |packages| self.depends(packages))
+    }
+
     pub(crate) fn download(&self, packages: &[String]) -> Result<Vec<PathBuf>> {
         for old in self.packages()? {
             fs::remove_file(&old).with_context(|| format!("remove {}", old.display()))?;
@@ -126,6 +132,23 @@ impl Apt {
         paths.sort();
         Ok(paths)
     }
+}
+
+/// Sorted. All of one distance are asked for at once: starting apt takes a second.
+pub(crate) fn closure(
+    wanted: &[&str],
+    not_followed: &[&str],
+    mut depends: impl FnMut(&[String]) -> Result<Vec<String>>,
+) -> Result<Vec<String>> {
+    let mut names = BTreeSet::new();
+    let mut waiting: Vec<String> = wanted.iter().map(|name| (*name).to_owned()).collect();
+    while !waiting.is_empty() {
+        waiting.retain(|name| !not_followed.contains(&name.as_str()) && names.insert(name.clone()));
+        if !waiting.is_empty() {
+            waiting = depends(&waiting)?;
+        }
+    }
+    Ok(names.into_iter().collect())
 }
 
 /// The packages in what `apt-cache depends` prints; not the virtual ones, in angle brackets.

@@ -1,200 +1,322 @@
-//! `cargo xtask kernels`: the agent's eBPF object on the kernels of distributions, in virtual machines without acceleration.
+//! `cargo xtask test --kernel`: the agent's own tests on the kernels of distributions, in virtual machines without acceleration.
 //!
-//! For each kernel: fetch it from Debian ([`debian`]), put it with the agent, a few programs of this machine and
-//! `flannel-agent/examples/kernel_probe` as `/init` into an initramfs ([`image`]), boot that in QEMU and read what
-//! it says ([`guest`]). Needs no root but for the installation of packages.
+//! For each kernel: fetch it from Debian ([`debian`]) with the [`modules`] that a case leaves it, put it into an initramfs with a
+//! [`userland`] of Debian's packages and the [`programs`] of this workspace, boot that in QEMU ([`machine`]) and read what its
+//! first process says ([`report`]). What runs where is in [`suites`]. Needs no root but for the installation of packages.
 
 mod cpio;
 mod debian;
 mod guest;
-mod image;
+mod machine;
+mod modules;
+mod nics;
+mod programs;
+mod report;
+mod suites;
+mod userland;
 
-use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Mutex;
+use std::thread;
 
 use anyhow::{Context as _, Result, bail};
-use clap::ValueEnum;
 
-use crate::cargo;
-use crate::process::{self, Reported};
+use crate::dist::arch::Arch;
+use crate::dist::tools;
+use crate::process;
 use crate::setup::{self, Needs};
 
-/// Which kernels, and how.
-#[derive(clap::Args)]
-pub(crate) struct Args {
-    /// Only these kernels; may be repeated
-    #[arg(long = "kernel", value_enum, value_name = "KERNEL")]
-    kernels: Vec<Kernel>,
+pub(crate) use guest::Done;
+use guest::Guest;
+use nics::Cards;
+use suites::Place;
+pub(crate) use suites::Tier;
 
-    /// Architecture of the machines
-    #[arg(long, value_enum, default_value_t = Arch::Amd64)]
-    arch: Arch,
+/// What a run of all tests ends with: the oldest and the newest, and another architecture.
+pub(crate) const EVERY_TIME: [(Kernel, Arch); 3] = [
+    (Kernel::V5_10, Arch::Amd64),
+    (Kernel::V7, Arch::Amd64),
+    (Kernel::V6_12, Arch::Arm64),
+];
 
-    /// Look for newer kernel packages, instead of using those fetched before
-    #[arg(long)]
-    refresh: bool,
-}
+/// How many machines run at a time.
+const AT_ONCE: usize = 2;
 
 /// A kernel, by the series that a Debian suite has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Kernel {
-    /// Of Debian 11: no tcx, and the oldest flags of `bpf_skb_adjust_room`
-    #[value(name = "5.10")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Kernel {
+    /// Of Debian 11: no tcx, and the oldest flags of `bpf_skb_adjust_room`.
     V5_10,
-    /// Of Debian 12: no tcx
-    #[value(name = "6.1")]
+    /// Of Debian 12: no tcx.
     V6_1,
-    /// Of Debian 13
-    #[value(name = "6.12")]
+    /// Of Debian 13.
     V6_12,
-    /// Of Debian 13's backports: the newest (7.2 in November 2026)
-    #[value(name = "backports", alias = "7.2")]
-    Backports,
+    /// Of Debian 13's backports: the newest (7.2 in November 2026).
+    V7,
 }
 
-/// What a kernel is known to offer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Expected {
-    tcx: bool,
-    l2_eth: bool,
+/// Kernels, as `--kernel` has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Kernels(pub(crate) Vec<Kernel>);
+
+impl FromStr for Kernels {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let one = match text {
+            "all" => return Ok(Self(Kernel::ALL.to_vec())),
+            "5.10" => Kernel::V5_10,
+            "6.1" => Kernel::V6_1,
+            "6.12" => Kernel::V6_12,
+            "7" | "7.2" | "backports" => Kernel::V7,
+            _ => return Err("write 5.10, 6.1, 6.12, 7 or all".to_owned()),
+        };
+        Ok(Self(vec![one]))
+    }
 }
 
 impl Kernel {
+    pub(crate) const ALL: [Self; 4] = [Self::V5_10, Self::V6_1, Self::V6_12, Self::V7];
+
     const fn suite(self) -> &'static str {
         match self {
             Self::V5_10 => "bullseye",
             Self::V6_1 => "bookworm",
             Self::V6_12 => "trixie",
-            Self::Backports => "trixie-backports",
+            Self::V7 => "trixie-backports",
         }
     }
 
-    const fn expected(self) -> Expected {
-        Expected {
-            tcx: matches!(self, Self::V6_12 | Self::Backports),
-            l2_eth: !matches!(self, Self::V5_10),
-        }
-    }
-}
-
-/// An architecture, as Debian names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Arch {
-    Amd64,
-}
-
-impl Arch {
+    /// What it is called where its exact version does not matter.
     const fn name(self) -> &'static str {
         match self {
-            Self::Amd64 => "amd64",
+            Self::V5_10 => "5.10",
+            Self::V6_1 => "6.1",
+            Self::V6_12 => "6.12",
+            Self::V7 => "7",
+        }
+    }
+
+    const fn has_tcx(self) -> bool {
+        matches!(self, Self::V6_12 | Self::V7)
+    }
+
+    /// `BPF_F_ADJ_ROOM_ENCAP_L2_ETH` works.
+    const fn has_l2_eth(self) -> bool {
+        !matches!(self, Self::V5_10)
+    }
+}
+
+/// What a machine lacks beside what its kernel lacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Case {
+    Plain,
+    /// `vxlan.ko` is not there, as on distributions that put it into another package.
+    NoVxlan,
+    /// Neither `cls_bpf.ko` nor `sch_ingress.ko`: without tcx there is nothing to attach to.
+    NoClassifier,
+    /// `bpf(2)` is refused to everybody, as by a sandbox.
+    NoBpf,
+    NoVxlanNoBpf,
+    /// What Secure Boot sets.
+    LockdownIntegrity,
+    LockdownConfidentiality,
+    /// It lacks nothing: its labs have network cards for uplinks.
+    Cards(Cards),
+}
+
+impl Case {
+    /// For files.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::NoVxlan => "no-vxlan",
+            Self::NoClassifier => "no-classifier",
+            Self::NoBpf => "no-bpf",
+            Self::NoVxlanNoBpf => "no-vxlan-no-bpf",
+            Self::LockdownIntegrity => "lockdown-integrity",
+            Self::LockdownConfidentiality => "lockdown-confidentiality",
+            Self::Cards(cards) => cards.name(),
+        }
+    }
+
+    /// For people, behind the name of the kernel.
+    const fn description(self) -> &'static str {
+        match self {
+            Self::Plain => "",
+            Self::NoVxlan => " without vxlan.ko",
+            Self::NoClassifier => " without cls_bpf.ko and sch_ingress.ko",
+            Self::NoBpf => " with bpf(2) refused",
+            Self::NoVxlanNoBpf => " without vxlan.ko and with bpf(2) refused",
+            Self::LockdownIntegrity => " with lockdown=integrity",
+            Self::LockdownConfidentiality => " with lockdown=confidentiality",
+            Self::Cards(cards) => cards.description(),
+        }
+    }
+
+    /// The modules that it does not have.
+    const fn withheld(self) -> &'static [&'static str] {
+        match self {
+            Self::NoVxlan | Self::NoVxlanNoBpf => &["vxlan"],
+            Self::NoClassifier => &["cls_bpf", "sch_ingress"],
+            _ => &[],
+        }
+    }
+
+    /// What bpf(2) answers, if it does not do what it is asked.
+    const fn refuse_bpf(self) -> Option<i32> {
+        /// `EPERM`: what a container's seccomp profile says.
+        const EPERM: i32 = 1;
+        match self {
+            Self::NoBpf | Self::NoVxlanNoBpf => Some(EPERM),
+            _ => None,
+        }
+    }
+
+    /// What is added to the kernel's command line.
+    const fn append(self) -> &'static str {
+        match self {
+            Self::LockdownIntegrity => "lockdown=integrity",
+            Self::LockdownConfidentiality => "lockdown=confidentiality",
+            _ => "",
+        }
+    }
+
+    /// The network cards of its labs.
+    const fn cards(self) -> Option<Cards> {
+        match self {
+            Self::Cards(cards) => Some(cards),
+            _ => None,
+        }
+    }
+
+    /// In the words of `flannel-agent/tests/netns_kernel.rs`.
+    const fn lacks(self) -> &'static [&'static str] {
+        match self {
+            Self::NoVxlan => &["vxlan"],
+            Self::NoClassifier => &["cls_bpf"],
+            Self::NoBpf => &["bpf"],
+            Self::NoVxlanNoBpf => &["vxlan", "bpf"],
+            Self::Plain
+            | Self::LockdownIntegrity
+            | Self::LockdownConfidentiality
+            | Self::Cards(_) => &[],
         }
     }
 }
 
-/// What all guests run.
-struct Programs {
-    /// `/init`.
-    probe: PathBuf,
-    agent: PathBuf,
+/// What to run.
+pub(crate) struct Request<'a> {
+    pub(crate) kernels: Vec<(Kernel, Arch)>,
+    pub(crate) tier: Tier,
+    /// Only machines whose case has a name that begins so.
+    pub(crate) case: Option<&'a str>,
+    /// Only tests whose name contains this.
+    pub(crate) filter: Option<&'a str>,
+    /// Look for newer packages.
+    pub(crate) refresh: bool,
 }
 
-pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
+/// Runs all machines, two at a time, and hands over each outcome as it comes.
+pub(crate) fn run(root: &Path, request: &Request<'_>, done: &mut dyn FnMut(Done)) -> Result<()> {
     if !setup::is_debian() {
         bail!("the kernels come by apt from Debian: this needs Debian or Ubuntu");
     }
-    if cfg!(not(target_arch = "x86_64")) {
-        bail!("the machines run programs of this one: so far it must be amd64");
-    }
     setup::ensure(root, Needs::Kernels)?;
+    let mut arches: Vec<Arch> = request.kernels.iter().map(|(_, arch)| *arch).collect();
+    arches.sort_unstable();
+    arches.dedup();
+    tools::ensure_cross(root, &arches)?;
     let dir = root.join("target").join("kernels");
-    let kernels: &[Kernel] = if args.kernels.is_empty() {
-        Kernel::value_variants()
-    } else {
-        &args.kernels
-    };
-    let programs = build(root)?;
-    let base = image::base(&programs)?;
-    let mut failed = 0;
-    for kernel in kernels {
+    let object = programs::object(root)?;
+    for arch in arches {
         if process::interrupted() {
             bail!("interrupted");
         }
-        let started = Instant::now();
-        let (label, outcome) = match one(&dir, *kernel, args, &base) {
-            Ok(done) => done,
-            Err(error) => (kernel.suite().to_owned(), Err(format!("{error:#}"))),
-        };
-        let seconds = started.elapsed().as_secs();
-        match outcome {
-            Ok(told) => println!("{label}: ok, {told}, {seconds} s"),
-            Err(why) => {
-                failed += 1;
-                println!("{label}: FAILED, {why}, {seconds} s");
-            }
-        }
-    }
-    if failed > 0 {
-        eprintln!(
-            "xtask: {failed} of {} kernels failed; what the machines said is in {}",
-            kernels.len(),
-            dir.display()
-        );
-        return Err(Reported.into());
+        one_architecture(root, &dir, arch, &object, request, done)?;
     }
     Ok(())
 }
 
-/// The name of a kernel for people, and what it said or why it failed.
-type Outcome = (String, Result<String, String>);
+fn one_architecture(
+    root: &Path,
+    dir: &Path,
+    arch: Arch,
+    object: &Path,
+    request: &Request<'_>,
+    done: &mut dyn FnMut(Done),
+) -> Result<()> {
+    let places: Vec<Place> = request
+        .kernels
+        .iter()
+        .filter(|(_, of)| *of == arch)
+        .flat_map(|(kernel, _)| {
+            let is_wanted = |case: &Case| {
+                request
+                    .case
+                    .is_none_or(|wanted| case.name().starts_with(wanted))
+            };
+            let cases = suites::cases(*kernel, request.tier).filter(is_wanted);
+            cases.map(|case| Place {
+                kernel: *kernel,
+                arch,
+                case,
+            })
+        })
+        .collect();
+    let mut targets: Vec<&str> = places
+        .iter()
+        .flat_map(|place| place.suites(request.tier))
+        .map(|(target, _)| target)
+        .collect();
+    targets.sort_unstable();
+    targets.dedup();
+    let userland = userland::fetch(dir, arch, request.refresh)?;
+    for (kernel, _) in request.kernels.iter().filter(|(_, of)| *of == arch) {
+        debian::fetch(dir, *kernel, arch, request.refresh)?;
+    }
+    eprintln!("building {} test binaries for {arch} guests", targets.len());
+    let programs = programs::build(root, arch, &targets, object)?;
+    let mut base = cpio::Archive::default();
+    base.add_below(&userland)
+        .with_context(|| format!("read {}", userland.display()))?;
+    programs.add_to(&mut base);
 
-fn one(dir: &Path, kernel: Kernel, args: &Args, base: &cpio::Archive) -> Result<Outcome> {
-    let arch = args.arch;
-    let files = debian::fetch(dir, kernel, arch, args.refresh)?;
-    let series = series(&files.release);
-    let label = format!("{series} {}", arch.name());
-    let name = format!("{series}-{}", arch.name());
-    let initrd = dir.join(format!("{name}.cpio"));
-    let modules = image::modules(&files)?;
-    let mut archive = base.clone();
-    image::add_modules(&mut archive, &modules)?;
-    archive.write(&initrd)?;
-    let log = dir.join(format!("{name}.log"));
-    let said = guest::boot(&files.vmlinuz, &initrd, &log)?;
-    let outcome =
-        guest::judge(&said, kernel.expected()).map_err(|why| format!("{why} ({})", log.display()));
-    Ok((label, outcome))
-}
-
-/// `5.10` of `5.10.0-32-cloud-amd64`.
-fn series(release: &str) -> String {
-    release.split('.').take(2).collect::<Vec<_>>().join(".")
-}
-
-fn build(root: &Path) -> Result<Programs> {
-    eprintln!("building the agent and the guests' program");
-    let built = cargo::build(
-        root,
-        &[
-            "build",
-            "-p",
-            "flannel-agent",
-            "--bin",
-            "flannel-agent",
-            "--example",
-            "kernel_probe",
-        ],
-    )?;
-    let find = |kind: &str, target: &str| {
-        built
-            .iter()
-            .find(|executable| executable.kind == kind && executable.target == target)
-            .map(|executable| executable.path.clone())
-            .with_context(|| format!("cargo built no {kind} `{target}`"))
-    };
-    Ok(Programs {
-        probe: find("example", "kernel_probe")?,
-        agent: find("bin", "flannel-agent")?,
-    })
+    let waiting = Mutex::new(places.into_iter());
+    let (sender, outcomes) = std::sync::mpsc::channel();
+    thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            let sender = sender.clone();
+            scope.spawn(|| {
+                let sender = sender;
+                loop {
+                    let next = waiting
+                        .lock()
+                        .unwrap_or_else(std::sync::PoisonError::into_inner)
+                        .next();
+                    let Some(place) = next.filter(|_| !process::interrupted()) else {
+                        return;
+                    };
+                    let guest = Guest {
+                        dir,
+                        place,
+                        tier: request.tier,
+                        filter: request.filter,
+                        programs: &programs,
+                        base: &base,
+                    };
+                    // The other end lives as long as this scope.
+                    let _sent = sender.send(guest.run());
+                }
+            });
+        }
+        drop(sender);
+        for outcome in outcomes {
+            done(outcome);
+        }
+    });
+    Ok(())
 }
 
 #[cfg(test)]
@@ -202,8 +324,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_series_is_the_first_two_numbers() {
-        assert_eq!(series("5.10.0-32-cloud-amd64"), "5.10");
-        assert_eq!(series("7.2.12+deb13-cloud-amd64"), "7.2");
+    fn kernels_are_read_by_every_name() {
+        assert_eq!("7".parse(), Ok(Kernels(vec![Kernel::V7])));
+        assert_eq!("backports".parse(), Ok(Kernels(vec![Kernel::V7])));
+        assert_eq!("all".parse(), Ok(Kernels(Kernel::ALL.to_vec())));
+        let why = "4.19".parse::<Kernels>().expect_err("none");
+        assert!(why.contains("5.10"), "{why}");
     }
 }

@@ -66,7 +66,13 @@ enum Command {
     /// Build and run the tests; the last line is `N passed, N failed, N skipped` (root)
     ///
     /// Tests that measure time (the targets `netns_*` of flannel-agent) come last and run one at a time. A network
-    /// namespace that a test leaves behind counts as a failure.
+    /// namespace that a test leaves behind counts as a failure. After them a part runs on the oldest and the newest kernel of
+    /// Debian's and on arm64.
+    ///
+    /// With --kernel nothing runs here, and everything that means something on another kernel does so there: in virtual
+    /// machines, by QEMU without acceleration, which need no root, disk or network. The first time fetches kernels and
+    /// programs from Debian into target/kernels (40 and 70 MB for each). What a machine said is in
+    /// target/kernels/<kernel>-<arch>-<what it lacks>.
     ///
     /// Exit codes: 0 all passed; 1 a failure, or nothing ran; 2 wrong arguments; 130 interrupted.
     Test(test::Args),
@@ -74,15 +80,6 @@ enum Command {
     ///
     /// `cargo xtask bench -- --help` lists the flags of the benchmark itself.
     Bench(labs::Args),
-    /// Try the programs and the agent on other kernels, in QEMU (Debian and Ubuntu)
-    ///
-    /// Fetches Debian's kernels into target/kernels (200 MB) and boots each without acceleration, in memory: no
-    /// root, no disk, no network. In the guest the verifier takes the object that the agent embeds, the programs run
-    /// on packets, and two agents and a plain kernel node carry pings and TCP, on tcx and on clsact, around a
-    /// restart. A line for each kernel; its console is in target/kernels/<kernel>.log.
-    ///
-    /// Exit codes: 0 all as expected; 1 otherwise; 2 wrong arguments; 130 interrupted.
-    Kernels(kernels::Args),
     /// Build what a release consists of: binaries for amd64 and arm64, tarballs, bills of materials, the image
     ///
     /// Static binaries for both architectures, with one eBPF object, in tarballs that come out the same wherever they are
@@ -111,7 +108,6 @@ fn main() -> ExitCode {
         Command::Demo(args) => labs::demo(&root, &args),
         Command::Test(args) => test::run(&root, &args),
         Command::Bench(args) => labs::bench(&root, &args),
-        Command::Kernels(args) => kernels::run(&root, &args),
         Command::Dist(args) => dist::run(&root, &args),
         Command::Lint => lint::run(&root),
     };

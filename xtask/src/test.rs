@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 
 use crate::cargo::{self, Executable};
+use crate::dist::arch::Arches;
+use crate::kernels::{self, Done, Kernels, Request, Tier};
 use crate::libtest::{Report, Tally};
 use crate::namespaces;
 use crate::process::{self, Reported};
@@ -26,6 +28,23 @@ pub(crate) struct Args {
     /// Run only flannel-core and flannel-common, which need no root
     #[arg(long, conflicts_with = "package")]
     fast: bool,
+    /// Run on this kernel of Debian's instead, in a virtual machine: 5.10, 6.1, 6.12, 7 or all; may be repeated
+    #[arg(long = "kernel", value_name = "KERNEL", conflicts_with_all = ["package", "fast"])]
+    kernels: Vec<Kernels>,
+    /// Architecture of these machines: amd64, arm64 or all
+    #[arg(
+        long,
+        value_name = "ARCH",
+        default_value = "amd64",
+        requires = "kernels"
+    )]
+    arch: Arches,
+    /// Look for newer packages of kernels and programs, instead of using those fetched before
+    #[arg(long, requires = "kernels")]
+    refresh: bool,
+    /// Run only the machines of this case, by the beginning of its name: plain, no-vxlan, no-bpf, lockdown, cards, cards-silent, …
+    #[arg(long, value_name = "CASE", requires = "kernels")]
+    case: Option<String>,
     /// Arguments for every test binary, such as --nocapture
     #[arg(last = true, value_name = "ARGS")]
     libtest: Vec<String>,
@@ -44,6 +63,41 @@ impl Outcome {
         self.failures.push(what);
     }
 
+    fn add_guest(&mut self, done: &Done) {
+        let minutes = done.took.as_secs_f64() / 60.0;
+        for (name, report) in &done.suites {
+            self.add(&format!("{}: {name}", done.label), report);
+        }
+        for trouble in &done.troubles {
+            self.fail(format!("{}: {trouble}", done.label));
+        }
+        let facts = if done.facts.is_empty() {
+            String::new()
+        } else {
+            format!("{}; ", done.facts)
+        };
+        let passed: u64 = done
+            .suites
+            .iter()
+            .map(|(_, report)| report.tally.passed)
+            .sum();
+        let failed: u64 = done
+            .suites
+            .iter()
+            .map(|(_, report)| report.tally.failed)
+            .sum();
+        for left_out in &done.not_run {
+            println!("{}: not run: {left_out}", done.label);
+        }
+        println!(
+            "{}: {passed} passed, {} failed, {} not run; {facts}{minutes:.1} min; {}",
+            done.label,
+            failed + done.troubles.len() as u64,
+            done.not_run.len(),
+            done.place.display()
+        );
+    }
+
     fn add(&mut self, name: &str, report: &Report) {
         self.tally += &report.tally;
         self.failures
@@ -53,6 +107,11 @@ impl Outcome {
 
 pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
     let start = Instant::now();
+    if !args.kernels.is_empty() {
+        let mut outcome = Outcome::default();
+        run_on_kernels(root, args, &mut outcome)?;
+        return conclude(&outcome, start);
+    }
     if !args.fast {
         process::require_root("the full test run", "test")?;
     }
@@ -84,7 +143,41 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             leaked.join(" ")
         ));
     }
+    // A part of the tests is for here alone.
+    let is_whole = args.filter.is_none() && args.package.is_none() && !args.fast;
+    if is_whole {
+        println!(
+            "\nother kernels, after {:.0} s",
+            start.elapsed().as_secs_f64()
+        );
+        let request = Request {
+            kernels: kernels::EVERY_TIME.to_vec(),
+            tier: Tier::Quick,
+            case: None,
+            filter: None,
+            refresh: false,
+        };
+        kernels::run(root, &request, &mut |done| outcome.add_guest(&done))?;
+    }
     conclude(&outcome, start)
+}
+
+/// Every kernel that was asked for, on every architecture.
+fn run_on_kernels(root: &Path, args: &Args, outcome: &mut Outcome) -> Result<()> {
+    let mut kernels: Vec<_> = args.kernels.iter().flat_map(|kernels| &kernels.0).collect();
+    kernels.sort_unstable();
+    kernels.dedup();
+    let places = kernels
+        .iter()
+        .flat_map(|kernel| args.arch.0.iter().map(|arch| (**kernel, *arch)));
+    let request = Request {
+        kernels: places.collect(),
+        tier: Tier::Complete,
+        case: args.case.as_deref(),
+        filter: args.filter.as_deref(),
+        refresh: args.refresh,
+    };
+    kernels::run(root, &request, &mut |done| outcome.add_guest(&done))
 }
 
 fn conclude(outcome: &Outcome, start: Instant) -> Result<()> {
@@ -147,10 +240,15 @@ fn is_lab(binary: &Executable) -> bool {
         && binary.target.starts_with("netns_")
 }
 
+/// Tests that take what belongs to the machine, which only [`kernels`]' machines can spare.
+fn is_for_guests(binary: &Executable) -> bool {
+    binary.kind == "test" && binary.target.starts_with("guest_")
+}
+
 fn run_binaries(built: &[Executable], args: &Args, outcome: &mut Outcome) -> Result<()> {
     let tests: Vec<_> = built
         .iter()
-        .filter(|executable| executable.is_test)
+        .filter(|executable| executable.is_test && !is_for_guests(executable))
         .collect();
     for (number, test) in (1..).zip(&tests) {
         if process::interrupted() {

@@ -65,6 +65,7 @@ struct Path {
 #[derive(Debug, Serialize)]
 struct XdpInfo {
     wanted: xdp::Choice,
+    standing: xdp::Standing,
     attached: bool,
     reason: String,
 }
@@ -240,6 +241,7 @@ async fn collect(args: &Args) -> anyhow::Result<Status> {
                 attached,
                 xdp: state.datapath.xdp.as_ref().map(|xdp| XdpInfo {
                     wanted: xdp.wanted,
+                    standing: xdp.standing,
                     attached: instance
                         .is_some_and(|(_, instance)| instance.is_xdp_attached(state.uplink_index)),
                     reason: xdp.reason.clone(),

@@ -11,14 +11,14 @@ mod pods;
 mod stand_in;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     path::Path,
 };
 
 use flannel_core::{
     addr::IfIndex,
-    plan::{Desired, DeviceKind, Hook, Observed, Op},
+    plan::{Attachment, BpfState, Desired, DeviceKind, Hook, Observed, Op, Settings},
     pods::PodSources,
     xdp::Sample,
 };
@@ -70,6 +70,8 @@ pub struct Dataplane {
     seen: Observed,
     /// Whether there was one yet.
     looked: bool,
+    /// Whether the last look found everything as the one before; not known of looks at the kernel's own objects.
+    unchanged: bool,
     /// Interfaces whose notifications matter: the tunnel device, the uplink, and those towards peers.
     interests: BTreeSet<IfIndex>,
     /// Next hops that the kernel was asked to confirm and has not yet.
@@ -88,6 +90,7 @@ impl Dataplane {
             local,
             seen: Observed::default(),
             looked: false,
+            unchanged: false,
             interests: BTreeSet::new(),
             asked: BTreeSet::new(),
             pods: PodWatch::new(cni_dir),
@@ -106,6 +109,7 @@ impl Dataplane {
         } else {
             Scope::Everything
         };
+        self.unchanged = scope <= Scope::Maps;
         if scope >= Scope::Kernel {
             self.observe_kernel(desired).await?;
         }
@@ -146,6 +150,7 @@ impl Dataplane {
         }
         let (pods, pod_hooks) = bpf.observe_pods(&hooks)?;
         if let Some(state) = &mut self.seen.bpf {
+            self.unchanged &= state.pods == pods && state.pod_hooks == pod_hooks;
             state.pods = pods;
             state.pod_hooks = pod_hooks;
         }
@@ -155,6 +160,11 @@ impl Dataplane {
     /// What was last read.
     pub const fn seen(&self) -> &Observed {
         &self.seen
+    }
+
+    /// Whether the last look found everything as the one before had. False of a look that might have.
+    pub const fn is_unchanged(&self) -> bool {
+        self.unchanged
     }
 
     /// What the node knows of its pods; `None` while it was not read.
@@ -242,7 +252,7 @@ impl Dataplane {
             .iter()
             .flat_map(|peers| peers.values().map(|peer| peer.vtep))
             .collect();
-        let underlay = self.net.underlay(self.local, vteps).await?;
+        let underlay = Box::pin(self.net.underlay(self.local, vteps)).await?;
         for (ifindex, address) in underlay.unconfirmed.difference(&self.asked) {
             // A failure here only means that the kernel path carries this peer a little longer.
             if let Err(error) = self.net.confirm(*ifindex, *address).await {
@@ -275,7 +285,17 @@ impl Dataplane {
             };
             hooks.push((hook, ifindex, filter));
         }
-        self.seen.bpf = Some(bpf.observe(settings.uplink, &hooks, full)?);
+        let before = &mut self.seen.bpf;
+        let rest = before.as_ref().map(Rest::of);
+        let (pods, pod_hooks) = before.as_ref().map_or_else(Default::default, |before| {
+            (before.pods.clone(), before.pod_hooks.clone())
+        });
+        let mut state = bpf.observe(settings.uplink, &hooks, full, before)?;
+        self.unchanged &= rest == Some(Rest::of(&state)) && bpf.is_unchanged();
+        // Until they are read, too.
+        (state.pods, state.pod_hooks) = (pods, pod_hooks);
+        self.seen.bpf = Some(state);
+        self.unchanged &= self.seen.stand_in.is_none();
         self.observe_stand_in_program().await
     }
 
@@ -361,6 +381,24 @@ impl Dataplane {
         self.bpf
             .as_mut()
             .ok_or_else(|| DataplaneError::NoBpf(op.to_string()))
+    }
+}
+
+/// What there is of eBPF beside the entries of maps.
+#[derive(PartialEq, Eq)]
+struct Rest {
+    settings: Option<Settings>,
+    attached: BTreeMap<Hook, Attachment>,
+    xdp: Option<Attachment>,
+}
+
+impl Rest {
+    fn of(state: &BpfState) -> Self {
+        Self {
+            settings: state.settings.clone(),
+            attached: state.attached.clone(),
+            xdp: state.xdp,
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use flannel_common::Counter;
 use flannel_core::{
     features::{Findings, Rung},
     plan::GateMode,
+    xdp::Standing,
 };
 use prometheus_client::{
     collector::Collector,
@@ -152,6 +153,16 @@ fn choices(to: &mut DescriptorEncoder<'_>, known: &Known) -> fmt::Result {
         let value = u32::from(now == mode);
         family
             .encode_family(&[("mode", mode.as_str())])?
+            .encode_gauge(&value)?;
+    }
+    let name = named("xdp_state");
+    let help = "Native XDP on the uplink: 1 for how it stands";
+    let mut family = to.encode_descriptor(&name, help, None, MetricType::Gauge)?;
+    let now = state.datapath.xdp.as_ref().map(|xdp| xdp.standing);
+    for standing in Standing::ALL {
+        let value = u32::from(now.unwrap_or_default() == standing);
+        family
+            .encode_family(&[("state", standing.as_str())])?
             .encode_gauge(&value)?;
     }
     Ok(())

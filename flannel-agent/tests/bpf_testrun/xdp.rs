@@ -8,7 +8,7 @@ use flannel_testkit::privileged;
 use crate::{
     decap::{packet, wrapped},
     flows::{INSIDE, count, rechecked, udp},
-    kernel::{Kernel, MTU, OUR_POD, PEER_POD},
+    kernel::{Kernel, MTU, OUR_POD, PEER_POD, shortest},
 };
 
 const PASS: u32 = 2;
@@ -53,6 +53,16 @@ pub(crate) fn run(kernel: &mut Kernel, frame: &[u8]) -> Vec<u8> {
     assert_eq!(
         bare.is_some(),
         count(kernel, CounterId::XdpDecap) > stripped
+    );
+    // The hook behind it misses what it would have stripped, and nothing else.
+    let missed = count(kernel, CounterId::XdpMissed);
+    if frame.len() >= shortest(frame) {
+        kernel.run("from_wire", frame);
+    }
+    assert_eq!(
+        bare.is_some(),
+        count(kernel, CounterId::XdpMissed) > missed,
+        "{frame:02x?}"
     );
     bare.unwrap_or(out)
 }

@@ -34,10 +34,10 @@ pub(crate) fn broken_agent(dir: &Path, programs: &[&str]) -> PathBuf {
 }
 
 fn agent_with(dir: &Path, name: &str, change: impl Fn(&[u8]) -> Vec<u8>) -> PathBuf {
-    let object = fs::read(env!("FLANNEL_EBPF_OBJECT")).expect("read the eBPF object");
+    let object = include_bytes!(env!("FLANNEL_EBPF_OBJECT"));
     let mut agent = fs::read(agent_binary()).expect("read the agent");
-    let at = find(&agent, &object).expect("the agent contains the object");
-    agent[at..at + object.len()].copy_from_slice(&change(&object));
+    let at = find(&agent, object).expect("the agent contains the object");
+    agent[at..at + object.len()].copy_from_slice(&change(object));
     let dir = dir.join(name);
     fs::create_dir_all(&dir).expect("make a directory");
     let path = dir.join("flannel-agent");

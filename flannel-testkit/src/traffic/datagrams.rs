@@ -1,5 +1,6 @@
 //! UDP sockets of which both ends are in the caller's hands.
 
+use crate::eventually::patience;
 use crate::netns::Netns;
 use crate::socket;
 use anyhow::{Context as _, ensure};
@@ -24,8 +25,8 @@ impl UdpEnd {
         let socket = ns
             .try_run(|| UdpSocket::bind(address))?
             .with_context(|| format!("bind {address} in {}", ns.name()))?;
-        socket.set_read_timeout(Some(LIMIT))?;
-        socket.set_write_timeout(Some(LIMIT))?;
+        socket.set_read_timeout(Some(patience(LIMIT)))?;
+        socket.set_write_timeout(Some(patience(LIMIT)))?;
         let port = socket.local_addr()?.port();
         Ok(UdpEnd {
             socket,
@@ -86,7 +87,7 @@ impl UdpEnd {
         servers: &[&UdpEnd],
         bytes: usize,
     ) -> anyhow::Result<(usize, SocketAddrV4)> {
-        self.ask_within(LIMIT, target, servers, bytes)
+        self.ask_within(patience(LIMIT), target, servers, bytes)
     }
 
     /// Like [`UdpEnd::ask`], with a limit for the time that each datagram takes.

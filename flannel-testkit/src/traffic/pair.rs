@@ -1,5 +1,6 @@
 //! TCP connections of which both ends are in the caller's hands.
 
+use crate::eventually::patience;
 use crate::netns::Netns;
 use crate::process::poll_in;
 use crate::socket;
@@ -90,7 +91,7 @@ impl TcpPair {
         target: SocketAddrV4,
         servers: &[&TcpServer],
     ) -> anyhow::Result<TcpPair> {
-        TcpPair::connect_within(LIMIT, client_ns, port, target, servers)
+        TcpPair::connect_within(patience(LIMIT), client_ns, port, target, servers)
     }
 
     /// Opens `count` connections to one server.
@@ -102,7 +103,7 @@ impl TcpPair {
     ) -> anyhow::Result<Vec<TcpPair>> {
         client_ns.try_run(|| {
             let connect = |_| {
-                let client = socket::connect(0, target, LIMIT)?;
+                let client = socket::connect(0, target, patience(LIMIT))?;
                 TcpPair::accept(client, &[&server.listener])
             };
             (0..count)
@@ -131,12 +132,12 @@ impl TcpPair {
     fn accept(client: TcpStream, listeners: &[&TcpListener]) -> anyhow::Result<TcpPair> {
         client.set_nodelay(true)?;
         let local = socket::ipv4(client.local_addr()?)?;
-        let by = socket::first_readable(listeners, LIMIT)?
+        let by = socket::first_readable(listeners, patience(LIMIT))?
             .context("connected, but to none of the servers")?;
         let (server, seen) = listeners[by].accept()?;
         for end in [&client, &server] {
-            end.set_read_timeout(Some(LIMIT))?;
-            end.set_write_timeout(Some(LIMIT))?;
+            end.set_read_timeout(Some(patience(LIMIT)))?;
+            end.set_write_timeout(Some(patience(LIMIT)))?;
         }
         server.set_nodelay(true)?;
         Ok(TcpPair {
@@ -294,7 +295,7 @@ fn get(mut stream: &TcpStream, bytes: usize) -> anyhow::Result<()> {
 }
 
 fn expect_end(mut stream: &TcpStream) -> anyhow::Result<()> {
-    ensure!(poll_in(stream, LIMIT)?, "it did not arrive");
+    ensure!(poll_in(stream, patience(LIMIT))?, "it did not arrive");
     let len = stream.read(&mut [0; 16])?;
     ensure!(len == 0, "{len} bytes came instead");
     Ok(())

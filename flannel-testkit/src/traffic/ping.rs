@@ -1,5 +1,6 @@
 //! ICMP echo over a raw socket of our own: every probe is numbered, so every loss is known.
 
+use crate::eventually::patience;
 use crate::netns::Netns;
 use crate::process::poll_in;
 use crate::socket;
@@ -65,7 +66,7 @@ pub fn ping_sized(
     if let Some((err, _)) = &probe.send_errors {
         bail!("ping {dst} from {}: {err}", ns.name());
     }
-    probe.receive_until(Instant::now() + timeout, 1)?;
+    probe.receive_until(Instant::now() + patience(timeout), 1)?;
     let stats = probe.stats();
     if stats.received == 0 {
         let why = probe.send_errors.map(|(err, _)| format!(" ({err})"));
@@ -297,7 +298,7 @@ impl Prober {
             self.receive_until(next, u64::MAX)?;
         }
         let sent = self.probes.len() as u64;
-        self.receive_until(Instant::now() + GRACE, sent)
+        self.receive_until(Instant::now() + patience(GRACE), sent)
     }
 
     fn stats(&self) -> PingStats {

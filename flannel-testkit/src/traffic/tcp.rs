@@ -1,6 +1,7 @@
 //! A TCP stream whose every byte is checked.
 
 use super::PERIOD;
+use crate::eventually::patience;
 use crate::netns::Netns;
 use crate::process::poll_in;
 use crate::socket;
@@ -145,15 +146,15 @@ fn transfer(
         .with_context(|| format!("listen on {server_ip} in {}", server_ns.name()))?;
     let address = listener.local_addr()?;
     let client = client_ns
-        .try_run(|| TcpStream::connect_timeout(&address, CONNECT))?
+        .try_run(|| TcpStream::connect_timeout(&address, patience(CONNECT)))?
         .with_context(|| format!("connect to {address} from {}", client_ns.name()))?;
     // The client is connected, but if its last ACK was lost the server waits for another.
     ensure!(
-        poll_in(&listener, CONNECT)?,
+        poll_in(&listener, patience(CONNECT))?,
         "{address} connected to, but not from"
     );
     let (server, _) = listener.accept()?;
-    client.set_write_timeout(Some(STALL))?;
+    client.set_write_timeout(Some(patience(STALL)))?;
     if let Some(rate) = rate {
         socket::set_socket_option(
             &client,
@@ -162,7 +163,7 @@ fn transfer(
             rate.cast_signed(),
         )?;
     }
-    server.set_read_timeout(Some(STALL))?;
+    server.set_read_timeout(Some(patience(STALL)))?;
     let start = Instant::now();
     let (sent, got) = std::thread::scope(|scope| {
         let receiver = scope.spawn(|| receive(&server, address, start));

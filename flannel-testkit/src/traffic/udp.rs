@@ -1,5 +1,6 @@
 //! Datagrams there and back, compared byte for byte.
 
+use crate::eventually::patience;
 use crate::netns::Netns;
 use anyhow::{Context as _, ensure};
 use std::net::{Ipv4Addr, UdpSocket};
@@ -28,8 +29,8 @@ pub fn udp_echo(
         })?
         .with_context(|| format!("connect to {address} in {}", client_ns.name()))?;
     for socket in [&server, &client] {
-        socket.set_read_timeout(Some(LIMIT))?;
-        socket.set_write_timeout(Some(LIMIT))?;
+        socket.set_read_timeout(Some(patience(LIMIT)))?;
+        socket.set_write_timeout(Some(patience(LIMIT)))?;
     }
     let mut buffer = vec![0; 65_536];
     for (turn, size) in sizes.iter().copied().enumerate() {

@@ -1,5 +1,6 @@
 //! A one-way stream of numbered datagrams, so that every loss is known.
 
+use crate::eventually::patience;
 use crate::netns::Netns;
 use anyhow::{Context as _, ensure};
 use std::collections::BTreeSet;
@@ -123,7 +124,7 @@ fn receive(server: &UdpSocket, bytes: usize, sent: &AtomicU64) -> anyhow::Result
     loop {
         let all = sent.load(Ordering::Relaxed);
         if all != u64::MAX {
-            let end = *end.get_or_insert_with(|| Instant::now() + GRACE);
+            let end = *end.get_or_insert_with(|| Instant::now() + patience(GRACE));
             if got.len() as u64 >= all || Instant::now() >= end {
                 return Ok(got);
             }

@@ -180,7 +180,7 @@ const IPTABLES: [&str; 6] = [
 pub(super) fn make(arch: Arch, work: &Path, dir: &Path) -> Result<Vec<Package>> {
     let apt = Apt::with_updates(work, SUITE, arch.name())?;
     apt.update()?;
-    let names = closure(|packages| apt.depends(packages))?;
+    let names = apt.closure(&WANTED, &NOT_FOLLOWED)?;
     bundle::empty(dir)?;
     let mut control = BTreeMap::new();
     for package in apt.download(&names)? {
@@ -220,19 +220,6 @@ pub(super) fn make(arch: Arch, work: &Path, dir: &Path) -> Result<Vec<Package>> 
     }
     check(dir)?;
     Ok(packages)
-}
-
-/// The wanted packages with all that they depend on, sorted. All of one distance are asked for at once: starting apt takes a second.
-fn closure(mut depends: impl FnMut(&[String]) -> Result<Vec<String>>) -> Result<Vec<String>> {
-    let mut names = BTreeSet::new();
-    let mut waiting: Vec<String> = WANTED.map(str::to_owned).to_vec();
-    while !waiting.is_empty() {
-        waiting.retain(|name| !NOT_FOLLOWED.contains(&name.as_str()) && names.insert(name.clone()));
-        if !waiting.is_empty() {
-            waiting = depends(&waiting)?;
-        }
-    }
-    Ok(names.into_iter().collect())
 }
 
 /// A field of a package's control file.

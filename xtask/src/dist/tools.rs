@@ -58,17 +58,47 @@ pub(super) fn ensure(root: &Path, arches: &[Arch], image: bool) -> Result<()> {
              deploy/Containerfile"
         );
     }
-    let missing = |what: &Needed| !setup::present(&what.probe);
-    let absent: Vec<_> = needed(arches, Arch::host(), image)
-        .into_iter()
-        .filter(missing)
+    install(needed(arches, Arch::host(), image), "dist")?;
+    for arch in arches {
+        ensure_target(root, *arch, "dist")?;
+    }
+    Ok(())
+}
+
+/// Installs the compilers for architectures that this machine does not have, having said so.
+pub(crate) fn ensure_cross(root: &Path, arches: &[Arch]) -> Result<()> {
+    let foreign: Vec<Arch> = arches
+        .iter()
+        .copied()
+        .filter(|arch| Arch::host() != Some(*arch))
         .collect();
+    let mut compilers = Vec::new();
+    for arch in &foreign {
+        let [compiler, headers] = arch.cross_packages();
+        for (probe, package) in [
+            (format!("{}-gcc", arch.gnu()), compiler),
+            (format!("/usr/{}/include/stdint.h", arch.gnu()), headers),
+        ] {
+            compilers.push(Needed { probe, package });
+        }
+    }
+    install(compilers, "setup")?;
+    for arch in foreign {
+        ensure_target(root, arch, "setup")?;
+    }
+    Ok(())
+}
+
+/// `who` is the command that says it.
+fn install(needed: Vec<Needed>, who: &str) -> Result<()> {
+    let missing = |what: &Needed| !setup::present(&what.probe);
+    let absent: Vec<_> = needed.into_iter().filter(missing).collect();
     if !absent.is_empty() {
         let probes: Vec<_> = absent.iter().map(|what| what.probe.as_str()).collect();
         let mut packages: Vec<_> = absent.iter().map(|what| what.package).collect();
         packages.sort_unstable();
         packages.dedup();
-        eprintln!("dist: missing: {}", probes.join(", "));
+        eprintln!("{who}: missing: {}", probes.join(", "));
         if !setup::is_debian() {
             bail!(
                 "install what these packages of Debian have, and run this again: {}",
@@ -76,7 +106,7 @@ pub(super) fn ensure(root: &Path, arches: &[Arch], image: bool) -> Result<()> {
             );
         }
         eprintln!(
-            "dist: will run apt-get update and install {} (a minute)",
+            "{who}: will run apt-get update and install {} (a minute)",
             packages.join(" ")
         );
         setup::apt_install(&packages)?;
@@ -88,13 +118,10 @@ pub(super) fn ensure(root: &Path, arches: &[Arch], image: bool) -> Result<()> {
             );
         }
     }
-    for arch in arches {
-        ensure_target(root, *arch)?;
-    }
     Ok(())
 }
 
-fn ensure_target(root: &Path, arch: Arch) -> Result<()> {
+fn ensure_target(root: &Path, arch: Arch, who: &str) -> Result<()> {
     let target = arch.target();
     let mut rustc = cargo::rustc(root);
     rustc.args(["--print", "target-libdir", "--target", target]);
@@ -106,7 +133,7 @@ fn ensure_target(root: &Path, arch: Arch) -> Result<()> {
     if !ebpf::on_search_path("rustup") {
         bail!("Rust {channel} has no {target}, and there is no rustup to add it");
     }
-    eprintln!("dist: will add the target {target} to Rust {channel} (seconds)");
+    eprintln!("{who}: will add the target {target} to Rust {channel} (seconds)");
     let mut rustup = process::command("rustup");
     rustup.args(["target", "add", "--toolchain", &channel, target]);
     process::run(rustup.current_dir(root).stdin(Stdio::null()))

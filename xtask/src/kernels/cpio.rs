@@ -5,29 +5,70 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
+const LINK: u32 = 0o120_777;
 const TRAILER: &str = "TRAILER!!!";
 
-/// Files by their absolute paths. All are executable and root's.
+/// What is at a path.
+#[derive(Clone, Debug)]
+enum Entry {
+    Directory,
+    File(Arc<[u8]>),
+    Link(String),
+}
+
+/// Files by their absolute paths. All are executable and root's. A clone shares what is in them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Archive {
-    files: BTreeMap<String, Vec<u8>>,
+    entries: BTreeMap<String, Entry>,
 }
 
 impl Archive {
-    pub(super) fn add(&mut self, path: impl Into<String>, content: Vec<u8>) {
-        self.files.insert(path.into(), content);
+    pub(super) fn add(&mut self, path: impl Into<String>, content: impl Into<Arc<[u8]>>) {
+        self.entries
+            .insert(path.into(), Entry::File(content.into()));
     }
 
-    /// Adds a file of this machine under the path it has here.
-    pub(super) fn add_same(&mut self, path: &Path) -> Result<()> {
-        let content = fs::read(path).with_context(|| format!("read {}", path.display()))?;
-        self.add(path.display().to_string(), content);
+    pub(super) fn link(&mut self, path: impl Into<String>, to: impl Into<String>) {
+        self.entries.insert(path.into(), Entry::Link(to.into()));
+    }
+
+    /// Adds all that is below a directory of this machine, as if that were the root.
+    pub(super) fn add_below(&mut self, root: &Path) -> Result<()> {
+        self.walk(root, "")
+    }
+
+    fn walk(&mut self, dir: &Path, above: &str) -> Result<()> {
+        let listed = || format!("list {}", dir.display());
+        for entry in fs::read_dir(dir).with_context(listed)? {
+            let entry = entry.with_context(listed)?;
+            let path = entry.path();
+            let name = format!("{above}/{}", entry.file_name().display());
+            let kind = entry.file_type().with_context(listed)?;
+            let reading = || format!("read {}", path.display());
+            if kind.is_symlink() {
+                let to = fs::read_link(&path).with_context(reading)?;
+                self.link(name, to.display().to_string());
+            } else if kind.is_dir() {
+                self.entries.insert(name.clone(), Entry::Directory);
+                self.walk(&path, &name)?;
+            } else {
+                self.add(name, fs::read(&path).with_context(reading)?);
+            }
+        }
         Ok(())
+    }
+
+    /// Adds all of another archive below a directory.
+    pub(super) fn merge_below(&mut self, dir: &str, other: Self) {
+        let moved = other.entries.into_iter();
+        self.entries
+            .extend(moved.map(|(path, what)| (format!("{dir}{path}"), what)));
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<()> {
@@ -42,26 +83,29 @@ impl Archive {
         for path in self.directories() {
             entry(out, &path, DIRECTORY, &[])?;
         }
-        for (path, content) in &self.files {
-            entry(out, path, PROGRAM, content)?;
+        for (path, what) in &self.entries {
+            match what {
+                Entry::Directory => {}
+                Entry::File(content) => entry(out, path, PROGRAM, content)?,
+                Entry::Link(to) => entry(out, path, LINK, to.as_bytes())?,
+            }
         }
         entry(out, TRAILER, 0, &[])
     }
 
-    /// Every directory above a file, parents first.
+    /// Every directory, and every one above a file; parents first. What is a link already is none.
     fn directories(&self) -> Vec<String> {
-        let mut found: Vec<String> = self
-            .files
-            .keys()
-            .flat_map(|path| {
-                let path = PathBuf::from(path);
-                let above = path.ancestors().skip(1);
-                above
-                    .map(|dir| dir.display().to_string())
-                    .collect::<Vec<_>>()
-            })
-            .filter(|path| path != "/")
-            .collect();
+        let own = self
+            .entries
+            .iter()
+            .filter(|(_, what)| matches!(what, Entry::Directory));
+        let mut found: Vec<String> = own.map(|(path, _)| path.clone()).collect();
+        for path in self.entries.keys() {
+            let path = PathBuf::from(path);
+            let above = path.ancestors().skip(1);
+            found.extend(above.map(|dir| dir.display().to_string()));
+        }
+        found.retain(|path| path != "/" && !matches!(self.entries.get(path), Some(Entry::Link(_))));
         found.sort();
         found.dedup();
         found
@@ -110,5 +154,22 @@ mod tests {
         assert!(text.contains("00000005"), "{text}");
         assert!(text.contains("a/b/c\0"), "{text}");
         assert!(text.ends_with('\0'));
+    }
+
+    #[test]
+    fn what_is_below_a_directory_is_taken_with_its_links() {
+        let dir = tempfile::tempdir().expect("a directory");
+        fs::create_dir_all(dir.path().join("usr/bin")).expect("mkdir");
+        fs::create_dir(dir.path().join("empty")).expect("mkdir");
+        fs::write(dir.path().join("usr/bin/x"), "1").expect("write");
+        std::os::unix::fs::symlink("usr/bin", dir.path().join("bin")).expect("link");
+        let mut archive = Archive::default();
+        archive.add_below(dir.path()).expect("it is readable");
+        assert_eq!(archive.directories(), ["/empty", "/usr", "/usr/bin"]);
+        assert!(matches!(archive.entries.get("/bin"), Some(Entry::Link(to)) if to == "usr/bin"));
+        assert!(matches!(
+            archive.entries.get("/usr/bin/x"),
+            Some(Entry::File(_))
+        ));
     }
 }

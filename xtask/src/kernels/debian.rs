@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-use super::{Arch, Kernel};
+use super::Kernel;
 use crate::archive::{Apt, unpack};
+use crate::dist::arch::Arch;
 use crate::process;
 
 /// Names the release of a complete kernel directory; written last.

@@ -80,6 +80,12 @@ const KERNELS: &[[&str; 4]] = &[
         "qemu-system-x86-core",
         "qemu-system-x86",
     ],
+    [
+        "qemu-system-aarch64",
+        "qemu-system-arm",
+        "qemu-system-aarch64-core",
+        "qemu-system-aarch64",
+    ],
     ["depmod", "kmod", "kmod", "kmod"],
     ["xz", "xz-utils", "xz", "xz"],
 ];

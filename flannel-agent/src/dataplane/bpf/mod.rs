@@ -7,12 +7,13 @@ mod link;
 mod pins;
 mod pods;
 mod probe;
+mod scan;
 mod stand_in;
 pub(crate) mod syscall;
 mod xdp;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     path::{Path, PathBuf},
 };
 
@@ -26,10 +27,7 @@ use flannel_common::{
     flow::{self, Flow, LastSighting, Sighting},
     map::TRUST,
 };
-use flannel_core::{
-    addr::IfIndex,
-    plan::{BpfState, Hook, Node, Settings},
-};
+use flannel_core::plan::{Hook, Node, Settings};
 
 use crate::telemetry::chain;
 
@@ -84,6 +82,9 @@ pub struct Bpf {
     /// Entries that a full scan or our own writes found in use: what a quick look needs to read.
     used_subnets: BTreeSet<u32>,
     used_nodes: BTreeSet<NodeId>,
+    /// Those entries as they were last read, and whether they had been the same before.
+    in_use: Option<scan::InUse>,
+    unchanged: bool,
     /// The program of native XDP that was loaded, once one was wanted.
     xdp: Option<&'static str>,
     /// Whether a subnet was pointed elsewhere since the last grace period.
@@ -222,6 +223,8 @@ impl Bpf {
             node_capacity,
             used_subnets: BTreeSet::new(),
             used_nodes: BTreeSet::new(),
+            in_use: None,
+            unchanged: false,
             xdp: None,
             moved: false,
             fresh,
@@ -259,65 +262,6 @@ impl Bpf {
             config.epoch
         } else {
             0
-        })
-    }
-
-    /// Reads the maps and what is attached. `full` reads every entry; otherwise only those known to be in use are read, which
-    /// finds what was lost but not what a stranger added.
-    ///
-    /// `hooks` are the places to look at, each with the program that our clsact filter runs there.
-    pub fn observe(
-        &mut self,
-        uplink: IfIndex,
-        hooks: &[(Hook, IfIndex, Option<u32>)],
-        full: bool,
-    ) -> Result<BpfState, BpfError> {
-        let config = self
-            .config
-            .get(&0, 0)
-            .map_err(|source| BpfError::read("config", 0, source))?;
-        if full {
-            self.used_subnets = (0..self.subnet_count).collect();
-            self.used_nodes = (1..self.node_capacity).collect();
-        }
-        let mut subnets = BTreeMap::new();
-        for index in &self.used_subnets {
-            let id = self
-                .subnets
-                .get(index, 0)
-                .map_err(|source| BpfError::read("subnets", *index, source))?;
-            if id != 0 {
-                subnets.insert(*index, id);
-            }
-        }
-        let mut nodes = BTreeMap::new();
-        for id in &self.used_nodes {
-            let record = self
-                .nodes
-                .get(id, 0)
-                .map_err(|source| BpfError::read("nodes", *id, source))?;
-            if record != NodeRecord::default() {
-                nodes.insert(*id, Node::decode(&record));
-            }
-        }
-        if full {
-            self.used_subnets = subnets.keys().copied().collect();
-            self.used_nodes = nodes.keys().copied().collect();
-        }
-        let mut attached = BTreeMap::new();
-        for (hook, ifindex, filter) in hooks {
-            if let Some(attachment) = self.attachment(*hook, *ifindex, *filter) {
-                attached.insert(*hook, attachment);
-            }
-        }
-        Ok(BpfState {
-            settings: Settings::decode(&config, uplink),
-            subnets,
-            nodes,
-            node_capacity: self.node_capacity,
-            attached,
-            xdp: self.xdp_attachment(uplink),
-            ..BpfState::default()
         })
     }
 

@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn dependencies_are_followed_but_for_those_of_scripts() {
-    let names = closure(|packages| {
+    let names = archive::closure(&WANTED, &NOT_FOLLOWED, |packages| {
         let on = packages.iter().flat_map(|package| match package.as_str() {
             "iptables" => &["libxtables12", "netbase", "libc6"][..],
             "libxtables12" => &["libc6"],

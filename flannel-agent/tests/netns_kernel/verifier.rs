@@ -1,0 +1,119 @@
+//! The verifier's own words about every program, also when it accepts it: they are kept, because the next kernel may not.
+
+use std::{
+    collections::HashSet,
+    io,
+    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+};
+
+use aya::maps::MapData;
+use aya_obj::{Map, Object, ProgramSection};
+use flannel_testkit::privileged;
+use nix::libc;
+
+use crate::{keep, raise_memlock};
+
+/// The object that the agent embeds.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FLANNEL_EBPF_OBJECT"));
+
+/// `BPF_PROG_LOAD`, and what is loaded, in `include/uapi/linux/bpf.h`.
+const PROG_LOAD: libc::c_long = 5;
+const SCHED_CLS: u32 = 3;
+const XDP: u32 = 6;
+/// Each instruction once (1), and the totals (4).
+const LOG_LEVEL: u32 = 1 | 4;
+/// The kernel takes no more than a quarter of `u32::MAX`; 16 MB hold a hundred thousand instructions.
+const LOG_SIZE: usize = 16 << 20;
+
+/// The beginning of `union bpf_attr` for [`PROG_LOAD`].
+#[repr(C)]
+struct Load {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+}
+
+#[test]
+fn the_verifier_takes_every_program_and_says_what_it_saw() {
+    if !privileged() {
+        return;
+    }
+    raise_memlock();
+    let mut object = Object::parse(OBJECT).expect("the object");
+    let maps: Vec<(String, Map, MapData)> = object
+        .maps
+        .drain()
+        .map(|(name, map)| {
+            // Such a map would have to be filled before the verifier looks at it.
+            assert!(map.data().is_empty(), "{name} has content");
+            let made = MapData::create(map.clone(), &name, None).expect("a map");
+            (name, map, made)
+        })
+        .collect();
+    let sections: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
+    let by_name = maps
+        .iter()
+        .map(|(name, map, made)| (name.as_str(), made.fd().as_fd().as_raw_fd(), map));
+    object.relocate_maps(by_name, &sections).expect("maps");
+    object.relocate_calls(&sections).expect("calls");
+
+    let mut names: Vec<&String> = object.programs.keys().collect();
+    names.sort();
+    assert!(names.len() > 5, "{names:?}");
+    for name in names {
+        let program = &object.programs[name];
+        let kind = match program.section {
+            ProgramSection::SchedClassifier => SCHED_CLS,
+            ProgramSection::Xdp { .. } => XDP,
+            _ => panic!("{name} is of a kind that this test does not know"),
+        };
+        let code = &object.functions[&program.function_key()].instructions;
+        let license = object.license.as_c_str();
+        let mut log = vec![0; LOG_SIZE];
+        let load = Load {
+            kind,
+            count: code.len() as u32,
+            instructions: code.as_ptr() as u64,
+            license: license.as_ptr() as u64,
+            log_level: LOG_LEVEL,
+            log_size: LOG_SIZE as u32,
+            log: log.as_mut_ptr() as u64,
+            kernel_version: 0,
+            flags: 0,
+            name: [0; 16],
+        };
+        let outcome = prog_load(&load);
+        let length = log.iter().position(|byte| *byte == 0).unwrap_or(0);
+        let said = String::from_utf8_lossy(&log[..length]).into_owned();
+        keep(&format!("verifier/{name}.log"), &said);
+        let end: Vec<&str> = said.lines().rev().take(5).collect();
+        outcome.unwrap_or_else(|error| panic!("load {name}: {error}: {end:?}"));
+        let seen = processed(&said).unwrap_or_else(|| panic!("no account of {name}: {end:?}"));
+        assert!(seen >= code.len() as u64 / 2, "{seen} of {}", code.len());
+        keep("facts", &format!("insns_{name} {seen}\n"));
+    }
+}
+
+/// `processed 1234 insns (limit 1000000) max_states_per_insn …`
+fn processed(log: &str) -> Option<u64> {
+    let line = log.lines().find_map(|line| line.strip_prefix("processed "))?;
+    line.split(' ').next()?.parse().ok()
+}
+
+fn prog_load(load: &Load) -> io::Result<OwnedFd> {
+    // SAFETY: all addresses are of live memory of the sizes beside them, and the kernel writes to the log alone.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, load, size_of::<Load>()) };
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and owned by nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
