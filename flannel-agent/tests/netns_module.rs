@@ -5,7 +5,13 @@
 mod confined;
 mod rig;
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, process::Command, time::Duration};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use flannel_testkit::{
     BpfCall, Capability, Confinement, eventually,
