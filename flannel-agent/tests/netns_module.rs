@@ -1,6 +1,7 @@
 //! What a node has less of than it could, and gets, or loses, while traffic runs: the vxlan module, the right to load eBPF, the bpf file
 //! system. It goes up and down between its ways to carry a packet, and no packet is lost.
 
+#[expect(dead_code, reason = "other suites read what agents say")]
 #[path = "rig/confined.rs"]
 mod confined;
 mod rig;

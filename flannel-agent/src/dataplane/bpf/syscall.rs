@@ -50,11 +50,11 @@ pub(crate) fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
 
 /// Makes the call.
 pub(crate) fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: `attributes` is of the kernel's layout for the command and as long as we say; what it points at outlives the call.
     #[expect(
         unsafe_code,
         reason = "no safe wrapper knows all of its commands and fields"
     )]
+    // SAFETY: `attributes` is of the kernel's layout for the command and as long as we say; what it points at outlives the call.
     let answer = unsafe {
         libc::syscall(
             libc::SYS_bpf,
