@@ -159,17 +159,15 @@ async fn live(
     let mut ascent = Ascent::default();
     loop {
         let sources = (leasing.views(), &mut settings);
-        match node
-            .session(
-                &setting,
-                up,
-                (&mut ready, &mut calls),
-                sources,
-                &mut ascent,
-                &cancel,
-            )
-            .await
-        {
+        let session = node.session(
+            &setting,
+            up,
+            (&mut ready, &mut calls),
+            sources,
+            &mut ascent,
+            &cancel,
+        );
+        match Box::pin(session).await {
             Ok(Ended::Cancelled) => break,
             Ok(Ended::Outdated) => {}
             Err(error) if first => return Err(error),

@@ -204,21 +204,6 @@ impl<'a> Loop<'a> {
         fall
     }
 
-    /// Whether what was just tried is to be given up.
-    async fn fall(&mut self) -> Option<Fall> {
-        let fall = self.falling.end_attempt();
-        let stuck = self.falling.has_just_failed() || fall.is_some();
-        let advice = if stuck {
-            fall::load_clsact(self.dataplane.attach_mode()).await
-        } else {
-            None
-        };
-        match (fall, advice) {
-            (Some(Fall::Bpf(why)), Some(advice)) => Some(Fall::Bpf(format!("{why}; {advice}"))),
-            (fall, _) => fall,
-        }
-    }
-
     /// How far apart readings of everything are.
     fn resync(&self) -> Duration {
         let peers = self.desired.peers.as_ref().map_or(0, BTreeMap::len);

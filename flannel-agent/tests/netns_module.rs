@@ -1,11 +1,18 @@
 //! What a node has less of than it could, and gets, or loses, while traffic runs: the vxlan module, the right to load eBPF, the bpf file
 //! system. It goes up and down between its ways to carry a packet, and no packet is lost.
 
+#[expect(dead_code, reason = "other suites read what agents say")]
 #[path = "rig/confined.rs"]
 mod confined;
 mod rig;
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, process::Command, time::Duration};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use flannel_testkit::{
     BpfCall, Capability, Confinement, eventually,
@@ -275,4 +282,96 @@ fn a_bpf_file_system_that_goes_and_comes_costs_ebpf_and_no_packet() {
     mode(&rig, "bpf", "");
     traffic.assert_untouched();
     assert!(rig.agent(0).is_running());
+}
+
+/// Whether this machine is the test's own, a guest that is thrown away: its modules may be unloaded and its settings changed.
+fn own_kernel() -> bool {
+    std::env::var("FLANNEL_TEST_OWN_KERNEL").is_ok_and(|value| value == "1")
+}
+
+/// The real module, in a guest. Elsewhere, where modules and settings are everybody's, the agent is restarted instead on a kernel that
+/// has learnt the device type.
+#[test]
+fn the_module_itself_is_loaded_later_without_a_gap() {
+    if !privileged() {
+        return;
+    }
+    if !own_kernel() {
+        let mut rig = two_nodes(&[SLOW], &NO_VXLAN);
+        let traffic = Traffic::start(&rig);
+        restart(&mut rig, &[SLOW], &FREE);
+        wait_device(&rig, "vxlan", "bpf", PATIENCE);
+        traffic.assert_untouched();
+        return;
+    }
+    // Nothing loads it by itself: neither the kernel, nor an agent that sees no modules.
+    fs::write("/proc/sys/kernel/modprobe", "/nonexistent").expect("no program to load modules");
+    let unloaded = Command::new("modprobe")
+        .args(["-r", "vxlan"])
+        .status()
+        .expect("run modprobe");
+    assert!(unloaded.success() || !Path::new("/sys/module/vxlan").exists());
+    let mut rig = Rig::new(2);
+    let script = rig.node(0).run_dir.join("flannel-agent.sh");
+    let agent = agent_binary().display();
+    let text = format!(
+        "#!/bin/sh\nexec unshare -m sh -c 'mount -t tmpfs none /lib/modules && exec {agent} \"$@\"' sh \"$@\"\n"
+    );
+    fs::write(&script, text).expect("write a script");
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("make it a program");
+    rig.start_binary(0, &script, &[SLOW], &[]);
+    rig.start_agent(1, &[SLOW, "--bpf-device=veth"]);
+    for node in 0..2 {
+        rig.wait_ready(node);
+        rig.add_pod(node);
+    }
+    rig.wait_converged();
+    wait_device(&rig, "veth", "bpf", PATIENCE);
+    let traffic = Traffic::start(&rig);
+    let loaded = Command::new("modprobe").arg("vxlan").status();
+    assert!(loaded.expect("run modprobe").success());
+    wait_device(&rig, "vxlan", "bpf", NOTICED);
+    traffic.assert_untouched();
+}
+
+/// What an agent leaves that ends while the pair stands in. Made by hand: an end at that very moment would be a matter of luck.
+#[test]
+fn a_pair_that_is_left_over_is_taken_up_and_cleanup_knows_it() {
+    if !privileged() {
+        return;
+    }
+    let mut rig = two_nodes(&[SLOW], &FREE);
+    let leave = |rig: &Rig| {
+        for command in [
+            "link add flannelt.1 type veth peer name flannelu.1",
+            "link set flannelu.1 up",
+            "link set flannelt.1 up",
+            "addr add 10.244.1.0/32 dev flannelt.1",
+        ] {
+            rig.ns(0).ip(command).expect("make the pair");
+        }
+    };
+    rig.kill_agent(0);
+    leave(&rig);
+    // As if the routes had been turned to the pair, which has no program: the next start has to turn them back.
+    rig.ns(0)
+        .ip("route replace 10.244.2.0/24 via 10.244.2.0 dev flannelt.1 onlink")
+        .expect("turn the route");
+    rig.start_agent(0, &[SLOW]);
+    rig.wait_ready(0);
+    wait_device(&rig, "vxlan", "bpf", PATIENCE);
+    rig.ping(0, 1).expect("a ping");
+
+    assert_eq!(rig.stop_agent(0), 0);
+    leave(&rig);
+    rig.ns(0)
+        .ip("link add flannelt.2 type veth peer name flannelu.2")
+        .expect("a pair of another network");
+    let done = rig.cli(0, &["cleanup"]);
+    assert!(
+        done.stdout.contains("removed device flannelt.1"),
+        "{done:?}"
+    );
+    assert!(link(rig.ns(0), "flannelt.1").is_err() && link(rig.ns(0), "flannelu.1").is_err());
+    assert!(link(rig.ns(0), "flannelt.2").is_ok());
 }

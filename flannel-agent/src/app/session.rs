@@ -308,7 +308,7 @@ impl Node<'_> {
             tokio::select! {
                 Ok(()) = settings.changed() => {}
                 () = another_subnet(&mut views, own) => {}
-                () = ascent.better(self, setting, lack) => {}
+                () = Box::pin(ascent.better(self, setting, lack)) => {}
                 // Also when the loop has ended by itself.
                 () = session.cancelled() => {}
             }
@@ -316,7 +316,7 @@ impl Node<'_> {
             session.cancel();
         };
         let running = async {
-            let fall = running.await;
+            let fall = Box::pin(running).await;
             session.cancel();
             fall
         };

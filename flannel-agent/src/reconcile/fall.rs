@@ -5,6 +5,7 @@ use flannel_core::{
     plan::{DeviceKind, Op},
 };
 
+use super::Loop;
 use crate::{
     dataplane::{DataplaneError, bpf::AttachMode},
     kernel_modules,
@@ -86,8 +87,25 @@ impl Falling {
     }
 }
 
+impl Loop<'_> {
+    /// Whether what was just tried is to be given up.
+    pub(super) async fn fall(&mut self) -> Option<Fall> {
+        let fall = self.falling.end_attempt();
+        let stuck = self.falling.has_just_failed() || fall.is_some();
+        let advice = if stuck {
+            load_clsact(self.dataplane.attach_mode()).await
+        } else {
+            None
+        };
+        match (fall, advice) {
+            (Some(Fall::Bpf(why)), Some(advice)) => Some(Fall::Bpf(format!("{why}; {advice}"))),
+            (fall, _) => fall,
+        }
+    }
+}
+
 /// Has the kernel load what programs are attached by, where it did not by itself. Then says what else may help.
-pub(super) async fn load_clsact(mode: Option<AttachMode>) -> Option<String> {
+async fn load_clsact(mode: Option<AttachMode>) -> Option<String> {
     if mode != Some(AttachMode::Clsact) {
         return None;
     }
