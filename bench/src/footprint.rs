@@ -138,6 +138,7 @@ pub fn run(pace: Pace, samples: &mut Samples, meter: &mut Meter) -> anyhow::Resu
                 subject.stop()?;
                 add("restart", subject.start()?);
             }
+            subject.check()?;
             subject.add_pod()?;
             subjects.push((subject, mode, peers));
         }

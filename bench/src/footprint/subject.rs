@@ -35,6 +35,7 @@ const BATCH: usize = 100;
 pub(super) struct Subject {
     agent: Option<AgentProcess>,
     flags: Vec<String>,
+    peers: usize,
     binary: PathBuf,
     /// The store and the pod: nothing is asked of them, but that they are there.
     kept: Vec<Box<dyn Any>>,
@@ -51,6 +52,7 @@ impl Subject {
         let mut subject = Self {
             agent: None,
             flags: Vec::new(),
+            peers: peers as usize,
             binary: cluster::agent_binary()?,
             kept: Vec::new(),
             lab,
@@ -90,8 +92,8 @@ impl Subject {
             // No conditions, these changes, nothing otherwise.
             let mut request = String::from("\n");
             for (name, lease) in batch {
-                // Writing to a string does not fail.
-                let _ok = writeln!(request, "put {PREFIX}/subnets/{name} '{lease}'");
+                // Quoted as etcdctl reads it. Writing to a string does not fail.
+                let _ok = writeln!(request, "put {PREFIX}/subnets/{name} {lease:?}");
             }
             request.push_str("\n\n");
             let mut etcdctl = self.lab.underlay().command("etcdctl");
@@ -165,6 +167,16 @@ impl Subject {
         let took = begun.elapsed();
         self.agent = Some(agent);
         Ok(took)
+    }
+
+    /// Makes sure that the agent knows all peers: one without any needs little.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        let routes = self.lab.node(0).ns.ip("route show dev flannel.1")?;
+        let known = routes.lines().count();
+        if known != self.peers {
+            bail!("the agent has routes for {known} of {} peers", self.peers);
+        }
+        Ok(())
     }
 
     /// Ends the agent; what it has made stays.
