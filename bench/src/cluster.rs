@@ -437,7 +437,7 @@ fn last_line(log: &str) -> String {
 }
 
 /// The agent to run: the one that was built for this program.
-fn agent_binary() -> anyhow::Result<PathBuf> {
+pub(crate) fn agent_binary() -> anyhow::Result<PathBuf> {
     beside("FLANNEL_AGENT", "flannel-agent")
 }
 

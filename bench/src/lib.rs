@@ -1,6 +1,7 @@
 //! What the demo and the benchmark share, an overlay of agents in a lab and a stop button, and the parts of the benchmark.
 
 pub mod cluster;
+pub mod footprint;
 pub mod guard;
 pub mod meter;
 pub mod mode;

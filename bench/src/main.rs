@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use bench_lab::{
-    INTERRUPTED, guard,
+    INTERRUPTED, footprint, guard,
     meter::Meter,
     mode::{self, Mode},
     nodes, pin, plot, programs, progress, report,
@@ -48,7 +48,8 @@ struct Args {
     #[arg(long, value_delimiter = ',', value_name = "MODE,...")]
     modes: Vec<String>,
 
-    /// Only these workloads, separated by commas; `nodes` and `programs` are two of them.
+    /// Only these workloads, separated by commas; `nodes`, `programs` and `footprint` are three of them.
+    /// `footprint` (memory, start and idleness of the agent itself) runs only if it is named.
     #[arg(long, value_delimiter = ',', value_name = "WORKLOAD,...")]
     workloads: Vec<String>,
 
@@ -119,6 +120,7 @@ struct Scope {
     workloads: Vec<Workload>,
     nodes: bool,
     programs: bool,
+    footprint: Option<footprint::Pace>,
     pace: Pace,
 }
 
@@ -129,7 +131,7 @@ impl Scope {
         let measured: Vec<String> = args
             .workloads
             .iter()
-            .filter(|name| ![NODES, PROGRAMS].contains(&name.as_str()))
+            .filter(|name| ![NODES, PROGRAMS, footprint::WORKLOAD].contains(&name.as_str()))
             .cloned()
             .collect();
         let workloads = if !all && measured.is_empty() {
@@ -142,6 +144,7 @@ impl Scope {
         Ok(Self {
             nodes: named(NODES) || (all && established && !args.quick),
             programs: named(PROGRAMS) || (all && !args.quick),
+            footprint: named(footprint::WORKLOAD).then(|| footprint_pace(args)),
             modes,
             workloads,
             pace: pace(args),
@@ -164,7 +167,10 @@ impl Scope {
         } else {
             0
         };
-        samples_of(&self.modes, &self.workloads) * self.pace.rounds + programs + nodes
+        samples_of(&self.modes, &self.workloads) * self.pace.rounds
+            + programs
+            + nodes
+            + self.footprint.map_or(0, footprint::steps)
     }
 
     fn programs_pace(&self) -> Pace {
@@ -180,6 +186,14 @@ fn pace(args: &Args) -> Pace {
     Pace {
         rounds: usize::from(args.rounds.unwrap_or(rounds)),
         length: Duration::from_millis(args.millis.unwrap_or(millis)),
+    }
+}
+
+fn footprint_pace(args: &Args) -> footprint::Pace {
+    let (rounds, seconds) = if args.quick { (1, 20) } else { (3, 60) };
+    footprint::Pace {
+        rounds: args.rounds.map_or(rounds, usize::from),
+        idle: Duration::from_secs(seconds),
     }
 }
 
@@ -228,6 +242,10 @@ fn measure(args: &Args) -> anyhow::Result<bool> {
     } else {
         Vec::new()
     };
+    if let Some(pace) = scope.footprint {
+        names.extend(footprint::rows());
+        footprint::run(pace, &mut samples, &mut meter)?;
+    }
     meter.finish();
     let mut modes: Vec<String> = scope
         .modes
@@ -237,12 +255,16 @@ fn measure(args: &Args) -> anyhow::Result<bool> {
     if scope.nodes && !modes.iter().any(|mode| mode == nodes::MODE) {
         modes.push(nodes::MODE.into());
     }
+    if scope.footprint.is_some() {
+        modes.extend(footprint::modes());
+    }
     let mut results = samples.results(
         describe(args, scope.pace, started.elapsed()),
         &names,
         &modes,
     );
     results.ratios.extend(scaling);
+    results.limits = footprint::limits(&results);
     finish(args, &results)?;
     for failure in &failures {
         progress(&format!("FAILED: {failure}"));

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::{
-    nodes,
+    footprint, nodes,
     result::{BASES, Results, less_is_better},
 };
 
@@ -124,8 +124,14 @@ pub fn markdown(results: &Results) -> String {
     push(&mut text, "\n### Goals\n");
     push(&mut text, &goals(results));
     push(&mut text, "\n### Medians\n");
-    for workload in results.workloads() {
+    let others = results.workloads().into_iter();
+    for workload in others.filter(|workload| !footprint::is_row(workload)) {
         push(&mut text, &workload_table(results, workload));
+    }
+    let footprint = footprint::table(results);
+    if !footprint.is_empty() {
+        push(&mut text, "\n### Footprint\n");
+        push(&mut text, &footprint);
     }
     text
 }
@@ -229,8 +235,9 @@ fn against(results: &Results, workload: &str, of: &str, to: &str) -> String {
 
 /// The run for a terminal.
 pub fn terminal(results: &Results) -> String {
-    let mut text = String::new();
-    for workload in results.workloads() {
+    let mut text = footprint::table(results);
+    let others = results.workloads().into_iter();
+    for workload in others.filter(|workload| !footprint::is_row(workload)) {
         let row = results.rows.iter().find(|row| row.workload == workload);
         let unit = row.map_or("", |row| row.unit.as_str());
         push(

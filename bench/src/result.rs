@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::stats;
+use crate::{footprint::Limit, stats};
 
 /// What every mode is compared with: flannel as it is today, and no overlay at all.
 pub const BASES: [&str; 2] = ["kernel-vxlan-ct", "bpf-no-overlay"];
@@ -43,6 +43,7 @@ impl Samples {
             run,
             rows: Vec::new(),
             ratios: Vec::new(),
+            limits: Vec::new(),
         };
         for workload in workloads {
             for mode in modes {
@@ -110,6 +111,9 @@ pub struct Results {
     pub rows: Vec<Row>,
     /// How modes compare.
     pub ratios: Vec<Ratio>,
+    /// What is promised of the agent itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub limits: Vec<Limit>,
 }
 
 /// Where and how a run was made.
@@ -195,7 +199,10 @@ impl Results {
 
 /// Whether less is better, by unit: times and costs, not rates.
 pub fn less_is_better(unit: &str) -> bool {
-    matches!(unit, "us" | "ns" | "s")
+    matches!(
+        unit,
+        "us" | "ns" | "ms" | "s" | "MB" | "%" | "wakeups/s" | "threads"
+    )
 }
 
 fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {

@@ -2,6 +2,7 @@
 //!
 //! Nothing on the node is changed before all that can be checked has been checked, and nothing is taken away at the end.
 
+mod ascent;
 mod cluster;
 mod error;
 mod follow;
@@ -15,6 +16,7 @@ use flannel_core::{
     config::{ConfigError, NetConf},
     iface::{self, Note, Selection, Uplink},
     lease::SubnetKey,
+    mark,
     plan::{Desired, ObservedKind},
     subnet_env,
 };
@@ -37,6 +39,7 @@ use crate::{
     telemetry::{chain, one_line},
 };
 
+use ascent::Ascent;
 pub use error::StartError;
 use leasing::Leasing;
 use session::{Ended, Node, Setting};
@@ -126,7 +129,7 @@ async fn live(
         mac,
         board,
     };
-    let mut up = node.bring_up(&setting).await?;
+    let mut up = node.bring_up(&setting, None).await?;
     let previous = previous_subnet(&args.subnet_file);
     let offer = setting.offer(mac, previous);
     let (conf_store, attending) = (store.twin(), store.twin());
@@ -153,10 +156,18 @@ async fn live(
     let calls = cni_socket::serve(&args.cni_socket(), node.board.clone(), cancel.clone());
     let mut calls = Calls::new(calls);
     let mut first = true;
+    let mut ascent = Ascent::default();
     loop {
         let sources = (leasing.views(), &mut settings);
         match node
-            .session(&setting, up, (&mut ready, &mut calls), sources, &cancel)
+            .session(
+                &setting,
+                up,
+                (&mut ready, &mut calls),
+                sources,
+                &mut ascent,
+                &cancel,
+            )
             .await
         {
             Ok(Ended::Cancelled) => break,
@@ -165,7 +176,16 @@ async fn live(
             Err(error) => tracing::error!(error = chain(&error), "set the node up anew"),
         }
         first = false;
-        match set_up_again(&node, &mut setting, &mut settings, &leasing, &cancel).await {
+        let without = ascent.fallen.as_deref();
+        match set_up_again(
+            &node,
+            (&mut setting, without),
+            &mut settings,
+            &leasing,
+            &cancel,
+        )
+        .await
+        {
             Some(again) => up = again,
             None => break,
         }
@@ -198,7 +218,7 @@ pub(crate) fn set_own(desired: &mut Desired, key: &SubnetKey) {
 /// Sets the node up for the newest setting. What was in place goes on carrying traffic until that has worked. `None` when cancelled.
 async fn set_up_again(
     node: &Node<'_>,
-    setting: &mut Setting,
+    (setting, without): (&mut Setting, Option<&str>),
     settings: &mut watch::Receiver<Setting>,
     leasing: &Leasing,
     cancel: &CancellationToken,
@@ -210,7 +230,10 @@ async fn set_up_again(
             announce_uplink(node.args, &newest.uplink);
         }
         *setting = newest;
-        match cancel.run_until_cancelled(node.bring_up(setting)).await? {
+        match cancel
+            .run_until_cancelled(node.bring_up(setting, without))
+            .await?
+        {
             Ok(up) => {
                 leasing.offer(setting.offer(node.mac, None));
                 return Some(up);
@@ -315,13 +338,16 @@ async fn choose_mac(
     name: &str,
     identity: &flannel_core::acquire::Identity,
 ) -> Result<VtepMac, StartError> {
-    if let Some(device) = net.device(name).await?
-        && matches!(
-            device.kind,
-            ObservedKind::Vxlan { .. } | ObservedKind::Veth { .. }
-        )
-    {
-        return Ok(device.mac);
+    let stand_in = mark::stand_in(name).map(|(name, _)| name);
+    for name in std::iter::once(name).chain(stand_in.as_deref()) {
+        if let Some(device) = net.device(name).await?
+            && matches!(
+                device.kind,
+                ObservedKind::Vxlan { .. } | ObservedKind::Veth { .. }
+            )
+        {
+            return Ok(device.mac);
+        }
     }
     let mut reported = false;
     let stored = loop {

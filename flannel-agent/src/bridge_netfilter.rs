@@ -2,26 +2,21 @@
 //!
 //! The overlay does not need it, so that its absence is never fatal (upstream ends: pkg/utils, main.go).
 
-use std::{
-    path::{Path, PathBuf},
-    process::Stdio,
-    time::Duration,
-};
+use std::path::{Path, PathBuf};
 
 use flannel_core::config::NetConf;
-use tokio::{process::Command, time::timeout};
+
+use crate::kernel_modules;
 
 /// Where the module shows itself.
 const DIR: &str = "/proc/sys/net/bridge";
-/// How long `modprobe` may take.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Loads the module where it is missing and iptables is in use. What cannot be done is told in one warning.
 pub(crate) async fn ensure(conf: &NetConf) {
     if missing(conf, Path::new(DIR)).is_none() {
         return;
     }
-    let failed = load().await.err();
+    let failed = kernel_modules::load("br_netfilter").await.err();
     match missing(conf, Path::new(DIR)) {
         None => tracing::info!("loaded the kernel module br_netfilter"),
         Some(path) => tracing::warn!(
@@ -44,24 +39,6 @@ fn missing(conf: &NetConf, dir: &Path) -> Option<PathBuf> {
     ];
     let paths = wanted.into_iter().flatten().map(|name| dir.join(name));
     paths.into_iter().find(|path| !path.exists())
-}
-
-async fn load() -> Result<(), String> {
-    let child = Command::new("modprobe")
-        .arg("br_netfilter")
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let output = timeout(PATIENCE, child)
-        .await
-        .map_err(|_elapsed| format!("modprobe took more than {PATIENCE:?}"))?
-        .map_err(|error| format!("run modprobe: {error}"))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let line = said.lines().next().unwrap_or("without a word");
-    Err(format!("modprobe ended with {}: {line}", output.status))
 }
 
 #[cfg(test)]

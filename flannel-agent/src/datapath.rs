@@ -2,7 +2,10 @@
 
 use flannel_core::{
     addr::IfIndex,
+    check::Wants,
     config::NetConf,
+    distribution::{self, Refusal},
+    features::{Attach, Course, Feature, Findings, Rung as Step, Wishes, climb},
     iface::Uplink,
     plan::{Gate, Hook, Settings},
 };
@@ -14,6 +17,7 @@ use crate::{
         bpf::{self, AttachMode, Bpf, BpfError, Instance, LoadOptions},
         netlink::Netlink,
     },
+    features, kernel_modules,
     preflight::Capabilities,
     state::{Mode, State},
     telemetry::chain,
@@ -21,6 +25,8 @@ use crate::{
 
 /// The largest number of subnets that gets a dense array: a /8 of /24.
 const MAX_SUBNETS: u32 = 1 << 20;
+/// Fewer flows are not worth the programs.
+const FEWEST_FLOWS: u32 = 1 << 10;
 
 /// The eBPF half, or why there is none.
 #[derive(Debug)]
@@ -34,14 +40,17 @@ pub(crate) enum Rung {
 /// Loads the eBPF half where the flags, the privileges and the kernel allow it. With `--datapath=auto` every obstacle ends in the
 /// kernel's device; with `bpf` it is an error.
 pub(crate) fn choose(args: &Args, conf: &NetConf, ethernet: bool) -> Result<Rung, StartError> {
-    if args.datapath == DatapathChoice::Kernel {
-        return Ok(Rung::Kernel("--datapath=kernel".into()));
+    const KERNEL: &str = "--datapath=kernel";
+    let kernel = args.datapath == DatapathChoice::Kernel;
+    let findings = features::at_start(&args.subnet_file, kernel.then_some(KERNEL));
+    if kernel {
+        return Ok(Rung::Kernel(KERNEL.into()));
     }
-    let obstacle = match obstacle(conf, ethernet) {
+    let obstacle = match obstacle(conf, ethernet).or_else(|| impossible(args, conf, &findings)) {
         Some(reason) => reason,
-        None => match load(args, conf) {
+        None => match load(args, conf, &findings) {
             Ok(bpf) => return Ok(Rung::Bpf(Box::new(bpf))),
-            Err(error) => format!("eBPF cannot be used: {}", chain(&error)),
+            Err(error) => format!("eBPF cannot be used: {}", explain(&error)),
         },
     };
     if args.datapath == DatapathChoice::Bpf {
@@ -118,10 +127,90 @@ fn obstacle(conf: &NetConf, ethernet: bool) -> Option<String> {
     })
 }
 
-fn load(args: &Args, conf: &NetConf) -> Result<Bpf, BpfError> {
-    raise_memlock();
+/// What the flags ask for.
+pub(crate) fn wishes(args: &Args, conf: Option<&NetConf>) -> Wishes {
+    Wishes {
+        datapath: match args.datapath {
+            DatapathChoice::Auto => Wants::Auto,
+            DatapathChoice::Bpf => Wants::Bpf,
+            DatapathChoice::Kernel => Wants::Kernel,
+        },
+        attach: match args.bpf_attach {
+            AttachChoice::Auto => Attach::Auto,
+            AttachChoice::Tcx => Attach::Tcx,
+            AttachChoice::Clsact => Attach::Clsact,
+        },
+        fast_path: args.fast_path(conf.and_then(|conf| conf.backend.fast_path)),
+        xdp: args.bpf_xdp.into(),
+    }
+}
+
+/// What the kernel lacks for eBPF to carry anything.
+fn impossible(args: &Args, conf: &NetConf, findings: &Findings) -> Option<String> {
+    let mut ladder = climb(findings, &wishes(args, Some(conf)), &Course::default());
+    let reason = ladder.why_not.remove(&Step::Stack)?;
+    Some(format!("eBPF cannot be used: {reason}"))
+}
+
+/// What went wrong, and what to do about it where that is known.
+fn explain(error: &BpfError) -> String {
+    let refusal = match error.errno() {
+        Some(libc::ENOSYS) => Refusal::Unknown,
+        Some(libc::EPERM | libc::EACCES) => Refusal::Forbidden,
+        Some(libc::ENOMEM | libc::E2BIG) => Refusal::NoRoom,
+        _ => Refusal::Other,
+    };
+    let (kernel, confines) = (kernel_modules::release(), kernel_modules::confines());
+    match distribution::bpf_advice(refusal, &kernel, &confines) {
+        Some(advice) => format!("{}: {advice}", chain(error)),
+        None => chain(error),
+    }
+}
+
+/// Loads with as many flows as were asked for, or with fewer where the kernel has no room for them: a small table of flows is a
+/// smaller loss than all of eBPF.
+fn load(args: &Args, conf: &NetConf, findings: &Findings) -> Result<Bpf, BpfError> {
+    let mut flow_entries = args.bpf_flow_entries;
+    loop {
+        match load_with(args, conf, findings, flow_entries) {
+            // Before Linux 5.11 a limit of locked memory is told as EPERM.
+            Err(error)
+                if matches!(
+                    error.errno(),
+                    Some(libc::ENOMEM | libc::E2BIG | libc::EPERM)
+                ) && flow_entries > FEWEST_FLOWS =>
+            {
+                flow_entries = (flow_entries / 8).max(FEWEST_FLOWS);
+                tracing::debug!(
+                    error = chain(&error),
+                    flow_entries,
+                    "load eBPF with room for fewer flows"
+                );
+            }
+            Ok(bpf) if flow_entries != args.bpf_flow_entries => {
+                tracing::warn!(
+                    flow_entries,
+                    "the kernel has no room for {} flows: fewer are remembered",
+                    args.bpf_flow_entries
+                );
+                return Ok(bpf);
+            }
+            loaded => return loaded,
+        }
+    }
+}
+
+fn load_with(
+    args: &Args,
+    conf: &NetConf,
+    findings: &Findings,
+    flow_entries: u32,
+) -> Result<Bpf, BpfError> {
+    features::raise_memlock();
     bpf::ensure_bpffs()?;
     let attach = match args.bpf_attach {
+        AttachChoice::Auto if findings.has(Feature::Tcx) => AttachMode::Tcx,
+        AttachChoice::Auto if findings.lacks(Feature::Tcx).is_some() => AttachMode::Clsact,
         AttachChoice::Auto => AttachMode::detect(),
         AttachChoice::Tcx => AttachMode::Tcx,
         AttachChoice::Clsact => AttachMode::Clsact,
@@ -134,12 +223,13 @@ fn load(args: &Args, conf: &NetConf) -> Result<Bpf, BpfError> {
         ))
         .unwrap_or(1)
     });
-    Bpf::load(&LoadOptions {
+    let options = LoadOptions {
         instance: Instance::of(conf.backend.vxlan.vni)?,
         subnet_count,
         attach,
-        flow_entries: args.bpf_flow_entries,
-    })
+        flow_entries,
+    };
+    Bpf::load_with_logs(&options, args.subnet_file.parent())
 }
 
 /// Says that there is no eBPF, and why: a warning, unless it was asked for.
@@ -216,16 +306,6 @@ async fn retire_filter(net: &Netlink, hook: Hook, index: IfIndex) {
             "detach the tc filter of an earlier run"
         ),
     }
-}
-
-/// Kernels before 5.11 count maps against this limit; without CAP_SYS_RESOURCE it stays, and loading says so.
-fn raise_memlock() {
-    use nix::sys::resource::{Resource, setrlimit};
-    let _refused = setrlimit(
-        Resource::RLIMIT_MEMLOCK,
-        libc::RLIM_INFINITY,
-        libc::RLIM_INFINITY,
-    );
 }
 
 /// The range from which the vxlan device takes source ports (`udp_flow_src_port`).

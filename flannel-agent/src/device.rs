@@ -4,6 +4,7 @@ use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use flannel_core::{
     config::NetConf,
+    distribution::Feature,
     iface::Uplink,
     mark,
     plan::{Desired, DeviceKind, ObservedKind, Tunnel},
@@ -14,6 +15,7 @@ use crate::{
     cli::{Args, DeviceChoice},
     datapath::{self, Rung},
     dataplane::{Dataplane, netlink::Netlink},
+    kernel_modules,
     state::{Datapath, Mode},
     telemetry::chain,
 };
@@ -72,7 +74,13 @@ impl Site<'_> {
             } else {
                 Mode::Kernel
             },
-            reason: reason.unwrap_or_else(|| "eBPF is permitted and works".into()),
+            reason: match (reason, &refused) {
+                (Some(reason), _) => reason,
+                (None, Some((vxlan, _))) => {
+                    format!("eBPF is permitted and works, and carries the overlay alone: {vxlan}")
+                }
+                (None, None) => "eBPF is permitted and works".into(),
+            },
             device: if alone { "veth" } else { "vxlan" }.into(),
             attach: bpf
                 .as_ref()
@@ -133,55 +141,73 @@ impl Site<'_> {
             // If it is none of ours the planner says what is wrong with it.
             return Ok(None);
         }
-        match self.net.create_device(tunnel).await {
-            Ok(()) => {
+        match self.create(tunnel).await? {
+            None => {
                 tracing::info!("create device {}", tunnel.name);
                 Ok(None)
             }
-            Err(error)
-                if error.errno() == Some(libc::EOPNOTSUPP)
-                    && self.args.bpf_device == DeviceChoice::Auto =>
-            {
-                Ok(Some(format!(
-                    "the kernel refuses vxlan devices ({})",
-                    chain(&error)
-                )))
-            }
-            Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => Err(StartError::NoPath {
-                vxlan: chain(&error),
+            Some(reason) if self.args.bpf_device == DeviceChoice::Auto => Ok(Some(reason)),
+            Some(reason) => Err(StartError::NoPath {
+                vxlan: reason,
                 bpf: "--bpf-device=vxlan forbids doing without".into(),
             }),
-            Err(error) if error.errno() == Some(libc::EEXIST) => Err(StartError::Unsupported {
-                origin: "this node".into(),
-                reason: format!(
-                    "{}: another vxlan device has the same VNI and port: remove it or choose another VNI",
-                    chain(&error)
-                ),
-            }),
-            Err(error) => Err(error.into()),
         }
     }
 
+    /// Creates a vxlan device: `None` when it is there, else why the kernel makes none and what to do about that.
+    async fn create(&self, tunnel: &Tunnel) -> Result<Option<String>, StartError> {
+        let Err(error) = self.net.create_device(tunnel).await else {
+            return Ok(None);
+        };
+        match error.errno() {
+            // The kernel has asked for the module by its alias already.
+            Some(libc::EOPNOTSUPP) => {}
+            Some(libc::EEXIST) => {
+                return Err(StartError::Unsupported {
+                    origin: "this node".into(),
+                    reason: format!(
+                        "{}: another vxlan device has the same VNI and port: remove it or choose another VNI",
+                        chain(&error)
+                    ),
+                });
+            }
+            _ => return Err(error.into()),
+        }
+        let host = kernel_modules::host(Feature::Vxlan);
+        let tried = match kernel_modules::load_feature(Feature::Vxlan, &host).await {
+            Ok(()) => match self.net.create_device(tunnel).await {
+                Ok(()) => {
+                    tracing::info!("loaded the kernel module vxlan");
+                    return Ok(None);
+                }
+                Err(_) => "modprobe has loaded something else".to_owned(),
+            },
+            Err(failure) => failure,
+        };
+        Ok(Some(format!(
+            "the kernel refuses vxlan devices ({}; modprobe vxlan: {tried}): {}",
+            chain(&error),
+            host.advice(Feature::Vxlan)
+        )))
+    }
+
     /// Our veth pair has the name; a vxlan device under a passing name tells whether the kernel has learnt better since.
-    async fn try_elsewhere(&self, tunnel: &Tunnel) -> Result<Option<String>, StartError> {
+    pub(crate) async fn try_elsewhere(
+        &self,
+        tunnel: &Tunnel,
+    ) -> Result<Option<String>, StartError> {
         let passing = Tunnel {
             // Never longer than the device's own name.
             name: format!("flan-{}", self.conf.backend.vxlan.vni),
             mac: None,
             ..tunnel.clone()
         };
-        match self.net.create_device(&passing).await {
-            Ok(()) => {
-                if let Some(index) = self.net.index(&passing.name).await? {
-                    self.net.delete_device(index).await?;
-                }
-                Ok(None)
-            }
-            Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => Ok(Some(format!(
-                "the kernel refuses vxlan devices ({})",
-                chain(&error)
-            ))),
-            Err(error) => Err(error.into()),
+        let refused = self.create(&passing).await?;
+        if refused.is_none()
+            && let Some(index) = self.net.index(&passing.name).await?
+        {
+            self.net.delete_device(index).await?;
         }
+        Ok(refused)
     }
 }

@@ -5,11 +5,16 @@
 
 mod agenda;
 mod calls;
+mod fall;
 mod gate;
+mod quiet;
 mod readiness;
 mod xdp;
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use flannel_core::{
     addr::IfIndex,
@@ -36,16 +41,21 @@ use crate::{
 
 use agenda::Agenda;
 pub(crate) use calls::Calls;
+pub(crate) use fall::Fall;
+use fall::Falling;
 pub(crate) use gate::Gatekeeper;
+use quiet::Quiet;
 pub(crate) use readiness::Readiness;
 pub(crate) use xdp::XdpKeeper;
 
 /// How often the eBPF half is looked at: nothing notifies of a detached program or a flushed map.
 const TICK: Duration = Duration::from_secs(1);
-/// How often everything is read, whatever the notifications said.
+/// How often everything is read, whatever the notifications said: at least so long apart.
 const RESYNC: Duration = Duration::from_secs(10);
+/// The same for each peer: what is read at a time costs so much more, and so often the node must not be busy with it.
+const RESYNC_OF_PEER: Duration = Duration::from_millis(20);
 /// A plan that is not empty after so many passes is tried again at the next tick.
-const MAX_PASSES: usize = 8;
+const MAX_PASSES: usize = 14;
 /// Notifications that may wait while the loop is busy.
 const BACKLOG: usize = 1024;
 /// How long a lost notification socket stays closed.
@@ -70,6 +80,9 @@ pub(crate) struct Loop<'a> {
     gate: Gatekeeper,
     xdp: XdpKeeper,
     agenda: Agenda,
+    /// What the last plan was made for, if it was empty and the peers are the same.
+    quiet: Option<Quiet>,
+    falling: Falling,
     /// Whether the leases have changed since they were looked at.
     view_changed: bool,
     /// Whether a look at the kernel failed: the kernel ends a list that changes while it is read with EBUSY or EINTR.
@@ -86,6 +99,7 @@ impl<'a> Loop<'a> {
         state: State,
         (ready, calls): (&'a mut Readiness, &'a mut Calls),
         (gate, xdp): (Gatekeeper, XdpKeeper),
+        may_fall: bool,
     ) -> Self {
         let (notify, changes) = mpsc::channel(BACKLOG);
         Self {
@@ -103,6 +117,8 @@ impl<'a> Loop<'a> {
             gate,
             xdp,
             agenda: Agenda::default(),
+            quiet: None,
+            falling: Falling::new(may_fall),
             view_changed: true,
             unanswered: false,
             changes,
@@ -110,8 +126,9 @@ impl<'a> Loop<'a> {
         }
     }
 
-    /// Runs until cancelled.
-    pub(crate) async fn run(mut self, cancel: CancellationToken) {
+    /// Runs until cancelled, or until it cannot be gone on with like this.
+    pub(crate) async fn run(mut self, cancel: CancellationToken) -> Option<Fall> {
+        let mut fall = None;
         // Watch first, look second: what changes in between is not lost.
         let watcher = self
             .notify
@@ -132,6 +149,10 @@ impl<'a> Loop<'a> {
                 self.converge(scope).await;
                 self.agenda.end(scope, begun.elapsed());
                 self.ready.metrics().looked(scope, begun.elapsed());
+                fall = self.fall().await;
+                if fall.is_some() {
+                    break;
+                }
             }
             if let Err(error) = self.dataplane.keep(&self.desired) {
                 tracing::debug!(error = chain(&error), "say that the maps are kept");
@@ -165,7 +186,7 @@ impl<'a> Loop<'a> {
                     Some(Scope::Kernel)
                 }
                 _ = tick.tick() => {
-                    if last_full.elapsed() >= RESYNC {
+                    if last_full.elapsed() >= self.resync() {
                         self.dataplane.forget_asked();
                         Some(Scope::Everything)
                     } else if std::mem::take(&mut self.unanswered) {
@@ -180,6 +201,29 @@ impl<'a> Loop<'a> {
         if let Some(watcher) = watcher {
             watcher.abort();
         }
+        fall
+    }
+
+    /// Whether what was just tried is to be given up.
+    async fn fall(&mut self) -> Option<Fall> {
+        let fall = self.falling.end_attempt();
+        let stuck = self.falling.has_just_failed() || fall.is_some();
+        let advice = if stuck {
+            fall::load_clsact(self.dataplane.attach_mode()).await
+        } else {
+            None
+        };
+        match (fall, advice) {
+            (Some(Fall::Bpf(why)), Some(advice)) => Some(Fall::Bpf(format!("{why}; {advice}"))),
+            (fall, _) => fall,
+        }
+    }
+
+    /// How far apart readings of everything are.
+    fn resync(&self) -> Duration {
+        let peers = self.desired.peers.as_ref().map_or(0, BTreeMap::len);
+        let peers = u32::try_from(peers).unwrap_or(u32::MAX);
+        RESYNC.max(RESYNC_OF_PEER.saturating_mul(peers))
     }
 
     /// Takes a notification in. A pod whose interface is gone is taken out of the map at once, because its address may be given to
@@ -255,6 +299,7 @@ impl<'a> Loop<'a> {
         let before = self.desired.peers.take().unwrap_or_default();
         let now = self.started.elapsed();
         self.desired.peers = Some(self.farewell.extend(&before, peers, &self.desired.own, now));
+        self.quiet = None;
     }
 
     /// Until a peer that has left is to be let go; for ever if none has.
@@ -284,6 +329,7 @@ impl<'a> Loop<'a> {
             if let Err(error) = self.dataplane.observe(&self.desired, scope).await {
                 // What asked for this look has been answered with nothing.
                 self.unanswered |= scope != Scope::Maps;
+                self.quiet = None;
                 self.ready.fault(
                     &mut troubles,
                     format!("look at the kernel: {}", chain(&error)),
@@ -297,12 +343,23 @@ impl<'a> Loop<'a> {
                 .apply(self.dataplane.pod_sources_mut(), self.desired.pods.as_ref());
             let (seen, sources) = (self.dataplane.seen(), self.dataplane.pod_sources());
             self.gate.learn(&mut self.desired, seen, sources, &leaving);
-            let mut plan = plan(&self.desired, seen);
-            troubles.extend(std::mem::take(&mut plan.problems));
-            if plan.ops.is_empty() {
+            if let Some(quiet) = &self.quiet
+                && self.dataplane.is_unchanged()
+                && quiet.suits(&self.desired)
+            {
+                troubles.extend(quiet.problems().iter().cloned());
                 done = true;
                 break;
             }
+            let mut plan = plan(&self.desired, seen);
+            if plan.ops.is_empty() {
+                troubles.extend(plan.problems.iter().cloned());
+                self.quiet = Some(Quiet::of(&self.desired, plan.problems));
+                done = true;
+                break;
+            }
+            self.quiet = None;
+            troubles.extend(std::mem::take(&mut plan.problems));
             tracing::debug!(ops = plan.ops.len(), "plan");
             self.ready.foresee(&plan);
             if !self.carry_out(&plan, &mut troubles).await {
@@ -372,6 +429,7 @@ impl<'a> Loop<'a> {
                 // The way without it is open.
                 (Err(error), None) if self.xdp.is_refused(op, &error) => {}
                 (Err(error), None) => {
+                    self.falling.note(op, &error, &self.desired.tunnel.kind);
                     self.ready
                         .fault(troubles, format!("{op}: {}", chain(&error)));
                     return false;

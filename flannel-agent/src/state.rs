@@ -11,6 +11,7 @@ use std::{
 use flannel_core::{
     addr::{IfIndex, Vni, VtepMac},
     fastpath::Choice,
+    features::{Course, Findings, Ladder, Wishes, climb},
     plan::GateMode,
     xdp,
 };
@@ -111,6 +112,9 @@ pub struct Datapath {
 pub struct Xdp {
     /// What is asked for.
     pub wanted: xdp::Choice,
+    /// What has come of it.
+    #[serde(default)]
+    pub standing: xdp::Standing,
     /// Why it is as it is.
     pub reason: String,
 }
@@ -148,6 +152,31 @@ impl State {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// The rung, and why no other, from what the kernel can do and what came of it. `strips` is whether native XDP is attached and has
+    /// stripped packets.
+    pub fn ladder(&self, findings: &Findings, strips: bool) -> Ladder {
+        let (path, gate) = (&self.datapath, self.fast_path.as_ref());
+        let xdp = path.xdp.as_ref();
+        let wishes = Wishes {
+            fast_path: gate.map_or(Choice::Auto, |gate| gate.wanted),
+            xdp: xdp.map_or(xdp::Choice::Auto, |xdp| xdp.wanted),
+            ..Wishes::default()
+        };
+        let course = Course {
+            no_kernel: (path.device == "veth").then(|| "a veth pair is the device".into()),
+            no_bpf: (path.mode == Mode::Kernel).then(|| path.reason.clone()),
+            gate: gate.map(|gate| (gate.mode, gate.reason.clone())),
+            xdp: xdp.map(|xdp| {
+                if strips {
+                    Ok(())
+                } else {
+                    Err(xdp.reason.clone())
+                }
+            }),
+        };
+        climb(findings, &wishes, &course)
     }
 
     /// Whether the process that wrote it still runs.

@@ -3,8 +3,12 @@
 
 #[path = "bpf_testrun/decap.rs"]
 mod decap;
+#[path = "rig/elf.rs"]
+mod elf;
 #[path = "bpf_testrun/encap.rs"]
 mod encap;
+#[path = "bpf_testrun/failing.rs"]
+mod failing;
 #[path = "bpf_testrun/flows.rs"]
 mod flows;
 #[path = "bpf_testrun/garbage.rs"]

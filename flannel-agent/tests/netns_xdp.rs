@@ -5,6 +5,8 @@
 #[expect(dead_code, reason = "what is on the wire, other tests look at")]
 mod matrix;
 mod rig;
+#[path = "netns_xdp/trial.rs"]
+mod trial;
 mod wire_rig;
 
 use std::{path::Path, process::Command, time::Duration};
@@ -54,6 +56,10 @@ fn packets(rig: &Rig, node: usize, counter: CounterId) -> u64 {
 
 fn stripped(rig: &Rig, node: usize) -> u64 {
     packets(rig, node, CounterId::XdpDecap)
+}
+
+fn missed(rig: &Rig, node: usize) -> u64 {
+    packets(rig, node, CounterId::XdpMissed)
 }
 
 /// The program in the driver of the node's uplink, as `ip` shows it.
@@ -426,32 +432,6 @@ fn another_program_in_the_driver_keeps_its_place() {
     ping(&rig.pod(0).ns, rig.pod(1).ip, 40, 100 * EVERY).expect("pings for some seconds");
     let log = rig.agent(1).log();
     assert_eq!(log.matches("no native XDP").count(), 1, "{log}");
-}
-
-/// A peer with outer checksums, which XDP leaves to others, looks like a driver that never runs the program.
-#[test]
-fn what_never_strips_anything_is_taken_off() {
-    if !privileged() {
-        return;
-    }
-    let mut rig = bare_lab();
-    let (kernel, theirs) = wire_rig::kernel_end(&rig, 1);
-    wire_rig::start_with_peer(&mut rig, 0, &[NATIVE, "--bpf-device=veth"], &kernel);
-    wait_attached(&rig, 0, PATIENCE);
-    // With a proper frame first it would be known to work.
-    assert_eq!(stripped(&rig, 0), 0);
-    let flood = FloodPing::start(&theirs.pod.ns, rig.pod(0).ip, EVERY).expect("a ping");
-    wait_status(&rig, 0, false, &["does not run it"]);
-    program(&rig, 0).expect_err("it is detached");
-    let stats = flood.stop().expect("stop the ping");
-    assert_eq!(stats.lost, 0, "{stats:?}");
-    assert_eq!(stripped(&rig, 0), 0);
-    let log = rig.agent(0).log();
-    assert_eq!(
-        log.matches("native XDP is switched off").count(),
-        1,
-        "{log}"
-    );
 }
 
 #[test]

@@ -47,6 +47,8 @@ pub enum CounterId {
     GateAdmitted = 8,
     /// Packets from the wire that native XDP stripped of their outer headers. They count again where they go on.
     XdpDecap = 9,
+    /// Packets that native XDP should have stripped, and that reached the hook behind it whole. Counted while XDP is wanted. A driver that takes the program and never runs it shows here.
+    XdpMissed = 10,
 }
 
 impl CounterId {
@@ -105,7 +107,7 @@ drop_reasons! {
     TooLong = "too_long",
     /// The kernel refused to make or remove header room (`bpf_skb_adjust_room`).
     AdjustRoom = "adjust_room",
-    /// Writing to the packet failed after the room was made: it cannot be passed on.
+    /// Writing to the packet failed: it goes on as it was.
     Store = "store",
     /// Outer fragment: the kernel reassembles.
     OuterFragment = "outer_fragment",
@@ -137,6 +139,8 @@ drop_reasons! {
     OuterSource = "outer_source",
     /// No agent has kept the maps for [`crate::map::TRUST`]: the kernel's device may know better.
     Stale = "stale",
+    /// A helper failed half-way, and what was done could not be undone either: the packet is dropped, with a kernel vxlan device too.
+    Torn = "torn",
 }
 
 /// Number of entries of the per-CPU map `reasons`.

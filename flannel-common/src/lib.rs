@@ -14,6 +14,7 @@ pub mod ecn;
 pub mod flow;
 pub mod header;
 pub mod map;
+mod targets;
 
 pub use counter::{Counter, CounterId, Direction, DropReason, reason_index};
 pub use header::{HEADER_LEN, OVERHEAD_V4, OuterV4};

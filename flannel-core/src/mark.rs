@@ -15,6 +15,9 @@ pub const BPFFS_ROOT: &str = "/sys/fs/bpf/flannel";
 /// Name of the pinned link of the program on the egress of the tunnel device.
 pub const PIN_TO_OVERLAY: &str = "to_overlay";
 
+/// Name of the pinned link of the same program on the device that stands in, see [`stand_in`].
+pub const PIN_STAND_IN: &str = "stand_in";
+
 /// Name of the pinned link of the program on the ingress of the uplink.
 pub const PIN_FROM_WIRE: &str = "from_wire";
 
@@ -118,6 +121,22 @@ pub fn peer_device_name(vni: Vni) -> Result<String, MarkError> {
     Ok(name)
 }
 
+/// Names of both ends of the pair that stands in for a tunnel device while that changes its kind, from the device's name: the one with
+/// the routes, and the far end. They begin as that name does, so that who leaves `flannel*` alone leaves them alone. `None` for any
+/// other device, and where the kernel would not take names that long.
+pub fn stand_in(device: &str) -> Option<(String, String)> {
+    let vni = device.strip_prefix("flannel.")?;
+    let names = (format!("flannelt.{vni}"), format!("flannelu.{vni}"));
+    check_name(&names.0).ok()?;
+    Some(names)
+}
+
+/// Tells whether a link is an end of the pair that stands in for the tunnel device of `wanted`.
+pub fn is_our_stand_in(name: &str, kind: &str, wanted: Vni) -> bool {
+    kind == KIND_VETH
+        && stand_in(&device_name(wanted)).is_some_and(|(near, far)| name == near || name == far)
+}
+
 /// Checks that the kernel takes a device of that name.
 pub fn check_name(name: &str) -> Result<(), MarkError> {
     if name.len() <= MAX_DEVICE_NAME {
@@ -169,6 +188,7 @@ pub fn is_our_route(protocol: u8) -> bool {
 pub fn is_our_link_pin(name: &str) -> bool {
     [
         PIN_TO_OVERLAY,
+        PIN_STAND_IN,
         PIN_FROM_WIRE,
         PIN_FROM_OVERLAY,
         PIN_XDP_DECAP,
@@ -201,6 +221,11 @@ pub fn instance_dir(cookie: u64, vni: Vni) -> String {
 /// Full path of an instance's directory.
 pub fn instance_path(cookie: u64, vni: Vni) -> String {
     format!("{BPFFS_ROOT}/{}", instance_dir(cookie, vni))
+}
+
+/// Name of what a process pins in the root of the BPF file system to find out whether it may, and removes at once.
+pub fn trial_pin(process: u32) -> String {
+    format!("flannel-try-{process}")
 }
 
 /// Reads a name made by [`instance_dir`] back. `None` for anything it would not have written.
@@ -285,6 +310,24 @@ mod tests {
             assert_eq!(is_our_device(name, kind, None, vni(7)), ours, "{name}");
         }
         assert!(is_our_veth("flannel.1000000", "veth", vni(1_000_000)));
+    }
+
+    #[test]
+    fn what_stands_in_is_a_veth_of_one_of_two_names() {
+        for (name, kind, ours) in [
+            ("flannelt.7", "veth", true),
+            ("flannelu.7", "veth", true),
+            ("flannelt.7", "vxlan", false),
+            ("flannelt.8", "veth", false),
+            ("flannel.7", "veth", false),
+        ] {
+            assert_eq!(is_our_stand_in(name, kind, vni(7)), ours, "{name} {kind}");
+            assert!(!is_our_veth(name, kind, vni(7)) || name == "flannel.7");
+        }
+        assert!(stand_in(&device_name(vni(999_999))).is_some());
+        assert_eq!(stand_in(&device_name(vni(1_000_000))), None);
+        assert_eq!(stand_in("cni0"), None);
+        assert!(is_our_link_pin("stand_in"));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Native XDP on the uplink: where it is worth trying, and whether it does anything.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -64,18 +64,60 @@ pub const fn advice(errno: i32) -> Option<&'static str> {
     }
 }
 
-/// So many packets without one that XDP has stripped, and it does not run.
+/// So many packets that came past XDP without one that it has stripped, and it does not run.
 const ENOUGH: u64 = 64;
 /// Looks that a judgement takes at least, so that packets under way at the first one do not count.
 const LOOKS: u32 = 3;
+/// How long an interface that has shown to be of no use is left alone. Drivers change their mind only when somebody changes their
+/// settings, and every attempt resets some of them.
+pub const LEFT_ALONE: Duration = Duration::from_hours(24);
+
+/// How native XDP stands on the uplink.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Standing {
+    /// Not wanted, or not worth it here.
+    #[default]
+    Off,
+    /// The driver or the kernel does not take the program.
+    Refused,
+    /// The driver takes it; no packet has shown yet that it runs.
+    Unproven,
+    /// It strips packets.
+    Works,
+    /// The driver takes it and does not run it.
+    Idle,
+}
+
+impl Standing {
+    /// In the order of what comes after what.
+    pub const ALL: [Self; 5] = [
+        Self::Off,
+        Self::Refused,
+        Self::Unproven,
+        Self::Works,
+        Self::Idle,
+    ];
+
+    /// The metric label.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Refused => "refused",
+            Self::Unproven => "unproven",
+            Self::Works => "works",
+            Self::Idle => "idle",
+        }
+    }
+}
 
 /// What the programs have counted since they were loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sample {
     /// Packets that XDP has stripped.
     pub stripped: u64,
-    /// Packets decapsulated in eBPF, stripped ones included.
-    pub received: u64,
+    /// Packets that it should have stripped, and that came whole. Others than those prove nothing: a peer's with UDP checksums, say.
+    pub missed: u64,
 }
 
 /// What a [`Trial`] has shown.
@@ -83,16 +125,17 @@ pub struct Sample {
 pub enum Verdict {
     /// Too few packets so far.
     Open,
-    /// It strips packets.
+    /// It strips packets, or did when there were any last.
     Works,
-    /// It does not: so many packets came and it stripped none.
+    /// It does not: so many packets came past it and it stripped none.
     Idle(u64),
 }
 
 /// Finds out whether an attached program runs. A driver may take it and never run it: virtio_net does where it receives into big
-/// buffers (no mergeable ones, guest segmentation on).
+/// buffers (no mergeable ones, guest segmentation on). It may also cease to, so the trial has no end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Trial {
+    /// When a packet was stripped last, or the trial began.
     first: Option<Sample>,
     looks: u32,
     works: bool,
@@ -103,24 +146,36 @@ impl Trial {
     pub fn look(&mut self, now: Sample) -> Verdict {
         let first = *self.first.get_or_insert(now);
         self.looks = self.looks.saturating_add(1);
-        self.works |= now.stripped != first.stripped;
-        if self.works {
-            return Verdict::Works;
-        }
-        match now.received.checked_sub(first.received) {
-            // Somebody has emptied the map.
-            None => {
-                *self = Self::default();
-                Verdict::Open
+        let missed = match (
+            now.stripped.checked_sub(first.stripped),
+            now.missed.checked_sub(first.missed),
+        ) {
+            (Some(0), Some(missed)) => missed,
+            (Some(_), Some(_)) => {
+                *self = Self {
+                    first: Some(now),
+                    looks: 1,
+                    works: true,
+                };
+                0
             }
-            Some(came) if came >= ENOUGH && self.looks >= LOOKS => Verdict::Idle(came),
-            Some(_) => Verdict::Open,
+            // Somebody has emptied the map.
+            _ => {
+                *self = Self {
+                    works: self.works,
+                    ..Self::default()
+                };
+                0
+            }
+        };
+        if missed >= ENOUGH && self.looks >= LOOKS {
+            return Verdict::Idle(missed);
         }
-    }
-
-    /// Whether nothing more can come of it.
-    pub const fn is_over(&self) -> bool {
-        self.works
+        if self.works {
+            Verdict::Works
+        } else {
+            Verdict::Open
+        }
     }
 }
 
@@ -128,8 +183,8 @@ impl Trial {
 mod tests {
     use super::*;
 
-    fn sample(stripped: u64, received: u64) -> Sample {
-        Sample { stripped, received }
+    fn sample(stripped: u64, missed: u64) -> Sample {
+        Sample { stripped, missed }
     }
 
     #[test]
@@ -151,8 +206,9 @@ mod tests {
         assert_eq!(trial.look(sample(7, 100)), Verdict::Open);
         assert_eq!(trial.look(sample(7, 130)), Verdict::Open);
         assert_eq!(trial.look(sample(8, 500)), Verdict::Works);
-        assert!(trial.is_over());
-        assert_eq!(trial.look(sample(8, 5_000)), Verdict::Works);
+        for _ in 0..1_000 {
+            assert_eq!(trial.look(sample(8, 500)), Verdict::Works);
+        }
     }
 
     #[test]
@@ -162,6 +218,19 @@ mod tests {
         assert_eq!(trial.look(sample(7, 163)), Verdict::Open);
         assert_eq!(trial.look(sample(7, 163)), Verdict::Open);
         assert_eq!(trial.look(sample(7, 164)), Verdict::Idle(64));
+    }
+
+    #[test]
+    fn what_has_worked_may_cease_to() {
+        let mut trial = Trial::default();
+        trial.look(sample(0, 0));
+        assert_eq!(trial.look(sample(900, 0)), Verdict::Works);
+        // A queue that strips and one that does not: it is of use.
+        for round in 1..100 {
+            assert_eq!(trial.look(sample(900 + round, 500 * round)), Verdict::Works);
+        }
+        assert_eq!(trial.look(sample(999, 49_600)), Verdict::Works);
+        assert_eq!(trial.look(sample(999, 49_600)), Verdict::Idle(100));
     }
 
     #[test]
@@ -183,7 +252,7 @@ mod tests {
     #[test]
     fn counters_that_fall_begin_anew() {
         let mut trial = Trial::default();
-        assert_eq!(trial.look(sample(0, 100)), Verdict::Open);
+        assert_eq!(trial.look(sample(5, 100)), Verdict::Open);
         assert_eq!(trial.look(sample(0, 0)), Verdict::Open);
         assert_eq!(trial.look(sample(0, 50)), Verdict::Open);
         assert_eq!(trial.look(sample(0, 113)), Verdict::Open);

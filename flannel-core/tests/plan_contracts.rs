@@ -7,7 +7,7 @@ use std::{
 };
 
 use flannel_core::{
-    addr::{IfIndex, VtepMac},
+    addr::{IfIndex, Vni, VtepMac},
     mark,
     plan::{
         Attachment, BpfState, Desired, Device, DeviceKind, GateMode, Hook, Node, Observed,
@@ -24,7 +24,8 @@ use model::apply;
 use situations::{SUBNET_COUNT, Situation};
 
 /// Passes from any state to one that needs none: delete, create, set up, clear or fill, fill what had no room, settings after an MTU.
-const PASSES: usize = 6;
+/// Twice, where a device stands in for another, which then goes.
+const PASSES: usize = 12;
 
 proptest! {
     #![proptest_config(config())]
@@ -40,7 +41,10 @@ proptest! {
             // All that ends does so without the device.
             prop_assert_eq!(&kernel.device, &have.device);
             prop_assert!(kernel.bpf.is_none_or(|bpf| bpf.nodes == have.bpf.unwrap_or_default().nodes));
+        } else if waits(&want, &kernel) {
+            prop_assert_eq!(&kernel.device, &have.device);
         } else {
+            prop_assert_eq!(&kernel.stand_in, &None);
             as_wanted(&want, &kernel)?;
         }
     }
@@ -112,7 +116,7 @@ proptest! {
                 flushed |= matches!(op, Op::SetMac { .. });
                 for (subnet, _) in kept(&want, then) {
                     if then.routes.contains_key(&subnet) {
-                        prop_assert!(now.routes.contains_key(&subnet), "{} took the route of {}", op, subnet);
+                        prop_assert!(routed(&kernel, &subnet), "{} took the route of {}", op, subnet);
                     }
                     if then.neighbours.contains_key(&subnet.network()) && !flushed {
                         prop_assert!(now.neighbours.contains_key(&subnet.network()), "{} took the neighbour of {}", op, subnet);
@@ -130,6 +134,56 @@ proptest! {
                 }
             }
         }
+    }
+
+    /// Contract 4 where the device changes its kind under eBPF: every peer has a route at every moment, and on a veth pair the program that
+    /// it needs. An end at any moment is mended by a plan that starts from there.
+    #[test]
+    fn a_change_of_kind_leaves_every_peer_a_way(situation in situations::situation(514), end in 0usize..60) {
+        let Situation { want, have } = situation;
+        let Some(peers) = usable(&want) else { return Ok(()) };
+        if want.bpf.is_none() || have.bpf.is_none() || is_foreign(&want, have.device.as_ref()) {
+            return Ok(());
+        }
+        // As it was wanted before, but for the kind.
+        let mut before = want.clone();
+        let vni = want.tunnel.name.strip_prefix("flannel.").and_then(|vni| Vni::try_from(vni.parse::<u32>().ok()?).ok());
+        let vni = vni.expect("a number");
+        before.tunnel.kind = match &want.tunnel.kind {
+            DeviceKind::Vxlan { vni, .. } => DeviceKind::Veth { peer: mark::peer_device_name(*vni).expect("a name") },
+            DeviceKind::Veth { .. } => DeviceKind::Vxlan {
+                vni, port: 8472, lower: IfIndex::try_from(2).expect("an index"), local: Ipv4Addr::LOCALHOST, learning: false, gbp: false,
+            },
+        };
+        let mut kernel = have;
+        converge(&before, &mut kernel, PASSES)?;
+        let mut count = 0;
+        for target in [&want, &before] {
+            'passes: for _ in 0..PASSES {
+                for op in &plan(target, &kernel).ops {
+                    apply(&mut kernel, op, target);
+                    for subnet in peers.keys() {
+                        prop_assert!(routed(&kernel, subnet), "{} took the route of {}: {:?}", op, subnet, kernel.stand_in);
+                    }
+                    for (device, program) in [
+                        (&kernel.device, kernel.bpf.as_ref().and_then(|bpf| bpf.attached.get(&Hook::ToOverlay))),
+                        (&kernel.stand_in, kernel.bpf.as_ref().and_then(|bpf| bpf.stand_in.as_ref())),
+                    ] {
+                        let Some(device) = device else { continue };
+                        let mute = matches!(device.kind, ObservedKind::Veth { .. })
+                            && program.is_none_or(|there| there.ifindex != device.index);
+                        prop_assert!(!mute || device.routes.is_empty(), "{} routes into a pair without a program", op);
+                    }
+                    count += 1;
+                    if count == end {
+                        break 'passes;
+                    }
+                }
+            }
+        }
+        converge(&before, &mut kernel, PASSES)?;
+        as_wanted(&before, &kernel)?;
+        prop_assert_eq!(&kernel.stand_in, &None);
     }
 
     /// Contract 4 for the maps: a subnet that leads somewhere never leads nowhere, nor to anybody but its old or its new node.
@@ -429,7 +483,52 @@ fn is_foreign(want: &Desired, device: Option<&Device>) -> bool {
     }
 }
 
+/// A change of kind under eBPF waits for the first complete list.
+fn waits(want: &Desired, have: &Observed) -> bool {
+    let kinds = (
+        &want.tunnel.kind,
+        have.device.as_ref().map(|device| &device.kind),
+    );
+    want.peers.is_none()
+        && want.bpf.is_some()
+        && matches!(
+            kinds,
+            (DeviceKind::Vxlan { .. }, Some(ObservedKind::Veth { .. }))
+                | (DeviceKind::Veth { .. }, Some(ObservedKind::Vxlan { .. }))
+        )
+}
+
+/// Whether packets to a subnet have a way out: over the device, or over what stands in for it.
+fn routed(kernel: &Observed, subnet: &IpNet) -> bool {
+    let devices = kernel.device.iter().chain(&kernel.stand_in);
+    devices
+        .into_iter()
+        .any(|device| device.routes.contains_key(subnet))
+}
+
+/// What an op on the pair that stands in is about: the pair as the device.
+fn pair(want: &Desired, have: &Observed) -> (Desired, Observed) {
+    let (name, peer) = mark::stand_in(&want.tunnel.name).expect("a name");
+    let mut want = want.clone();
+    want.tunnel.name = name;
+    want.tunnel.kind = DeviceKind::Veth { peer };
+    let mut have = have.clone();
+    have.device = have.stand_in.take();
+    (want, have)
+}
+
 fn is_ours(op: &Op, want: &Desired, have: &Observed) -> bool {
+    if let Op::StandIn(op) = op {
+        let (want, have) = pair(want, have);
+        return match op.as_ref() {
+            Op::CreateDevice(tunnel) => {
+                have.device.is_none()
+                    && tunnel.name == want.tunnel.name
+                    && tunnel.kind == want.tunnel.kind
+            }
+            op => is_ours(op, &want, &have),
+        };
+    }
     let device = have.device.as_ref();
     let on_device = |index: &IfIndex| device.is_some_and(|device| device.index == *index);
     let bpf = have.bpf.as_ref();
@@ -478,6 +577,7 @@ fn is_ours(op: &Op, want: &Desired, have: &Observed) -> bool {
         Op::DelPod { address } => bpf.is_some_and(|bpf| bpf.pods.contains_key(address)),
         Op::ClearSubnet { index } => bpf.is_some_and(|bpf| bpf.subnets.contains_key(index)),
         Op::ClearNode { id } => bpf.is_some_and(|bpf| bpf.nodes.contains_key(id)),
+        Op::StandIn(_) => false,
     }
 }
 
@@ -497,6 +597,7 @@ fn is_about_a_peer(op: &Op) -> bool {
         | Op::PutSubnet { .. }
         | Op::ClearSubnet { .. }
         | Op::ClearNode { .. } => true,
+        Op::StandIn(op) => is_about_a_peer(op),
         Op::CreateDevice(_)
         | Op::DeleteDevice { .. }
         | Op::SetMtu { .. }

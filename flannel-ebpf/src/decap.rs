@@ -9,7 +9,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use flannel_common::{
-    Config, DropReason, HEADER_LEN, OVERHEAD_V4, PodRecord, checksum, config_flags, ecn,
+    Config, CounterId, DropReason, HEADER_LEN, OVERHEAD_V4, PodRecord, checksum, config_flags, ecn,
     flow::mode,
     header::{INNER_ETH, IP, UDP, VXLAN, VXLAN_I},
     map::{BARE_MAGIC, BareMark, room_flags},
@@ -25,7 +25,7 @@ use crate::{
     Kind, Verdict,
     access::{BROADCAST, copy, header as read, linear, load, mac_bits},
     encap::{IP_PART, next_hop, with_tos},
-    gate, pod,
+    gate, maps, pod,
     tuple::{self, Inner},
 };
 
@@ -119,15 +119,25 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
     let inner_eth: [u8; EthHdr::LEN] = read(ctx, INNER_ETH).ok_or(DropReason::TooShort)?;
     let inner: Ipv4Hdr = read(ctx, HEADER_LEN).ok_or(DropReason::TooShort)?;
     check_inner(config, &inner_eth)?;
+    let frame = bytes - OVERHEAD_V4;
+    let congestion = ecn::decap(ip.tos, inner.tos);
+    if config.flags & config_flags::XDP != 0
+        && udp.check == [0, 0]
+        && eth.dst_addr[0] & 1 == 0
+        && is_to_us(config, &inner_eth)
+        && (gso_size != 0 || total <= config.tunnel_mtu + OVERHEAD_V4)
+        && congestion != ecn::Decap::Drop
+    {
+        // `xdp_decap` asks for no more.
+        maps::count(CounterId::XdpMissed, frame);
+    }
     if gso_size != 0 && config.flags & config_flags::DECAP_GSO == 0 {
         return Err(DropReason::Gso);
     }
-    let frame = bytes - OVERHEAD_V4;
     // What `is_skb_forwardable` refuses on injection; super-packets are exempt there.
     if gso_size == 0 && frame > config.tunnel_mtu + ETH_LEN + VLAN_LEN {
         return Err(DropReason::OverTunnelMtu);
     }
-    let congestion = ecn::decap(ip.tos, inner.tos);
     if congestion == ecn::Decap::Drop {
         return Err(DropReason::Ecn);
     }
@@ -144,17 +154,43 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
         pop(ctx, config)?;
         return land(ctx, pod, &inner.ip, tos);
     }
-    pop(ctx, config)?;
-    store(ctx, 0, &inner_eth)?;
-    if tos != inner.tos {
-        let part: [u8; IP_PART] = with_tos(&inner, tos);
-        store(ctx, EthHdr::LEN as u32, &part)?;
-    }
+    receive(ctx, config, &inner_eth, &inner, tos)?;
     Ok(Verdict {
         kind: Kind::Receive,
         ifindex: config.tunnel_ifindex,
         bytes: frame,
     })
+}
+
+/// Removes the outer headers and gives the inner frame its own, as it is to be received. On failure the packet is as it was.
+#[inline(always)]
+fn receive(
+    ctx: &TcContext,
+    config: &Config,
+    inner_eth: &[u8; EthHdr::LEN],
+    inner: &Ipv4Hdr,
+    tos: u8,
+) -> Result<(), DropReason> {
+    let outer_eth: [u8; EthHdr::LEN] = read(ctx, 0).ok_or(DropReason::TooShort)?;
+    // Written first, and where they are now: the outer Ethernet header is the one that stays.
+    store(ctx, 0, inner_eth)?;
+    let marked = if tos == inner.tos {
+        Ok(())
+    } else {
+        let part: [u8; IP_PART] = with_tos(inner, tos);
+        store(ctx, HEADER_LEN as u32, &part)
+    };
+    let done = marked.and_then(|()| pop(ctx, config));
+    if let Err(reason) = done {
+        let part: [u8; IP_PART] = with_tos(inner, inner.tos);
+        let undone = store(ctx, 0, &outer_eth).and_then(|()| store(ctx, HEADER_LEN as u32, &part));
+        return Err(if undone.is_ok() {
+            reason
+        } else {
+            DropReason::Torn
+        });
+    }
+    Ok(())
 }
 
 /// The start of a frame as it reaches a pod.

@@ -133,7 +133,7 @@ pub(crate) fn fits(
 
 /// Puts the peer's header in front of the inner packet. With `hop` the inner hop limit goes down by one, as a router's does.
 ///
-/// With any error but [`DropReason::Store`] the packet is as it was.
+/// With any error but [`DropReason::Torn`] the packet is as it was.
 #[inline(always)]
 pub(crate) fn push(
     ctx: &TcContext,
@@ -176,7 +176,20 @@ pub(crate) fn push(
     if stored == 0 {
         Ok(())
     } else {
-        Err(DropReason::Store)
+        Err(take_back(ctx, config))
+    }
+}
+
+/// Takes the room away again that was made. What the kernel has noted of a tunnel stays, and is true again once its device has the packet.
+#[inline(always)]
+fn take_back(ctx: &TcContext, config: &Config) -> DropReason {
+    match ctx.adjust_room(
+        -(OVERHEAD_V4 as i32),
+        BPF_ADJ_ROOM_MAC,
+        room_flags(config.decap_flags),
+    ) {
+        Ok(()) => DropReason::Store,
+        Err(_) => DropReason::Torn,
     }
 }
 

@@ -72,8 +72,8 @@ pub(crate) fn to_overlay(ctx: TcContext) -> i32 {
     };
     match encap::try_to_overlay(&ctx, config) {
         Ok(verdict) => carry(verdict),
-        // The packet already has its outer header: it can only be thrown away.
-        Err(DropReason::Store) => discard(Direction::Encap, DropReason::Store),
+        // It has room for outer headers between its own: nobody can make anything of it.
+        Err(DropReason::Torn) => discard(Direction::Encap, DropReason::Torn),
         Err(reason) => slow(Direction::Encap, reason, config.flags),
     }
 }
@@ -86,11 +86,13 @@ pub(crate) fn from_wire(ctx: TcContext) -> i32 {
     };
     match decap::try_from_wire(&ctx, config) {
         Ok(verdict) => carry(verdict),
-        Err(DropReason::Store) => discard(Direction::Decap, DropReason::Store),
+        Err(DropReason::Torn) => discard(Direction::Decap, DropReason::Torn),
         // Whatever else is on this node may own these: another network's packets are never dropped on a missing device's behalf.
         // Fragments and outer options are the stack's to deal with, to which the agent listens where there is no device.
         Err(
             reason @ (DropReason::Disabled
+            // As it was, or without its outer headers: then the stack takes it for one from the uplink, and routes it.
+            | DropReason::Store
             | DropReason::OtherVni
             | DropReason::OuterFragment
             | DropReason::OuterOptions),
@@ -126,10 +128,7 @@ pub(crate) fn from_overlay(ctx: TcContext) -> i32 {
     let Some(config) = gated() else {
         return TC_ACT_UNSPEC;
     };
-    match pod::try_from_overlay(&ctx, config) {
-        Ok(verdict) => carry(verdict),
-        Err(reason) => discard(Direction::Decap, reason),
-    }
+    carry(pod::try_from_overlay(&ctx, config))
 }
 
 /// Native XDP on the uplink: takes the outer headers off before the driver makes a socket buffer.

@@ -104,7 +104,7 @@ fn wrap(
             ifindex: node.ifindex,
             bytes,
         })),
-        Err(DropReason::Store) => Some(Err(DropReason::Store)),
+        Err(DropReason::Torn) => Some(Err(DropReason::Torn)),
         Err(_) => None,
     }
 }
@@ -123,7 +123,10 @@ fn to_neighbour(ctx: &TcContext, config: &Config, eth: &EthHdr, inner: &Inner) -
         gate::tag(ctx, config, &case);
         return Verdict::NOT_OURS;
     }
-    hand_over(ctx, target)
+    hand_over(ctx, target).unwrap_or_else(|| {
+        gate::tag(ctx, config, &case);
+        Verdict::NOT_OURS
+    })
 }
 
 #[inline(always)]
@@ -144,16 +147,18 @@ fn neighbours(ctx: &TcContext, eth: &EthHdr, inner: &Inner) -> Option<(&'static 
     ))
 }
 
-/// To the other end of the target's veth pair, as it is.
+/// To the other end of the target's veth pair, as it is. `None`: the stack must do it.
 #[inline(always)]
-fn hand_over(ctx: &TcContext, target: &PodRecord) -> Verdict {
+fn hand_over(ctx: &TcContext, target: &PodRecord) -> Option<Verdict> {
     // SAFETY: a helper call on the context. Kernels before 6.15 leave the type as the bridge port found it: for somebody else.
-    unsafe { bpf_skb_change_type(ctx.skb.skb, PACKET_HOST) };
-    Verdict {
+    if unsafe { bpf_skb_change_type(ctx.skb.skb, PACKET_HOST) } != 0 {
+        return None;
+    }
+    Some(Verdict {
         kind: Kind::HandOver,
         ifindex: target.ifindex,
         bytes: ctx.len(),
-    }
+    })
 }
 
 /// An ICMP error about a connection that was admitted by its SYN: connection tracking, which does not know the connection, would
@@ -184,7 +189,7 @@ fn error_to_peer(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason
         if mac_bits(&eth.dst_addr) == mac_bits(&target.mac)
             && gate::is_by_syn(config, &key, generation)
         {
-            return Ok(hand_over(ctx, target));
+            return Ok(hand_over(ctx, target).unwrap_or_else(|| slow(ctx)));
         }
         return Ok(slow(ctx));
     }
@@ -228,48 +233,53 @@ pub(crate) fn try_to_pod(ctx: &TcContext, config: &Config) {
 
 /// A packet for a pod that the tunnel device has received.
 #[inline(always)]
-pub(crate) fn try_from_overlay(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason> {
+pub(crate) fn try_from_overlay(ctx: &TcContext, config: &Config) -> Verdict {
     let judged = gate::was_judged(ctx);
     gate::untag(ctx);
     // SAFETY: a read of a context field, which the verifier turns into a checked load.
     if unsafe { (*ctx.skb.skb).pkt_type } != PACKET_HOST {
-        return Ok(Verdict::NOT_OURS);
+        return Verdict::NOT_OURS;
     }
     let Some((_, inner)) = plain_ipv4(ctx) else {
         return if config.mode == mode::SYN {
             error_to_pod(ctx, config)
         } else {
-            Ok(Verdict::NOT_OURS)
+            Verdict::NOT_OURS
         };
     };
     let Some((pod, case)) = inbound(config, &inner) else {
-        return Ok(Verdict::NOT_OURS);
+        return Verdict::NOT_OURS;
     };
     if !judged
         && gate::is_fast(ctx, config, &case, pod.ifindex)
         && takes(ctx, &inner.ip, pod, ETH_LEN as u32)
+        && let Ok(verdict) = land(ctx, pod, &inner.ip, inner.ip.tos)
     {
-        return land(ctx, pod, &inner.ip, inner.ip.tos);
+        return verdict;
     }
     gate::tag(ctx, config, &case);
-    Ok(Verdict::NOT_OURS)
+    Verdict::NOT_OURS
 }
 
 /// An ICMP error for a pod about a connection that was admitted by its SYN; it may come from any node on the way.
 #[inline(always)]
-fn error_to_pod(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason> {
+fn error_to_pod(ctx: &TcContext, config: &Config) -> Verdict {
     let Some((_, error)) = plain_error(ctx) else {
-        return Ok(Verdict::NOT_OURS);
+        return Verdict::NOT_OURS;
     };
     let Some(pod) = maps::pod(error.ip.dst_addr) else {
-        return Ok(Verdict::NOT_OURS);
+        return Verdict::NOT_OURS;
     };
     let known = error.quoted.ip.src_addr == error.ip.dst_addr
         && gate::is_by_syn(config, &error.quoted.key(Way::Out), pod.generation);
-    if known && error.ip.ttl > 1 && takes(ctx, &error.ip, pod, ETH_LEN as u32) {
-        return land(ctx, pod, &error.ip, error.ip.tos);
+    if known
+        && error.ip.ttl > 1
+        && takes(ctx, &error.ip, pod, ETH_LEN as u32)
+        && let Ok(verdict) = land(ctx, pod, &error.ip, error.ip.tos)
+    {
+        return verdict;
     }
-    Ok(Verdict::NOT_OURS)
+    Verdict::NOT_OURS
 }
 
 /// The pod that an inner packet from another node is for, and the case to judge.

@@ -77,10 +77,29 @@ pub(crate) fn try_xdp_decap(ctx: &XdpContext) -> Option<Result<(), DropReason>> 
             return None;
         }
         if bpf_xdp_adjust_head(ctx.ctx, OVERHEAD_V4 as i32) != 0 {
-            return Some(Err(DropReason::Store));
+            return unmark(ctx);
         }
     }
-    Some(finish(ctx, &eth, &inner_eth, &inner, tos))
+    match finish(ctx, &eth, &inner_eth, &inner, tos) {
+        Ok(()) => Some(Ok(())),
+        // The outer headers are still where they were.
+        // SAFETY: a helper call on the context.
+        Err(_) if unsafe { bpf_xdp_adjust_head(ctx.ctx, -(OVERHEAD_V4 as i32)) } == 0 => {
+            unmark(ctx)
+        }
+        Err(_) => Some(Err(DropReason::Torn)),
+    }
+}
+
+/// Takes the metadata away again, in which nobody has written anything: it might look like a mark.
+#[inline(always)]
+fn unmark(ctx: &XdpContext) -> Option<Result<(), DropReason>> {
+    // SAFETY: a helper call on the context.
+    if unsafe { bpf_xdp_adjust_meta(ctx.ctx, size_of::<BareMark>() as i32) } == 0 {
+        None
+    } else {
+        Some(Err(DropReason::Torn))
+    }
 }
 
 /// The inner Ethernet header of a packet that is in every respect as peers send it.
@@ -117,7 +136,7 @@ fn plain(ctx: &XdpContext, config: &Config, eth: &EthHdr) -> Option<[u8; EthHdr:
     .then_some(inner_eth)
 }
 
-/// Gives the inner packet a frame that the host takes for its own, and a mark that says what it was.
+/// Gives the inner packet a frame that the host takes for its own, and a mark that says what it was. On failure nothing is written.
 #[inline(always)]
 fn finish(
     ctx: &XdpContext,
@@ -126,6 +145,11 @@ fn finish(
     inner: &Ipv4Hdr,
     tos: u8,
 ) -> Result<(), DropReason> {
+    let meta = ctx.metadata();
+    let written = EthHdr::LEN + IP_PART;
+    if meta + size_of::<BareMark>() > ctx.data() || ctx.data() + written > ctx.data_end() {
+        return Err(DropReason::Store);
+    }
     let mut header = *inner_eth;
     header[..6].copy_from_slice(&eth.dst_addr);
     write(ctx, 0, header)?;
@@ -133,11 +157,7 @@ fn finish(
         let part: [u8; IP_PART] = with_tos(inner, tos);
         write(ctx, EthHdr::LEN, part)?;
     }
-    let meta = ctx.metadata();
-    if meta + size_of::<BareMark>() > ctx.data() {
-        return Err(DropReason::Store);
-    }
-    // SAFETY: the bounds were just checked.
+    // SAFETY: the bounds were checked above.
     unsafe { (meta as *mut BareMark).write_unaligned(BareMark { magic: BARE_MAGIC }) };
     maps::count(CounterId::XdpDecap, (ctx.data_end() - ctx.data()) as u32);
     Ok(())

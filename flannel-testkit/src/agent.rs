@@ -10,6 +10,8 @@ use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// A started agent. Dropping it kills it.
@@ -21,6 +23,8 @@ pub struct AgentProcess {
     /// Where the agent was told to write its subnet file.
     pub subnet_file: PathBuf,
     log_from: usize,
+    /// Whether its kernel makes vxlan devices by now, where it began without.
+    vxlan_known: Arc<AtomicBool>,
 }
 
 impl AgentProcess {
@@ -86,12 +90,18 @@ impl AgentProcess {
             log_path,
             subnet_file: subnet_file(args, env).unwrap_or_else(|| node.run_dir.join("subnet.env")),
             log_from,
+            vxlan_known: Arc::default(),
         };
         if confinement.no_vxlan {
             // Until then it waits at its first netlink request. On a failure the drop ends it.
-            confine::watch(&agent.child)?;
+            confine::watch(&agent.child, Arc::clone(&agent.vxlan_known))?;
         }
         Ok(agent)
+    }
+
+    /// Has the kernel of an agent that began without the vxlan device type learn it, as when its module is loaded, or forget it again.
+    pub fn know_vxlan(&self, known: bool) {
+        self.vxlan_known.store(known, Ordering::SeqCst);
     }
 
     /// Waits until the subnet file is there and not empty. An agent that ends first is an error; both

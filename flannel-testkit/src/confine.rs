@@ -8,6 +8,8 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Capabilities by their number in `linux/capability.h`.
@@ -80,8 +82,8 @@ pub fn apply(cmd: &mut Command, confinement: &Confinement<'_>) {
     unsafe { cmd.pre_exec(confine) };
 }
 
-/// Serves the child's filter in a thread that ends with the child.
-pub(crate) fn watch(child: &Child) -> anyhow::Result<()> {
+/// Serves the child's filter in a thread that ends with the child. The kernel learns what a vxlan device is, and forgets it, with `known`.
+pub(crate) fn watch(child: &Child, known: Arc<AtomicBool>) -> anyhow::Result<()> {
     let pidfd = pidfd_open(child.id())?;
     // SAFETY: pidfd_getfd takes no pointers.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), LISTENER, 0) };
@@ -90,12 +92,12 @@ pub(crate) fn watch(child: &Child) -> anyhow::Result<()> {
     let listener = unsafe { OwnedFd::from_raw_fd(fd) };
     std::thread::Builder::new()
         .name("no vxlan".into())
-        .spawn(move || while serve(&listener).is_ok() {})?;
+        .spawn(move || while serve(&listener, &known).is_ok() {})?;
     Ok(())
 }
 
 /// Waits for one `sendto`, makes a request for a vxlan device one for a device that no kernel has, and lets it go on.
-fn serve(listener: &OwnedFd) -> io::Result<()> {
+fn serve(listener: &OwnedFd, known: &AtomicBool) -> io::Result<()> {
     if !poll_in(listener, Duration::from_mins(1))? {
         return Ok(());
     }
@@ -103,8 +105,10 @@ fn serve(listener: &OwnedFd) -> io::Result<()> {
     let mut asked: libc::seccomp_notif = unsafe { std::mem::zeroed() };
     // SAFETY: the kernel writes one seccomp_notif.
     check(unsafe { libc::ioctl(listener.as_raw_fd(), NOTIF_RECV, &raw mut asked) })?;
-    // A process that has ended meanwhile needs no answer; the next call tells.
-    drop(rename_kind(&asked));
+    if !known.load(Ordering::SeqCst) {
+        // A process that has ended meanwhile needs no answer; the next call tells.
+        drop(rename_kind(&asked));
+    }
     let mut answer = libc::seccomp_notif_resp {
         id: asked.id,
         val: 0,

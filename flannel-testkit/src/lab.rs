@@ -2,6 +2,7 @@
 
 use crate::eventually::try_eventually;
 use crate::netns::Netns;
+use crate::nics::Nics;
 use crate::node::Node;
 use crate::state::State;
 use crate::subnet::Subnet;
@@ -12,13 +13,17 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+/// The switch's end of the wire on which the nodes' network cards are.
+pub(crate) const WIRE: &str = "wire0";
+
 /// Number of the next lab of this process.
 static NEXT: AtomicU32 = AtomicU32::new(1);
 
 /// The segmentation and checksum offloads of the uplinks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Offloads {
-    /// As veth has them: packets cross unsegmented, with checksums left to a device that never comes.
+    /// As veth has them: packets cross unsegmented, with checksums left to a device that never comes. As the driver has them,
+    /// where uplinks are network cards.
     #[default]
     Default,
     /// None on either end, as a plain NIC: every packet crosses whole, at most MTU long, checksums computed.
@@ -57,6 +62,7 @@ pub struct Lab {
     prefix: String,
     underlay: Netns,
     nodes: Vec<Node>,
+    on_nics: bool,
     // Last: its drop removes the run directories.
     _state: LabState,
 }
@@ -65,21 +71,41 @@ pub struct Lab {
 struct LabState {
     prefix: String,
     dir: PathBuf,
+    nics: Option<Nics>,
     _state: State,
 }
 
 impl Drop for LabState {
     fn drop(&mut self) {
-        sweep::sweep_prefix(&self.prefix);
+        sweep::sweep_prefix(&self.prefix, self.nics.as_ref());
         // What cannot be removed now goes with the process's directory.
         drop(std::fs::remove_dir_all(&self.dir));
     }
 }
 
 impl Lab {
-    /// Builds the lab and returns when every node reaches the switch.
+    /// Builds the lab and returns when every node reaches the switch. The uplinks are veth pairs, unless `FLANNEL_LAB_NICS` names
+    /// network cards by their MAC addresses: then see [`Lab::on_nics`].
     pub fn new(options: LabOptions) -> anyhow::Result<Lab> {
+        Lab::build(options, Nics::from_env().as_ref())
+    }
+
+    /// Builds a lab whose uplinks `eth0` are network cards, which return when it is dropped: one such lab at a time. The first card
+    /// is a port of the switch `br0`, through which everything on the wire can be seen; it is every node's [`Node::port`].
+    pub fn on_nics(options: LabOptions, nics: &Nics) -> anyhow::Result<Lab> {
+        Lab::build(options, Some(nics))
+    }
+
+    fn build(options: LabOptions, nics: Option<&Nics>) -> anyhow::Result<Lab> {
         anyhow::ensure!(options.nodes <= 200, "at most 200 nodes");
+        if let Some(nics) = nics {
+            anyhow::ensure!(
+                usize::from(options.nodes) <= nics.nodes(),
+                "{} nodes, but network cards for {} alone",
+                options.nodes,
+                nics.nodes()
+            );
+        }
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let prefix = sweep::prefix(std::process::id(), number);
         let state = State::hold()?;
@@ -88,6 +114,7 @@ impl Lab {
         let state = LabState {
             prefix: prefix.clone(),
             dir: dir.clone(),
+            nics: nics.cloned(),
             _state: state,
         };
         let underlay = Netns::add(&format!("{prefix}underlay"))?;
@@ -95,17 +122,23 @@ impl Lab {
         for uplink in 0..=u8::from(options.second_uplink) {
             add_switch(&underlay, uplink, options.mtu)?;
         }
+        if let Some(nics) = nics {
+            nics.gather()?;
+            nics.take(0, &underlay, WIRE, options.mtu)?;
+            underlay.ip(&format!("link set {WIRE} master br0"))?;
+        }
         let mut lab = Lab {
             prefix,
             underlay,
             nodes: Vec::new(),
+            on_nics: nics.is_some(),
             _state: state,
         };
         for index in 0..options.nodes {
             let run_dir = dir.join(format!("n{index}"));
             std::fs::create_dir(&run_dir).with_context(|| format!("make {}", run_dir.display()))?;
             let ns = Netns::add(&format!("{}n{index}", lab.prefix))?;
-            let node = Node::set_up(index, ns, run_dir, &lab.underlay, &options)?;
+            let node = Node::set_up((index, ns), run_dir, (&lab.underlay, nics), &options)?;
             lab.nodes.push(node);
         }
         for node in &lab.nodes {
@@ -133,6 +166,11 @@ impl Lab {
     /// All nodes in order.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
+    }
+
+    /// Whether the uplinks are network cards.
+    pub fn is_on_nics(&self) -> bool {
+        self.on_nics
     }
 
     /// The namespace of the switch: bridge `br0` (and `br1`), one port a node ([`Node::port`]).

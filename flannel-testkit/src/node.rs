@@ -1,8 +1,9 @@
 //! Nodes with an uplink, and pods as the CNI bridge plugin leaves them.
 
 use crate::eventually::try_eventually;
-use crate::lab::{LabOptions, Offloads, plug_in};
+use crate::lab::{LabOptions, Offloads, WIRE, plug_in};
 use crate::netns::Netns;
+use crate::nics::{self, Nics};
 use crate::subnet::Subnet;
 use crate::traffic;
 use std::net::Ipv4Addr;
@@ -35,11 +36,13 @@ pub struct Node {
     pub second_ip: Option<Ipv4Addr>,
     /// The /24 of the pod network that the lab sets aside for the node.
     pub subnet: Subnet,
-    /// The other end of `eth0`, in the underlay: capture there to see the wire, inject there to make the node receive.
+    /// The other end of `eth0`, in the underlay: capture there to see the wire, inject there to make the node receive. Where uplinks
+    /// are network cards all nodes have one wire.
     pub port: String,
     /// Directory of the node's files (subnet.env, logs); goes with the lab.
     pub run_dir: PathBuf,
     underlay: Netns,
+    on_nic: bool,
     pods: AtomicU32,
 }
 
@@ -60,14 +63,16 @@ pub struct Pod {
 
 impl Node {
     pub(crate) fn set_up(
-        index: u8,
-        ns: Netns,
+        (index, ns): (u8, Netns),
         run_dir: PathBuf,
-        underlay: &Netns,
+        (underlay, nics): (&Netns, Option<&Nics>),
         options: &LabOptions,
     ) -> anyhow::Result<Node> {
         let host = 11 + index;
-        let port = format!("n{index}");
+        let port = match nics {
+            Some(_) => WIRE.to_owned(),
+            None => format!("n{index}"),
+        };
         let second_ip = options
             .second_uplink
             .then(|| Ipv4Addr::new(192, 168, 78, host));
@@ -79,14 +84,18 @@ impl Node {
             port,
             run_dir,
             underlay: underlay.clone(),
+            on_nic: nics.is_some(),
             pods: AtomicU32::new(0),
             ns,
         };
-        node.add_uplink("br0", &node.port, "eth0", node.ip, options.offloads)?;
+        match nics {
+            Some(nics) => node.add_nic(nics, 1 + usize::from(index), options)?,
+            None => node.add_uplink("br0", &node.port, "eth0", node.ip, options.offloads)?,
+        }
         let gateway = crate::Lab::GATEWAY;
         node.ns.ip(&format!("route add default via {gateway}"))?;
         if let Some(ip) = second_ip {
-            let port = format!("{}b", node.port);
+            let port = format!("n{index}b");
             node.add_uplink("br1", &port, "eth1", ip, options.offloads)?;
         }
         node.ns.set_sysctl("net/ipv4/ip_forward", "1")?;
@@ -107,6 +116,17 @@ impl Node {
         if offloads == Offloads::Off {
             set_features(&self.underlay, port, &NO_OFFLOADS, false)?;
             set_features(&self.ns, ifname, &NO_OFFLOADS, false)?;
+        }
+        Ok(())
+    }
+
+    fn add_nic(&self, nics: &Nics, number: usize, options: &LabOptions) -> anyhow::Result<()> {
+        nics.take(number, &self.ns, "eth0", options.mtu)?;
+        self.ns
+            .ip(&format!("addr add {}/24 brd + dev eth0", self.ip))?;
+        if options.offloads == Offloads::Off {
+            nics::switch_off(&self.underlay, &self.port, &NO_OFFLOADS)?;
+            nics::switch_off(&self.ns, "eth0", &NO_OFFLOADS)?;
         }
         Ok(())
     }
@@ -164,8 +184,9 @@ impl Node {
         set_features(&self.ns, ifname, features, on)
     }
 
-    /// Pulls the cable of `eth0`, or puts it back.
+    /// Pulls the cable of `eth0`, or puts it back. That of a network card is out of reach.
     pub fn set_carrier(&self, on: bool) -> anyhow::Result<()> {
+        anyhow::ensure!(!self.on_nic, "the cable of a network card is out of reach");
         let state = if on { "up" } else { "down" };
         self.underlay
             .ip(&format!("link set {} {state}", self.port))

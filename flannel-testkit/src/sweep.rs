@@ -4,6 +4,7 @@
 //! cookie of a marked namespace, files below the owner's own directory.
 
 use crate::netns::{self, Netns};
+use crate::nics::Nics;
 use crate::process::{OWNER_ENV, pidfd_kill, pidfd_open};
 use crate::state;
 use std::collections::BTreeSet;
@@ -28,13 +29,17 @@ pub(crate) fn prefix_of(name: &str) -> &str {
     &name[..end]
 }
 
-/// Removes everything that carries `prefix`: processes first, then pins, then namespaces.
-pub(crate) fn sweep_prefix(prefix: &str) {
+/// Removes everything that carries `prefix`: processes first, then pins, then namespaces. Network cards return.
+pub(crate) fn sweep_prefix(prefix: &str, nics: Option<&Nics>) {
     kill_marked(prefix);
     for ns in namespaces().filter(|ns| ns.name().starts_with(prefix)) {
         // An entry without a namespace mounted (left by a reboot) has no cookie and no pins.
         if let Ok(cookie) = ns.cookie() {
             remove_pins(Path::new(PIN_ROOT), cookie);
+        }
+        // A card that is left in there comes back as well, some time and under some name.
+        if let Some(Err(err)) = nics.map(|nics| nics.take_back(&ns)) {
+            eprintln!("flannel-testkit: sweep: {err:#}");
         }
         if let Err(err) = ns.delete() {
             eprintln!("flannel-testkit: sweep: {err:#}");
@@ -44,7 +49,7 @@ pub(crate) fn sweep_prefix(prefix: &str) {
 
 /// Removes all that process `pid` made, dead or alive.
 pub(crate) fn sweep_pid(pid: u32) {
-    sweep_prefix(&format!("fe-{pid}-"));
+    sweep_prefix(&format!("fe-{pid}-"), Nics::from_env().as_ref());
     drop(fs::remove_dir_all(state::dir_of(pid)));
 }
 

@@ -56,6 +56,7 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
     // A copy: another build in this tree must not change it between two architectures.
     let object = out.join("ebpf").join(ebpf::OBJECT_NAME);
     bundle::copy(&built, &object)?;
+    eprintln!("dist: eBPF object {}", binaries::sha256(&object)?);
     let release = Release {
         root,
         out: &out,
@@ -115,11 +116,18 @@ impl Release<'_> {
         for path in [&binaries.agent, &binaries.plugin] {
             binaries::inspect(path, arch)?;
         }
+        binaries::require_object(&binaries.agent, object)?;
         binaries::try_out(&binaries, arch, self.stamp)?;
         eprintln!(
-            "dist: {arch}: static, stripped, and they start ({} s)",
+            "dist: {arch}: static, stripped, and they start; the agent has that object, byte for byte ({} s)",
             start.elapsed().as_secs()
         );
+        for path in [&binaries.agent, &binaries.plugin] {
+            let bytes =
+                fs::metadata(path).with_context(|| format!("look at {}", path.display()))?;
+            let kilobytes = bytes.len().div_ceil(1000);
+            eprintln!("dist: {arch}: {kilobytes} kB {}", path.display());
+        }
         Ok(binaries)
     }
 

@@ -9,6 +9,7 @@ mod debian;
 mod guest;
 mod machine;
 mod modules;
+mod nics;
 mod programs;
 mod report;
 mod suites;
@@ -28,6 +29,7 @@ use crate::setup::{self, Needs};
 
 pub(crate) use guest::Done;
 use guest::Guest;
+use nics::Cards;
 use suites::Place;
 pub(crate) use suites::Tier;
 
@@ -120,6 +122,8 @@ pub(crate) enum Case {
     /// What Secure Boot sets.
     LockdownIntegrity,
     LockdownConfidentiality,
+    /// It lacks nothing: its labs have network cards for uplinks.
+    Cards(Cards),
 }
 
 impl Case {
@@ -133,6 +137,7 @@ impl Case {
             Self::NoVxlanNoBpf => "no-vxlan-no-bpf",
             Self::LockdownIntegrity => "lockdown-integrity",
             Self::LockdownConfidentiality => "lockdown-confidentiality",
+            Self::Cards(cards) => cards.name(),
         }
     }
 
@@ -146,6 +151,7 @@ impl Case {
             Self::NoVxlanNoBpf => " without vxlan.ko and with bpf(2) refused",
             Self::LockdownIntegrity => " with lockdown=integrity",
             Self::LockdownConfidentiality => " with lockdown=confidentiality",
+            Self::Cards(cards) => cards.description(),
         }
     }
 
@@ -177,6 +183,14 @@ impl Case {
         }
     }
 
+    /// The network cards of its labs.
+    const fn cards(self) -> Option<Cards> {
+        match self {
+            Self::Cards(cards) => Some(cards),
+            _ => None,
+        }
+    }
+
     /// In the words of `flannel-agent/tests/netns_kernel.rs`.
     const fn lacks(self) -> &'static [&'static str] {
         match self {
@@ -184,7 +198,10 @@ impl Case {
             Self::NoClassifier => &["cls_bpf"],
             Self::NoBpf => &["bpf"],
             Self::NoVxlanNoBpf => &["vxlan", "bpf"],
-            Self::Plain | Self::LockdownIntegrity | Self::LockdownConfidentiality => &[],
+            Self::Plain
+            | Self::LockdownIntegrity
+            | Self::LockdownConfidentiality
+            | Self::Cards(_) => &[],
         }
     }
 }
@@ -193,6 +210,8 @@ impl Case {
 pub(crate) struct Request<'a> {
     pub(crate) kernels: Vec<(Kernel, Arch)>,
     pub(crate) tier: Tier,
+    /// Only machines whose case has a name that begins so.
+    pub(crate) case: Option<&'a str>,
     /// Only tests whose name contains this.
     pub(crate) filter: Option<&'a str>,
     /// Look for newer packages.
@@ -233,7 +252,12 @@ fn one_architecture(
         .iter()
         .filter(|(_, of)| *of == arch)
         .flat_map(|(kernel, _)| {
-            let cases = suites::cases(*kernel, request.tier);
+            let is_wanted = |case: &Case| {
+                request
+                    .case
+                    .is_none_or(|wanted| case.name().starts_with(wanted))
+            };
+            let cases = suites::cases(*kernel, request.tier).filter(is_wanted);
             cases.map(|case| Place {
                 kernel: *kernel,
                 arch,

@@ -45,6 +45,9 @@ pub(crate) struct Args {
     /// Look for newer packages of kernels and programs, instead of using those fetched before
     #[arg(long, requires = "kernels")]
     refresh: bool,
+    /// Run only the machines of this case, by the beginning of its name: plain, no-vxlan, no-bpf, lockdown, cards, cards-silent, …
+    #[arg(long, value_name = "CASE", requires = "kernels")]
+    case: Option<String>,
     /// Arguments for every test binary, such as --nocapture
     #[arg(last = true, value_name = "ARGS")]
     libtest: Vec<String>,
@@ -157,6 +160,7 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
         let request = Request {
             kernels: kernels::EVERY_TIME.to_vec(),
             tier: Tier::Quick,
+            case: None,
             filter: None,
             refresh: false,
         };
@@ -184,6 +188,7 @@ fn run_on_kernels(root: &Path, args: &Args, outcome: &mut Outcome) -> Result<()>
         } else {
             Tier::Complete
         },
+        case: args.case.as_deref(),
         filter: args.filter.as_deref(),
         refresh: args.refresh,
     };

@@ -59,12 +59,9 @@ pub enum StartError {
     #[error("{0}")]
     Flags(&'static str),
     /// Neither vxlan nor eBPF.
-    #[error(
-        "this node has no way to carry the overlay: {vxlan}; and {bpf}. Install the vxlan module (Debian: linux-modules or linux-image, \
-         Raspberry Pi on Ubuntu: linux-modules-extra-raspi) or let the agent use eBPF"
-    )]
+    #[error("this node has no way to carry the overlay: {vxlan}; and {bpf}")]
     NoPath {
-        /// Why no vxlan device.
+        /// Why no vxlan device, and what to do.
         vxlan: String,
         /// Why no eBPF.
         bpf: String,

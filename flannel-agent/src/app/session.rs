@@ -16,20 +16,24 @@ use flannel_core::{
     plan::{DeviceKind, Tunnel},
 };
 use ipnet::Ipv4Net;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::{StartError, set_own};
+use super::{
+    StartError,
+    ascent::{Ascent, Lack},
+    set_own,
+};
 use crate::{
-    cli::Args,
-    datapath,
+    cli::{Args, DatapathChoice},
+    datapath::{self, Rung},
     dataplane::{bpf::Instance, fragments, netlink::Netlink},
     device::{Site, Up},
     fastpath,
     health::Board,
     leases::{Offer, View},
     masquerade,
-    reconcile::{Calls, Gatekeeper, Loop, Readiness, XdpKeeper},
+    reconcile::{Calls, Fall, Gatekeeper, Loop, Readiness, XdpKeeper},
     state::{Mode, State},
 };
 
@@ -105,9 +109,15 @@ impl Setting {
             device,
             network: family.network,
             public_ip,
-            local: self.uplink.local_v4().unwrap_or(public_ip),
+            local: self.local(),
             mtu,
         })
+    }
+
+    /// Our address on the underlay.
+    fn local(&self) -> Ipv4Addr {
+        let local = self.uplink.local_v4().or(self.uplink.public_ip);
+        local.unwrap_or(Ipv4Addr::UNSPECIFIED)
     }
 
     /// What works but deserves a look.
@@ -154,28 +164,48 @@ impl Setting {
 }
 
 impl Node<'_> {
-    /// Loads programs and creates or adopts the device. Changes nothing on the node if it fails.
-    pub(super) async fn bring_up(&self, setting: &Setting) -> Result<Up, StartError> {
-        let checked = setting.check(&self.origin)?;
+    /// Loads programs and creates or adopts the device. Changes nothing on the node if it fails. `without` is why eBPF is not to be
+    /// tried, as long as the kernel has a device.
+    pub(super) async fn bring_up(
+        &self,
+        setting: &Setting,
+        without: Option<&str>,
+    ) -> Result<Up, StartError> {
+        let tunnel = self.tunnel(setting)?;
         let ethernet = self.net.is_ethernet(setting.uplink.index).await?;
         // Checked to the end: from here on the node is changed.
+        if let Some(reason) = without {
+            let rung = Rung::Kernel(reason.to_owned());
+            match self.site(setting).bring_up(rung, tunnel.clone()).await {
+                Err(StartError::NoPath { .. }) => {}
+                other => return other,
+            }
+        }
         let rung = datapath::choose(self.args, &setting.conf, ethernet)?;
-        let tunnel = Tunnel {
+        self.site(setting).bring_up(rung, tunnel).await
+    }
+
+    /// The tunnel device as it is with the kernel's vxlan devices.
+    pub(super) fn tunnel(&self, setting: &Setting) -> Result<Tunnel, StartError> {
+        let checked = setting.check(&self.origin)?;
+        Ok(Tunnel {
             name: checked.device,
             kind: setting.vxlan(checked.local),
             mtu: checked.mtu,
             mac: Some(self.mac),
             address: None,
             network: checked.network,
-        };
-        let site = Site {
+        })
+    }
+
+    pub(super) fn site<'a>(&'a self, setting: &'a Setting) -> Site<'a> {
+        Site {
             args: self.args,
             conf: &setting.conf,
             uplink: &setting.uplink,
             net: &self.net,
-            local: checked.local,
-        };
-        site.bring_up(rung, tunnel).await
+            local: setting.local(),
+        }
     }
 
     /// Keeps the node as it is to be until that changes, or until cancelled.
@@ -185,8 +215,10 @@ impl Node<'_> {
         up: Up,
         (ready, calls): (&mut Readiness, &mut Calls),
         (mut views, settings): (watch::Receiver<View>, &mut watch::Receiver<Setting>),
+        ascent: &mut Ascent,
         cancel: &CancellationToken,
     ) -> Result<Ended, StartError> {
+        let (begun, lack) = (Instant::now(), Lack::of(self, &up));
         let Up {
             dataplane,
             mut desired,
@@ -269,18 +301,38 @@ impl Node<'_> {
             state,
             (ready, calls),
             (gate, xdp),
+            self.args.datapath == DatapathChoice::Auto,
         )
         .run(session.clone());
         let outdated = async {
             tokio::select! {
                 Ok(()) = settings.changed() => {}
                 () = another_subnet(&mut views, own) => {}
-                () = cancel.cancelled() => {}
+                () = ascent.better(self, setting, lack) => {}
+                // Also when the loop has ended by itself.
+                () = session.cancelled() => {}
             }
             // The loop ends between two changes, never within one.
             session.cancel();
         };
-        tokio::join!(running, outdated);
+        let running = async {
+            let fall = running.await;
+            session.cancel();
+            fall
+        };
+        let (fall, ()) = tokio::join!(running, outdated);
+        ascent.note_end(lack, begun);
+        match fall {
+            Some(Fall::Bpf(why)) => {
+                tracing::warn!("eBPF is given up, the kernel's device carries the overlay: {why}");
+                ascent.fallen = Some(format!("eBPF was given up: {why}"));
+            }
+            Some(Fall::Device(why)) => {
+                tracing::warn!("the tunnel device cannot be made as it was: {why}");
+                ascent.fallen = None;
+            }
+            None => {}
+        }
         Ok(if cancel.is_cancelled() {
             Ended::Cancelled
         } else {

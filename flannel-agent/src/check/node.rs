@@ -14,6 +14,7 @@ use flannel_core::{
         Bpffs, Capabilities, Clock, Manager, Node, Observations, Reverse, ReverseFilter, Vxlan,
         Wants,
     },
+    distribution::{Feature, Host, Modules},
     mark,
 };
 use nix::sched::{CloneFlags, unshare};
@@ -24,7 +25,7 @@ use crate::{
         bpf::{self, AttachMode},
         netlink::Netlink,
     },
-    preflight,
+    kernel_modules, preflight,
     telemetry::chain,
 };
 
@@ -33,10 +34,7 @@ const IPV4: &str = "/proc/sys/net/ipv4";
 
 /// Looks. `agent` is the running daemon, whose privileges count more than ours.
 pub(super) async fn look(args: &Args, agent: Option<u32>) -> Node {
-    let kernel = nix::sys::utsname::uname().map_or_else(
-        |_| "unknown".into(),
-        |name| name.release().to_string_lossy().into_owned(),
-    );
+    let host = kernel_modules::host(Feature::Vxlan);
     Node {
         btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
         capabilities: capabilities(agent),
@@ -48,13 +46,14 @@ pub(super) async fn look(args: &Args, agent: Option<u32>) -> Node {
         bpf: bpf(),
         bpffs: bpffs(),
         hooks: AttachMode::detect().as_str(),
-        vxlan: vxlan(&kernel).await,
+        vxlan: vxlan(&host).await,
         ip_forward: setting(&format!("{IPV4}/ip_forward")).map(|value| value != 0),
         bridge_nf: setting("/proc/sys/net/bridge/bridge-nf-call-iptables").map(|value| value != 0),
         reverse: Reverse::default(),
         clock: clock(args),
         managers: managers(),
-        kernel,
+        kernel: host.kernel.clone(),
+        host,
     }
 }
 
@@ -107,28 +106,15 @@ fn bpffs() -> Bpffs {
 }
 
 /// Tries it where that changes nothing: with the module there, in a network namespace of its own that ends with the attempt.
-async fn vxlan(kernel: &str) -> Vxlan {
+async fn vxlan(host: &Host) -> Vxlan {
     if !Path::new("/sys/module/vxlan").exists()
-        && let Some(file) = installed(kernel)
+        && let Modules::With(file) = &host.modules
     {
-        return Vxlan::Loadable(file);
+        return Vxlan::Loadable(file.clone());
     }
     tokio::task::spawn_blocking(attempt)
         .await
         .unwrap_or_else(|error| Vxlan::Untried(error.to_string()))
-}
-
-/// The file of the module, if it is installed and not part of the kernel.
-fn installed(kernel: &str) -> Option<String> {
-    let list = fs::read_to_string(format!("/lib/modules/{kernel}/modules.dep")).ok()?;
-    list.lines()
-        .filter_map(|line| line.split(':').next())
-        .find(|path| {
-            path.rsplit('/')
-                .next()
-                .is_some_and(|name| name.starts_with("vxlan.ko"))
-        })
-        .map(|path| format!("/lib/modules/{kernel}/{path}"))
 }
 
 fn attempt() -> Vxlan {

@@ -184,6 +184,18 @@ pub enum Command {
         /// Form of the answer.
         #[arg(short, long, value_enum, default_value_t = Output::Table, value_name = "FORM")]
         output: Output,
+        /// Also list what the agent has found out about the kernel. JSON always has it.
+        #[arg(long)]
+        features: bool,
+    },
+    /// Tries what this kernel can do for the agent, and says which way of carrying packets follows. Nothing is left behind.
+    #[command(
+        after_help = "Exit codes: 0 the overlay can be carried; 1 it cannot; 2 a bad flag or value."
+    )]
+    Features {
+        /// Form of the answer.
+        #[arg(short, long, value_enum, default_value_t = Output::Table, value_name = "FORM")]
+        output: Output,
     },
     /// Lists the other nodes as the data path knows them, also while the daemon is down.
     Peers {

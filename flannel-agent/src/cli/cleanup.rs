@@ -16,6 +16,7 @@ use crate::{
         bpf::{self, Instance},
         netlink::Netlink,
     },
+    features,
     masquerade::leftovers,
     state::State,
 };
@@ -92,12 +93,16 @@ pub(super) async fn run(args: &Args, scope: Scope) -> anyhow::Result<bool> {
         if !keep_device {
             clean &= remove_device(&net, &act, *vni).await?;
         }
+        clean &= remove_stand_in(&net, &act, *vni).await?;
     }
     if let Some(state) = &state {
         let subnet_file = (!keep_device).then_some(&state.subnet_file);
-        for file in subnet_file.into_iter().chain([
+        let dir = args.subnet_file.parent();
+        let logs = dir.map(bpf::kept_logs).unwrap_or_default();
+        for file in subnet_file.into_iter().chain(&logs).chain([
             &State::path(&args.subnet_file),
             &last_known_state(&args.subnet_file),
+            &features::cache_path(&args.subnet_file),
         ]) {
             if file.exists() {
                 clean &= act.on(&format!("file {}", file.display()), || {
@@ -192,6 +197,20 @@ async fn remove_headroom(net: &Netlink, act: &Act, vni: Vni) -> anyhow::Result<b
     };
     let what = format!("device {}", mark::headroom_name(vni));
     Ok(!act.announce(&what) || Act::outcome(&what, net.delete_device(there.index).await))
+}
+
+/// What an agent that ended in the midst of changing the device's kind has left.
+async fn remove_stand_in(net: &Netlink, act: &Act, vni: Vni) -> anyhow::Result<bool> {
+    let Some((name, far)) = mark::stand_in(&mark::device_name(vni)) else {
+        return Ok(true);
+    };
+    let there = net.device(&name).await?;
+    let ours = |kind: &ObservedKind| matches!(kind, ObservedKind::Veth { peer: Some(peer) } if *peer == far);
+    let Some(device) = there.filter(|device| ours(&device.kind)) else {
+        return Ok(true);
+    };
+    let what = format!("device {name} with its routes and neighbours");
+    Ok(!act.announce(&what) || Act::outcome(&what, net.delete_device(device.index).await))
 }
 
 async fn remove_device(net: &Netlink, act: &Act, vni: Vni) -> anyhow::Result<bool> {

@@ -7,6 +7,7 @@ mod args;
 mod check;
 mod cleanup;
 mod docker_opts;
+mod features;
 mod install_conf;
 mod peers;
 mod status;
@@ -54,8 +55,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     telemetry::init(args.verbosity, args.serving.log_format);
     share_memory();
-    let runtime = match tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+    // What waits for a disk or for a name is on threads of its own. With more than this one for the rest, two would wake each other for every
+    // answer of the kernel's, of which a node with thousands of peers gets as many at its start.
+    let runtime = match tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
     {
@@ -89,8 +91,11 @@ fn share_memory() {}
 
 async fn dispatch(args: Args) -> ExitCode {
     match &args.command {
-        None => daemon(args).await,
-        Some(Command::Status { output }) => report(status::run(&args, *output).await),
+        None => Box::pin(daemon(args)).await,
+        Some(Command::Status { output, features }) => {
+            report(status::run(&args, *output, *features).await)
+        }
+        Some(Command::Features { output }) => report(features::run(&args, *output)),
         Some(Command::Peers { output }) => report(peers::run(&args, *output).await),
         Some(Command::Cleanup {
             dry_run,

@@ -1,5 +1,7 @@
 //! `flannel-agent status`: what carries this node's traffic, read from the kernel and the pinned maps.
 
+mod print;
+
 use std::collections::BTreeMap;
 
 use anyhow::Context as _;
@@ -11,12 +13,17 @@ use flannel_core::{
 };
 use serde::Serialize;
 
-use super::{Args, Output, table};
+use super::{
+    Args, Output,
+    features::{self as findings, Row, Standing},
+    table,
+};
 use crate::{
     dataplane::{
         bpf::{self, AttachMode, Instance, Totals},
         netlink::Netlink,
     },
+    features,
     state::{Excluded, FastPath, Mode, State},
 };
 
@@ -26,6 +33,10 @@ struct Status {
     ok: bool,
     agent: Agent,
     datapath: Option<Path>,
+    /// The way that packets are carried, and why no other; `None` before an agent has run.
+    standing: Option<Standing>,
+    /// What the agent has found out about kernel and permissions; empty before an agent has.
+    features: Vec<Row>,
     #[serde(skip_serializing_if = "Option::is_none")]
     lease: Option<LeaseInfo>,
     device: Option<DeviceInfo>,
@@ -54,6 +65,7 @@ struct Path {
 #[derive(Debug, Serialize)]
 struct XdpInfo {
     wanted: xdp::Choice,
+    standing: xdp::Standing,
     attached: bool,
     reason: String,
 }
@@ -138,11 +150,16 @@ impl From<Counter> for Count {
 }
 
 /// Prints the status. False when there is no working data path.
-pub(super) async fn run(args: &Args, output: Output) -> anyhow::Result<bool> {
+pub(super) async fn run(args: &Args, output: Output, features: bool) -> anyhow::Result<bool> {
     let status = collect(args).await?;
     match output {
         Output::Json => table::line(&serde_json::to_string_pretty(&status)?),
-        Output::Table => print(&status),
+        Output::Table => {
+            print::status(&status);
+            if features {
+                findings::print(&status.features);
+            }
+        }
     }
     Ok(status.ok)
 }
@@ -224,6 +241,7 @@ async fn collect(args: &Args) -> anyhow::Result<Status> {
                 attached,
                 xdp: state.datapath.xdp.as_ref().map(|xdp| XdpInfo {
                     wanted: xdp.wanted,
+                    standing: xdp.standing,
                     attached: instance
                         .is_some_and(|(_, instance)| instance.is_xdp_attached(state.uplink_index)),
                     reason: xdp.reason.clone(),
@@ -232,6 +250,15 @@ async fn collect(args: &Args) -> anyhow::Result<Status> {
         }
         (None, _) => None,
     };
+    let found = features::left(&args.subnet_file).unwrap_or_default();
+    let strips = path
+        .as_ref()
+        .and_then(|path| path.xdp.as_ref())
+        .is_some_and(|xdp| xdp.attached)
+        && totals.as_ref().is_some_and(|totals| totals.xdp.packets > 0);
+    let standing = state
+        .as_ref()
+        .map(|state| Standing::from(state.ladder(&found, strips)));
     match &device {
         None => problems.push("there is no tunnel device".into()),
         Some((name, device)) if !device.up => problems.push(format!("{name} is down")),
@@ -245,6 +272,8 @@ async fn collect(args: &Args) -> anyhow::Result<Status> {
             version: state.as_ref().map(|state| state.version.clone()),
         },
         datapath: path,
+        standing,
+        features: findings::rows(&found),
         lease: state.as_ref().map(|state| LeaseInfo {
             subnet: state.subnet.map(|subnet| subnet.to_string()),
             network: state.network.to_string(),
@@ -345,139 +374,4 @@ fn counters(totals: &Totals) -> Counters {
             })
             .collect(),
     }
-}
-
-fn print(status: &Status) {
-    let mut rows: Vec<Vec<String>> = Vec::new();
-    let mut row = |name: &str, value: String| rows.push(vec![name.to_owned(), value]);
-    let agent = match (&status.agent.version, status.agent.pid) {
-        (Some(version), Some(pid)) => format!("running, version {version}, pid {pid}"),
-        _ => "not running".into(),
-    };
-    row("Agent", agent);
-    if let Some(path) = &status.datapath {
-        let how = path.attach.as_ref().map_or(String::new(), |attach| {
-            format!(", {attach}: {}", path.attached.join(" "))
-        });
-        row(
-            "Datapath",
-            format!("{}{how} ({})", path.mode.as_str(), path.reason),
-        );
-        if let Some(xdp) = &path.xdp {
-            let attached = if xdp.attached {
-                "attached"
-            } else {
-                "not attached"
-            };
-            row(
-                "Native XDP",
-                format!("{attached}, wanted {} ({})", xdp.wanted, xdp.reason),
-            );
-        }
-    }
-    if let Some(fast) = &status.fast_path {
-        row(
-            "Fast path",
-            format!("{}, wanted {} ({})", fast.mode, fast.wanted, fast.reason),
-        );
-        for pod in &fast.excluded {
-            row(
-                "Through the stack",
-                format!("{}: {}", pod.interface, pod.reason),
-            );
-        }
-        if fast.mode != GateMode::Off {
-            let counters = &fast.counters;
-            row(
-                "Around the stack",
-                format!(
-                    "{} pods; {} packets sent, {} received, {} on this node",
-                    fast.pods,
-                    counters.encap.packets,
-                    counters.decap.packets,
-                    counters.local.packets
-                ),
-            );
-            row(
-                "Gate",
-                format!(
-                    "{} packets tagged, {} confirmed, {} refuted, {} connections admitted",
-                    counters.tagged, counters.confirmed, counters.refuted, counters.admitted
-                ),
-            );
-        }
-    }
-    if let Some(lease) = &status.lease {
-        let subnet = lease.subnet.clone().unwrap_or_else(|| "none".into());
-        row(
-            "Subnet",
-            format!("{subnet} of {}, MTU {}", lease.network, lease.mtu),
-        );
-        row(
-            "Uplink",
-            format!("{}, public address {}", lease.uplink, lease.public_ip),
-        );
-        let link = if lease.store_connected {
-            "connected"
-        } else {
-            "not connected"
-        };
-        row("Store", format!("{}, {link}", lease.store));
-    }
-    if let Some(device) = &status.device {
-        let up = if device.up { "up" } else { "down" };
-        row(
-            "Device",
-            format!(
-                "{} ({}), {up}, {}, MTU {}, {} peers",
-                device.name, device.kind, device.mac, device.mtu, device.peers
-            ),
-        );
-    }
-    if let Some(counters) = &status.counters {
-        row(
-            "Sent by eBPF",
-            format!(
-                "{} packets, {} bytes",
-                counters.encap.packets, counters.encap.bytes
-            ),
-        );
-        row(
-            "Received by eBPF",
-            format!(
-                "{} packets, {} bytes",
-                counters.decap.packets, counters.decap.bytes
-            ),
-        );
-        if counters.xdp.packets > 0 {
-            row(
-                "Stripped by XDP",
-                format!(
-                    "{} packets, {} bytes",
-                    counters.xdp.packets, counters.xdp.bytes
-                ),
-            );
-        }
-        for reason in &counters.not_carried {
-            row(
-                "Not carried",
-                format!(
-                    "{} {}: {} packets",
-                    reason.direction, reason.reason, reason.packets
-                ),
-            );
-        }
-    }
-    for problem in &status.problems {
-        row("Problem", problem.clone());
-    }
-    row(
-        "Status",
-        if status.ok {
-            "OK".into()
-        } else {
-            "NOT OK".into()
-        },
-    );
-    table::pairs(rows);
 }

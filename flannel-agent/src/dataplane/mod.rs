@@ -8,16 +8,17 @@ pub mod fragments;
 mod headroom;
 pub mod netlink;
 mod pods;
+mod stand_in;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     path::Path,
 };
 
 use flannel_core::{
     addr::IfIndex,
-    plan::{Desired, DeviceKind, Hook, Observed, Op},
+    plan::{Attachment, BpfState, Desired, DeviceKind, Hook, Observed, Op, Settings},
     pods::PodSources,
     xdp::Sample,
 };
@@ -69,6 +70,8 @@ pub struct Dataplane {
     seen: Observed,
     /// Whether there was one yet.
     looked: bool,
+    /// Whether the last look found everything as the one before; not known of looks at the kernel's own objects.
+    unchanged: bool,
     /// Interfaces whose notifications matter: the tunnel device, the uplink, and those towards peers.
     interests: BTreeSet<IfIndex>,
     /// Next hops that the kernel was asked to confirm and has not yet.
@@ -87,6 +90,7 @@ impl Dataplane {
             local,
             seen: Observed::default(),
             looked: false,
+            unchanged: false,
             interests: BTreeSet::new(),
             asked: BTreeSet::new(),
             pods: PodWatch::new(cni_dir),
@@ -105,6 +109,7 @@ impl Dataplane {
         } else {
             Scope::Everything
         };
+        self.unchanged = scope <= Scope::Maps;
         if scope >= Scope::Kernel {
             self.observe_kernel(desired).await?;
         }
@@ -145,6 +150,7 @@ impl Dataplane {
         }
         let (pods, pod_hooks) = bpf.observe_pods(&hooks)?;
         if let Some(state) = &mut self.seen.bpf {
+            self.unchanged &= state.pods == pods && state.pod_hooks == pod_hooks;
             state.pods = pods;
             state.pod_hooks = pod_hooks;
         }
@@ -154,6 +160,11 @@ impl Dataplane {
     /// What was last read.
     pub const fn seen(&self) -> &Observed {
         &self.seen
+    }
+
+    /// Whether the last look found everything as the one before had. False of a look that might have.
+    pub const fn is_unchanged(&self) -> bool {
+        self.unchanged
     }
 
     /// What the node knows of its pods; `None` while it was not read.
@@ -182,6 +193,11 @@ impl Dataplane {
         Some(format!("its programs cannot be loaded: {obstacle}"))
     }
 
+    /// How programs are attached; `None` without eBPF.
+    pub fn attach_mode(&self) -> Option<AttachMode> {
+        self.bpf.as_ref().map(Bpf::attach_mode)
+    }
+
     /// The flow gate's epoch that is in place, see [`Bpf::epoch`].
     pub fn epoch(&self) -> Result<u32, DataplaneError> {
         Ok(match &self.bpf {
@@ -192,7 +208,8 @@ impl Dataplane {
 
     /// Says that the maps are kept, see [`Bpf::keep`].
     pub fn keep(&mut self, desired: &Desired) -> Result<(), DataplaneError> {
-        let alone = matches!(desired.tunnel.kind, DeviceKind::Veth { .. });
+        let alone =
+            matches!(desired.tunnel.kind, DeviceKind::Veth { .. }) || self.seen.stand_in.is_some();
         match &mut self.bpf {
             // Until all peers are known, what an earlier run left may be of the past.
             Some(bpf) if alone || desired.peers.is_some() => Ok(bpf.keep(alone)?),
@@ -225,6 +242,7 @@ impl Dataplane {
 
     async fn observe_kernel(&mut self, desired: &Desired) -> Result<(), DataplaneError> {
         self.seen.device = self.net.device(&desired.tunnel.name).await?;
+        self.observe_stand_in(desired).await?;
         self.interests = self.tunnel().into_iter().collect();
         let Some(settings) = &desired.bpf else {
             return Ok(());
@@ -234,7 +252,7 @@ impl Dataplane {
             .iter()
             .flat_map(|peers| peers.values().map(|peer| peer.vtep))
             .collect();
-        let underlay = self.net.underlay(self.local, vteps).await?;
+        let underlay = Box::pin(self.net.underlay(self.local, vteps)).await?;
         for (ifindex, address) in underlay.unconfirmed.difference(&self.asked) {
             // A failure here only means that the kernel path carries this peer a little longer.
             if let Err(error) = self.net.confirm(*ifindex, *address).await {
@@ -267,8 +285,19 @@ impl Dataplane {
             };
             hooks.push((hook, ifindex, filter));
         }
-        self.seen.bpf = Some(bpf.observe(settings.uplink, &hooks, full)?);
-        Ok(())
+        let before = &mut self.seen.bpf;
+        let rest = before.as_ref().map(Rest::of);
+        let (pods, pod_hooks) = before.as_ref().map_or_else(Default::default, |before| {
+            (before.pods.clone(), before.pod_hooks.clone())
+        });
+        let mut state = bpf.observe(settings.uplink, &hooks, full, before)?;
+        let is_settled = rest == Some(Rest::of(&state)) && bpf.is_unchanged();
+        // While a pair stands in, there is always something to do.
+        self.unchanged &= is_settled && self.seen.stand_in.is_none();
+        // Until they are read, too.
+        (state.pods, state.pod_hooks) = (pods, pod_hooks);
+        self.seen.bpf = Some(state);
+        self.observe_stand_in_program().await
     }
 
     /// Interfaces whose notifications matter.
@@ -287,8 +316,24 @@ impl Dataplane {
 
     /// Makes one change.
     pub async fn apply(&mut self, op: &Op, kind: &DeviceKind) -> Result<(), DataplaneError> {
-        let net = &self.net;
         match op {
+            Op::StandIn(op) => self.apply_to_stand_in(op).await,
+            op => self.apply_to(op, kind, self.tunnel()).await,
+        }
+    }
+
+    /// Makes one change, with this device as the tunnel device.
+    async fn apply_to(
+        &mut self,
+        op: &Op,
+        kind: &DeviceKind,
+        device: Option<IfIndex>,
+    ) -> Result<(), DataplaneError> {
+        let net = &self.net;
+        let tunnel = device.ok_or_else(|| DataplaneError::NoDevice(op.to_string()));
+        match op {
+            // One that stands in for what stands in there is none.
+            Op::StandIn(_) => {}
             Op::Attach { hook, ifindex } => {
                 let filter = net.filter_program(*hook, *ifindex).await?;
                 self.bpf_for(op)?.attach(*hook, *ifindex, filter)?;
@@ -302,30 +347,28 @@ impl Dataplane {
             Op::PutPod { address, pod } => self.bpf_for(op)?.put_pod(*address, pod)?,
             Op::DelPod { address } => self.bpf_for(op)?.del_pod(*address)?,
             Op::CreateDevice(tunnel) => net.create_device(tunnel).await?,
-            Op::DeleteDevice { index, .. } => net.delete_device(*index).await?,
+            Op::DeleteDevice { index, .. } => self.delete(*index).await?,
             Op::SetMtu { index, mtu } => net.set_mtu(*index, *mtu).await?,
             Op::SetMac { index, mac } => net.set_mac(*index, *mac).await?,
             Op::SetUp { index } => net.set_up(*index, kind).await?,
             Op::PutAddress { index, address } => net.put_address(*index, *address).await?,
             Op::DelAddress { index, address } => net.del_address(*index, *address).await?,
-            Op::PutFdb { mac, vtep } => net.put_fdb(self.tunnel_for(op)?, *mac, *vtep).await?,
-            Op::DelFdb { mac, vtep } => net.del_fdb(self.tunnel_for(op)?, *mac, *vtep).await?,
+            Op::PutFdb { mac, vtep } => net.put_fdb(tunnel?, *mac, *vtep).await?,
+            Op::DelFdb { mac, vtep } => net.del_fdb(tunnel?, *mac, *vtep).await?,
             Op::PutNeighbour { address, mac } => {
-                net.put_neighbour(self.tunnel_for(op)?, *address, *mac)
-                    .await?;
+                net.put_neighbour(tunnel?, *address, *mac).await?;
             }
             Op::DelNeighbour { address } => {
-                net.del_neighbour(self.tunnel_for(op)?, *address).await?;
+                net.del_neighbour(tunnel?, *address).await?;
             }
             Op::PutRoute {
                 subnet,
                 gateway,
                 mtu,
             } => {
-                net.put_route(self.tunnel_for(op)?, *subnet, *gateway, *mtu)
-                    .await?;
+                net.put_route(tunnel?, *subnet, *gateway, *mtu).await?;
             }
-            Op::DelRoute { subnet } => net.del_route(self.tunnel_for(op)?, *subnet).await?,
+            Op::DelRoute { subnet } => net.del_route(tunnel?, *subnet).await?,
             Op::PutNode { id, node } => self.bpf_for(op)?.put_node(*id, node)?,
             Op::ClearNode { id } => self.bpf_for(op)?.clear_node(*id)?,
             Op::PutSubnet { index, id } => self.bpf_for(op)?.put_subnet(*index, *id)?,
@@ -335,15 +378,28 @@ impl Dataplane {
         Ok(())
     }
 
-    fn tunnel_for(&self, op: &Op) -> Result<IfIndex, DataplaneError> {
-        self.tunnel()
-            .ok_or_else(|| DataplaneError::NoDevice(op.to_string()))
-    }
-
     fn bpf_for(&mut self, op: &Op) -> Result<&mut Bpf, DataplaneError> {
         self.bpf
             .as_mut()
             .ok_or_else(|| DataplaneError::NoBpf(op.to_string()))
+    }
+}
+
+/// What there is of eBPF beside the entries of maps.
+#[derive(PartialEq, Eq)]
+struct Rest {
+    settings: Option<Settings>,
+    attached: BTreeMap<Hook, Attachment>,
+    xdp: Option<Attachment>,
+}
+
+impl Rest {
+    fn of(state: &BpfState) -> Self {
+        Self {
+            settings: state.settings.clone(),
+            attached: state.attached.clone(),
+            xdp: state.xdp,
+        }
     }
 }
 

@@ -28,7 +28,7 @@ use tokio::{
         mpsc::{self, error::TrySendError},
         watch,
     },
-    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -37,8 +37,10 @@ use crate::{
     state::{Excluded, FastPath},
 };
 
-/// How often what costs little is looked at: settings, generations, shapes of tables.
-const GLANCE: Duration = Duration::from_millis(250);
+/// How often what costs little is looked at, of which the kernel tells nothing: settings, and generations in case it has not told.
+const GLANCE: Duration = Duration::from_secs(1);
+/// The same while there are legacy tables, of which it tells nothing either.
+const LEGACY_GLANCE: Duration = Duration::from_millis(250);
 /// How often everything is read, whatever seems to have changed.
 const RESYNC: Duration = Duration::from_secs(10);
 /// Changes that come together are looked at together.
@@ -135,6 +137,21 @@ struct Seen {
     values: Vec<Option<u32>>,
 }
 
+impl Seen {
+    /// How long until the next glance.
+    fn pause(&self) -> Duration {
+        match &self.legacy {
+            Some(tables) if tables.is_empty() => GLANCE,
+            _ => LEGACY_GLANCE,
+        }
+    }
+
+    /// Whether no rule can have changed without this: another legacy rule of the same size does not show.
+    fn is_certain(&self) -> bool {
+        self.generation.is_some() && self.legacy.as_ref().is_some_and(Vec::is_empty)
+    }
+}
+
 #[derive(Debug)]
 struct Watching {
     node: Watch,
@@ -164,12 +181,10 @@ impl Watching {
         }
         let (changes_in, mut changes) = mpsc::channel(1);
         tokio::spawn(keep_watching(changes_in));
-        let mut ticks = interval(GLANCE);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut last = Instant::now();
         loop {
             let told = tokio::select! {
-                _ = ticks.tick() => false,
+                () = sleep(self.seen.pause()) => false,
                 Some(()) = changes.recv() => true,
                 Ok(()) = self.pods.changed() => true,
             };
@@ -185,8 +200,9 @@ impl Watching {
             let begun = Instant::now();
             if last.elapsed() >= RESYNC {
                 self.learn();
-                // Another legacy rule of the same size goes unnoticed by a glance.
-                self.seen = Seen::default();
+                if !self.seen.is_certain() || !self.unlisted.is_empty() {
+                    self.seen = Seen::default();
+                }
                 last = begun;
             }
             let next = self.decide(sysctls.clone()).await;

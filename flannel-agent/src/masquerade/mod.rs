@@ -13,7 +13,12 @@ use std::{collections::BTreeSet, fs, time::Duration};
 
 use flannel_core::{
     config::NetConf,
-    masquerade::{Request, iptables::Moment, nft::Ruleset},
+    masquerade::{
+        Request,
+        backend::Backend,
+        iptables::Moment,
+        nft::{Family, Ruleset},
+    },
     subnet_env,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -194,6 +199,7 @@ pub async fn start(wanted: Wanted, board: Board, cancel: CancellationToken) -> K
         seen: None,
         obstacles: BTreeSet::new(),
         looked: None,
+        searched: None,
         retired: false,
     };
     cancel
@@ -217,6 +223,8 @@ struct Keeping {
     /// What drops pods' packets, and when that was looked for.
     obstacles: BTreeSet<Trouble>,
     looked: Option<Instant>,
+    /// The generation of the nftables rules at that time.
+    searched: Option<u32>,
     /// Whether the rules of the manager that is not wanted have been removed.
     retired: bool,
 }
@@ -282,10 +290,17 @@ impl Keeping {
             .is_none_or(|looked| looked.elapsed() >= OBSTACLES)
         {
             self.looked = Some(Instant::now());
-            self.obstacles = obstacles::look(&self.wanted.requests())
-                .await
+            let legacy = Family::ALL
                 .into_iter()
-                .collect();
+                .any(|family| programs::in_use(Backend::Legacy, family));
+            // Programs are not run to hear the same again.
+            if legacy || generation.is_none() || generation != self.searched {
+                self.searched = generation;
+                self.obstacles = obstacles::look(&self.wanted.requests())
+                    .await
+                    .into_iter()
+                    .collect();
+            }
         }
         troubles.extend(self.obstacles.iter().cloned());
         self.report(troubles);

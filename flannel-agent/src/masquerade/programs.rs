@@ -87,10 +87,14 @@ pub(super) struct Tools {
 impl Tools {
     pub(super) async fn find(family: Family) -> Self {
         let name = name(family);
+        let names = [format!("{name}-legacy"), format!("{name}-nft")];
+        let [legacy, nft] = names.each_ref().map(|name| Tool::find(name.as_str()));
+        let finding = async { tokio::join!(Tool::find(name), legacy, nft) };
+        let (default, legacy, nft) = Box::pin(finding).await;
         let mut tools = Self {
-            default: Tool::find(name).await,
-            legacy: Tool::find(&format!("{name}-legacy")).await,
-            nft: Tool::find(&format!("{name}-nft")).await,
+            default,
+            legacy,
+            nft,
         };
         // Under their own names they may be missing.
         if let Some(default) = &tools.default {

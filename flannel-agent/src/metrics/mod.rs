@@ -159,6 +159,9 @@ fn maps(seen: &Observed) -> Vec<MapUse> {
     ]
 }
 
+/// What native XDP is called among the hooks.
+const XDP: &str = "xdp";
+
 fn attached(seen: &Observed) -> Vec<(u32, &'static str)> {
     let Some(bpf) = &seen.bpf else {
         return Vec::new();
@@ -167,7 +170,7 @@ fn attached(seen: &Observed) -> Vec<(u32, &'static str)> {
         .attached
         .iter()
         .map(|(hook, at)| (at.ifindex.get(), hook.as_str()));
-    let xdp = bpf.xdp.iter().map(|at| (at.ifindex.get(), "xdp"));
+    let xdp = bpf.xdp.iter().map(|at| (at.ifindex.get(), XDP));
     let pods = bpf.pod_hooks.iter().flat_map(|(ifindex, hooks)| {
         let there = hooks.iter().filter(|(_, current)| **current);
         there.map(|(hook, _): (&Hook, _)| (ifindex.get(), hook.as_str()))

@@ -3,18 +3,22 @@
 use std::fmt;
 
 use flannel_common::Counter;
-use flannel_core::plan::GateMode;
+use flannel_core::{
+    features::{Findings, Rung},
+    plan::GateMode,
+    xdp::Standing,
+};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet},
     metrics::MetricType,
 };
 
-use super::{Known, Metrics, PREFIX};
+use super::{Known, Metrics, PREFIX, XDP};
 use crate::{
     dataplane::bpf::{self, Instance, Totals},
     health::{Board, Part},
-    state::Mode,
+    state::{Mode, State},
 };
 
 /// Reads the node at every scrape.
@@ -38,6 +42,11 @@ impl Collector for Node {
             .as_ref()
             .and_then(|state| Instance::of(state.vni).ok())
             .and_then(|instance| instance.totals().ok());
+        if let Some(state) = &known.state {
+            let strips = totals.as_ref().is_some_and(|totals| totals.xdp.packets > 0);
+            let attached = known.attached.iter().any(|(_, hook)| *hook == XDP);
+            rung(to, state, strips && attached)?;
+        }
         if let Some(totals) = totals {
             let dropped = known
                 .state
@@ -144,6 +153,31 @@ fn choices(to: &mut DescriptorEncoder<'_>, known: &Known) -> fmt::Result {
         let value = u32::from(now == mode);
         family
             .encode_family(&[("mode", mode.as_str())])?
+            .encode_gauge(&value)?;
+    }
+    let name = named("xdp_state");
+    let help = "Native XDP on the uplink: 1 for how it stands";
+    let mut family = to.encode_descriptor(&name, help, None, MetricType::Gauge)?;
+    let now = state.datapath.xdp.as_ref().map(|xdp| xdp.standing);
+    for standing in Standing::ALL {
+        let value = u32::from(now.unwrap_or_default() == standing);
+        family
+            .encode_family(&[("state", standing.as_str())])?
+            .encode_gauge(&value)?;
+    }
+    Ok(())
+}
+
+/// From what came of it alone: what the kernel could do besides does not change in between.
+fn rung(to: &mut DescriptorEncoder<'_>, state: &State, strips: bool) -> fmt::Result {
+    let name = named("datapath_rung");
+    let help = "How packets are carried: 1 for the rung in force";
+    let mut family = to.encode_descriptor(&name, help, None, MetricType::Gauge)?;
+    let now = state.ladder(&Findings::default(), strips).rung;
+    for rung in Rung::ALL {
+        let value = u32::from(now == Some(rung));
+        family
+            .encode_family(&[("rung", rung.as_str())])?
             .encode_gauge(&value)?;
     }
     Ok(())

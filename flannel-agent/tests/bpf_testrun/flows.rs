@@ -29,13 +29,18 @@ pub(crate) const SERVER: u16 = 80;
 
 /// A kernel with a pod of ours at the loopback, and another at an interface that is not there.
 pub(crate) fn kernel(mode: u32) -> Kernel {
-    pin_to_cpu();
     let mut kernel = Kernel::load();
-    let config = gated(&kernel, mode);
-    kernel.put_config(&config);
-    put_pod(&mut kernel, OUR_POD, LOOPBACK, POD_MAC, GENERATION);
-    put_pod(&mut kernel, OTHER_POD, ABSENT, OTHER_MAC, 1);
+    furnish(&mut kernel, mode);
     kernel
+}
+
+/// Gives a kernel those.
+pub(crate) fn furnish(kernel: &mut Kernel, mode: u32) {
+    pin_to_cpu();
+    let config = gated(kernel, mode);
+    kernel.put_config(&config);
+    put_pod(kernel, OUR_POD, LOOPBACK, POD_MAC, GENERATION);
+    put_pod(kernel, OTHER_POD, ABSENT, OTHER_MAC, 1);
 }
 
 pub(crate) fn gated(kernel: &Kernel, mode: u32) -> Config {

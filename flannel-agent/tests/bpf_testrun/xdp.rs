@@ -1,13 +1,14 @@
 //! `xdp_decap`: the outer headers go, or the frame stays as it is.
 
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
+use flannel_agent::dataplane::bpf::OBJECT;
 use flannel_common::{CounterId, config_flags, map::BARE_MAGIC};
 use flannel_testkit::privileged;
 
 use crate::{
     decap::{packet, wrapped},
     flows::{INSIDE, count, rechecked, udp},
-    kernel::{Kernel, MTU, OUR_POD, PEER_POD},
+    kernel::{Kernel, MTU, OUR_POD, PEER_POD, shortest},
 };
 
 const PASS: u32 = 2;
@@ -15,7 +16,12 @@ const PASS: u32 = 2;
 const SHORTEST: usize = 14;
 
 fn kernel() -> Kernel {
-    let mut kernel = Kernel::load();
+    kernel_of(OBJECT)
+}
+
+/// With another object.
+pub(crate) fn kernel_of(object: &[u8]) -> Kernel {
+    let mut kernel = Kernel::load_object(object);
     xdp(&mut kernel).load().expect("the verifier agrees");
     let mut config = kernel.config();
     config.flags |= config_flags::XDP;
@@ -28,7 +34,7 @@ fn xdp(kernel: &mut Kernel) -> &mut Xdp {
     program.try_into().expect("an XDP program")
 }
 
-fn run(kernel: &mut Kernel, frame: &[u8]) -> Vec<u8> {
+pub(crate) fn run(kernel: &mut Kernel, frame: &[u8]) -> Vec<u8> {
     let stripped = count(kernel, CounterId::XdpDecap);
     let mut out = vec![0; frame.len() + 64];
     let result = xdp(kernel)
@@ -47,6 +53,16 @@ fn run(kernel: &mut Kernel, frame: &[u8]) -> Vec<u8> {
     assert_eq!(
         bare.is_some(),
         count(kernel, CounterId::XdpDecap) > stripped
+    );
+    // The hook behind it misses what it would have stripped, and nothing else.
+    let missed = count(kernel, CounterId::XdpMissed);
+    if frame.len() >= shortest(frame) {
+        kernel.run("from_wire", frame);
+    }
+    assert_eq!(
+        bare.is_some(),
+        count(kernel, CounterId::XdpMissed) > missed,
+        "{frame:02x?}"
     );
     bare.unwrap_or(out)
 }

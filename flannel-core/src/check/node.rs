@@ -1,6 +1,7 @@
 //! Kernel, privileges, settings, and the daemon itself.
 
 use super::{Finding, Observations, agent, few};
+use crate::distribution::{Feature, Host, version};
 
 /// The oldest kernel on which the programs have been seen to work.
 const OLDEST: (u32, u32) = (5, 10);
@@ -23,6 +24,8 @@ pub enum Wants {
 pub struct Node {
     /// `uname -r`.
     pub kernel: String,
+    /// The machine, as it looks to somebody who misses the module vxlan.
+    pub host: Host,
     /// Whether `/sys/kernel/btf/vmlinux` exists.
     pub btf: bool,
     /// What the daemon, or else this process, may do.
@@ -164,11 +167,6 @@ fn kernel(node: &Node) -> Finding {
     }
 }
 
-fn version(release: &str) -> Option<(u32, u32)> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
-}
-
 fn btf(node: &Node) -> Finding {
     const NAME: &str = "btf";
     if node.btf {
@@ -274,8 +272,7 @@ fn vxlan(seen: &Observations) -> Finding {
         Vxlan::Untried(why) => Finding::skip(NAME, format!("could not be tried: {why}")),
         Vxlan::Refused(error) => {
             let found = format!("the kernel makes no vxlan device: {error}");
-            let package = module_package(&node.kernel);
-            let fix = format!("install {package}, then modprobe vxlan");
+            let fix = node.host.advice(Feature::Vxlan);
             if node.wants == Wants::Kernel || node.bpf.is_err() {
                 Finding::fail(NAME, found, fix)
             } else {
@@ -286,20 +283,6 @@ fn vxlan(seen: &Observations) -> Finding {
                 )
             }
         }
-    }
-}
-
-/// Distributions that keep the module out of the kernel's own package.
-fn module_package(kernel: &str) -> String {
-    if kernel.ends_with("-raspi") {
-        "linux-modules-extra-raspi".into()
-    } else if ["-generic", "-aws", "-azure", "-gcp", "-kvm"]
-        .iter()
-        .any(|flavour| kernel.ends_with(flavour))
-    {
-        format!("linux-modules-extra-{kernel}")
-    } else {
-        "the package with the kernel's vxlan module (Ubuntu for Raspberry Pi: linux-modules-extra-raspi)".into()
     }
 }
 

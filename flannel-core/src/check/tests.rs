@@ -95,6 +95,7 @@ fn healthy() -> Observations {
     Observations {
         node: Node {
             kernel: "6.12.0".into(),
+            host: crate::distribution::Host::default(),
             btf: true,
             capabilities: Capabilities {
                 whose: "the agent",

@@ -274,7 +274,12 @@ pub(super) fn plan(input: &Input<'_>, plan: &mut Plan, deletes: &mut Vec<Op>) {
     if let Some(peers) = input.peers {
         plan_nodes(input, peers, own_mac, plan, deletes);
     }
+    // The pair that stands in has nobody to leave packets to, as long as any come its way.
+    let stand_in = input.observed.stand_in.as_ref();
+    let stands_in = stand_in.is_some_and(|device| !device.routes.is_empty());
     let settings = Settings {
+        alone: input.want.alone || stands_in,
+        decap_gso: input.want.decap_gso || stands_in,
         tunnel: Some((input.device.index, input.device.mtu, own_mac)),
         own_index: own_index(input.desired, input.want),
         ..input.want.clone()

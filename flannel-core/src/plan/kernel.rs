@@ -130,7 +130,8 @@ fn fit(want: &DeviceKind, have: &ObservedKind) -> Fit {
         (DeviceKind::Veth { peer }, ObservedKind::Veth { peer: Some(has) }) if has == peer => {
             Fit::Good
         }
-        // The way from the kernel's device to eBPF alone and back: both carry our name and nobody else's.
+        // The way from the kernel's device to eBPF alone and back, where nothing can stand in meanwhile: both carry our name and nobody
+        // else's.
         (DeviceKind::Veth { .. }, ObservedKind::Vxlan { .. }) => {
             Fit::Replace("it is a vxlan device, eBPF alone was asked for".into())
         }

@@ -15,6 +15,7 @@ mod kernel;
 mod observed;
 mod op;
 mod pods;
+mod stand_in;
 mod xdp;
 
 pub use bpf::{Node, Settings};
@@ -41,6 +42,29 @@ pub struct Plan {
 /// One pass need not suffice: while the device is missing or down only that is mended, and the next pass, on a fresh
 /// observation, does the rest. The caller repeats until the ops are empty.
 pub fn plan(desired: &Desired, observed: &Observed) -> Plan {
+    let mut plan = match stand_in::plan(desired, observed) {
+        stand_in::Step::First(plan) => return plan,
+        stand_in::Step::Ready(why) => {
+            let device = observed.device.iter();
+            return Plan {
+                ops: device
+                    .map(|device| Op::DeleteDevice {
+                        index: device.index,
+                        name: desired.tunnel.name.clone(),
+                        why: why.clone(),
+                    })
+                    .collect(),
+                problems: Vec::new(),
+            };
+        }
+        stand_in::Step::NotNeeded => plan_node(desired, observed),
+    };
+    stand_in::retire(desired, observed, &mut plan);
+    plan
+}
+
+/// Plans without regard to what stands in.
+fn plan_node(desired: &Desired, observed: &Observed) -> Plan {
     let mut plan = Plan::default();
     let mut deletes = Vec::new();
     let settings = pods::retire(desired, observed, &mut plan, &mut deletes);
@@ -72,9 +96,20 @@ fn plan_overlay(
         .peers
         .as_ref()
         .map(|peers| desired::usable(desired, peers, &mut plan.problems));
+    let mut kernel = Plan::default();
     match &peers {
-        Some(peers) => kernel::plan_peers(desired, observed, device, peers, plan, deletes),
-        None => kernel::restore_neighbours(desired, device, &mut plan.ops),
+        Some(peers) => {
+            kernel::plan_peers(desired, observed, device, peers, &mut kernel, deletes);
+        }
+        None => kernel::restore_neighbours(desired, device, &mut kernel.ops),
+    }
+    plan.problems.append(&mut kernel.problems);
+    // A vxlan device carries packets from its first route on; a veth pair only with its program. And where another device carries them
+    // until then, none need be lost to a clsact qdisc: while a device gets one it sends nothing (`qdisc_graft`).
+    let programs_first =
+        matches!(desired.tunnel.kind, DeviceKind::Veth { .. }) || observed.stand_in.is_some();
+    if !programs_first {
+        plan.ops.append(&mut kernel.ops);
     }
     if let (Some(want), Some(have)) = (&desired.bpf, &observed.bpf) {
         bpf::plan(
@@ -91,4 +126,5 @@ fn plan_overlay(
             deletes,
         );
     }
+    plan.ops.append(&mut kernel.ops);
 }

@@ -26,6 +26,9 @@ pub struct Observed {
     /// The eBPF maps and programs; `None` when eBPF is not in use.
     #[serde(default)]
     pub bpf: Option<BpfState>,
+    /// The device that stands in for the tunnel device while that changes its kind, see [`crate::mark::stand_in`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stand_in: Option<Device>,
 }
 
 impl Observed {
@@ -146,6 +149,9 @@ pub struct BpfState {
     /// Attached programs, but for those on pod veths.
     #[serde(default)]
     pub attached: BTreeMap<Hook, Attachment>,
+    /// The program that encapsulates, on the device that stands in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stand_in: Option<Attachment>,
     /// Our program at the native XDP hook of an interface.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub xdp: Option<Attachment>,

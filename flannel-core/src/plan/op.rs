@@ -30,6 +30,8 @@ pub enum Op {
         /// What cannot be changed.
         why: String,
     },
+    /// The same change to the device that stands in while the tunnel device changes its kind.
+    StandIn(Box<Op>),
     /// Set the device's MTU.
     SetMtu {
         /// Interface index.
@@ -179,9 +181,10 @@ impl Op {
     }
 
     /// A short name for counting.
-    pub const fn verb(&self) -> &'static str {
+    pub fn verb(&self) -> &'static str {
         match self {
             Self::CreateDevice(_) => "create_device",
+            Self::StandIn(op) => op.verb(),
             Self::DeleteDevice { .. } => "delete_device",
             Self::SetMtu { .. } => "set_mtu",
             Self::SetMac { .. } => "set_mac",
@@ -214,6 +217,12 @@ impl fmt::Display for Op {
         match self {
             Self::CreateDevice(tunnel) => write!(f, "create device {}", tunnel.name),
             Self::DeleteDevice { name, why, .. } => write!(f, "delete device {name}: {why}"),
+            Self::StandIn(op) => match op.as_ref() {
+                Self::CreateDevice(_) | Self::DeleteDevice { .. } | Self::Attach { .. } => {
+                    op.fmt(f)
+                }
+                op => write!(f, "{op}, on the device that stands in"),
+            },
             Self::SetMtu { mtu, .. } => write!(f, "set MTU of the tunnel device to {}", mtu.get()),
             Self::SetMac { mac, .. } => write!(f, "set MAC of the tunnel device to {mac}"),
             Self::SetUp { .. } => write!(f, "set the tunnel device up"),

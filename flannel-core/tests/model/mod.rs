@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use flannel_core::{
     addr::{IfIndex, VtepMac},
+    mark,
     plan::{
         Attachment, BpfState, Desired, Device, DeviceKind, Node, Observed, ObservedKind, Op, Route,
         Settings,
@@ -64,6 +65,32 @@ pub(crate) fn apply(kernel: &mut Observed, op: &Op, want: &Desired) {
                 }
             }
         }
+        Op::StandIn(op) => {
+            let (name, peer) = mark::stand_in(&want.tunnel.name).expect("a name");
+            let mut pair = want.clone();
+            pair.tunnel.name = name;
+            pair.tunnel.kind = DeviceKind::Veth { peer };
+            let device = kernel.stand_in.take();
+            let device = std::mem::replace(&mut kernel.device, device);
+            let attached = kernel.bpf.as_ref().map(|bpf| bpf.attached.clone());
+            apply(kernel, op, &pair);
+            if let (Some(bpf), Some(attached)) = (&mut kernel.bpf, attached) {
+                if let Op::Attach { hook, .. } = op.as_ref() {
+                    bpf.stand_in = bpf.attached.get(hook).copied();
+                } else if matches!(op.as_ref(), Op::DeleteDevice { .. }) {
+                    bpf.stand_in = None;
+                }
+                bpf.attached = attached;
+            }
+            kernel.stand_in = std::mem::replace(&mut kernel.device, device);
+            if let (Op::CreateDevice(_), Some(there)) = (op.as_ref(), &mut kernel.stand_in) {
+                there.index = IfIndex::try_from(2_000).unwrap();
+            }
+            if let (Op::PutRoute { subnet, .. }, Some(device)) = (op.as_ref(), &mut kernel.device) {
+                // The kernel has one route of that destination and metric.
+                device.routes.remove(subnet);
+            }
+        }
         Op::SetMtu { index, mtu } => device(kernel, *index).mtu = mtu.get(),
         Op::SetMac { index, mac } => {
             let device = device(kernel, *index);
@@ -111,6 +138,9 @@ pub(crate) fn apply(kernel: &mut Observed, op: &Op, want: &Desired) {
                 mtu: mtu.filter(|mtu| *mtu != 0),
             };
             tunnel(kernel, false).routes.insert(*subnet, route);
+            if let Some(there) = &mut kernel.stand_in {
+                there.routes.remove(subnet);
+            }
         }
         Op::DelRoute { subnet } => {
             tunnel(kernel, false).routes.remove(subnet);

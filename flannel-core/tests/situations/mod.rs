@@ -341,6 +341,7 @@ fn observed(want: &Desired, capacity: u32) -> BoxedStrategy<Observed> {
             device,
             underlay,
             bpf,
+            stand_in: None,
         })
         .boxed()
 }
@@ -498,6 +499,7 @@ fn bpf_state(uplink: IfIndex, capacity: u32) -> impl Strategy<Value = BpfState> 
         .prop_map(
             move |(settings, subnets, nodes, attached, (xdp, own_index, pods, pod_hooks))| {
                 BpfState {
+                    stand_in: None,
                     // Reading them back cannot tell the uplink.
                     settings: settings.map(|(settings, tunnel)| Settings {
                         uplink,

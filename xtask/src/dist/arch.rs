@@ -107,12 +107,12 @@ impl FromStr for Arches {
             "all" => Ok(Self(Arch::ALL.to_vec())),
             "amd64" | "x86_64" => Ok(Self(vec![Arch::Amd64])),
             "arm64" | "aarch64" => Ok(Self(vec![Arch::Arm64])),
-            "arm" | "armv6" | "armv7" | "armhf" | "armel" | "386" | "i386" | "i686" => Err(
-                "32-bit systems are not supported: the maps that the agent shares with the kernel are laid out for 64 bits; \
-                 a Raspberry Pi 3 or newer runs a 64-bit operating system, for which arm64 is right"
+            "arm" | "arm32" | "armv6" | "armv7" | "armhf" | "armel" | "386" | "i386" | "i686" => Err(
+                "32-bit systems are not supported, because the maps that the agent shares with the kernel are laid out for 64 bits: \
+                 write amd64, arm64 or all; a Raspberry Pi 3 or newer runs a 64-bit operating system, for which arm64 is right"
                     .to_owned(),
             ),
-            _ => Err("write amd64, arm64 or all".to_owned()),
+            _ => Err("write amd64, arm64 or all: nothing else is supported".to_owned()),
         }
     }
 }
@@ -125,9 +125,15 @@ mod tests {
     fn architectures_are_read_and_small_ones_refused() {
         assert_eq!("all".parse(), Ok(Arches(vec![Arch::Amd64, Arch::Arm64])));
         assert_eq!("arm64".parse(), Ok(Arches(vec![Arch::Arm64])));
-        let why = "armv7".parse::<Arches>().expect_err("32 bits");
-        assert!(why.contains("64-bit operating system"), "{why}");
-        let why = "s390x".parse::<Arches>().expect_err("unknown");
-        assert!(why.contains("amd64, arm64 or all"), "{why}");
+        for small in ["arm", "armv7", "armhf", "i386"] {
+            let why = small.parse::<Arches>().expect_err("32 bits");
+            assert!(why.contains("64-bit operating system"), "{why}");
+            assert!(why.contains("write amd64, arm64 or all"), "{why}");
+            assert!(!why.contains('\n'), "{why}");
+        }
+        for unknown in ["s390x", "riscv64", ""] {
+            let why = unknown.parse::<Arches>().expect_err("unknown");
+            assert!(why.contains("amd64, arm64 or all"), "{why}");
+        }
     }
 }

@@ -137,6 +137,28 @@ pub(super) fn inspect(path: &Path, arch: Arch) -> Result<()> {
     Ok(())
 }
 
+/// The SHA-256 of a file.
+pub(super) fn sha256(path: &Path) -> Result<String> {
+    let said = output(process::command("sha256sum").arg(path).stdin(Stdio::null()))?;
+    let sum = said.split_whitespace().next();
+    let sum = sum.with_context(|| format!("sha256sum says {said:?}"))?;
+    Ok(sum.to_owned())
+}
+
+/// Refuses an agent that has another eBPF object in it than this one, byte for byte: that of another architecture has the same.
+pub(super) fn require_object(agent: &Path, object: &Path) -> Result<()> {
+    let read = |path: &Path| fs::read(path).with_context(|| format!("read {}", path.display()));
+    let (binary, wanted) = (read(agent)?, read(object)?);
+    if wanted.is_empty() || !binary.windows(wanted.len()).any(|part| part == wanted) {
+        bail!(
+            "{} has another eBPF object in it than {}",
+            agent.display(),
+            object.display()
+        );
+    }
+    Ok(())
+}
+
 /// Starts the binaries, under emulation where the machine is another one.
 pub(super) fn try_out(binaries: &Binaries, arch: Arch, stamp: &Stamp) -> Result<()> {
     let mut version = starting(&binaries.agent, arch);
@@ -145,6 +167,7 @@ pub(super) fn try_out(binaries: &Binaries, arch: Arch, stamp: &Stamp) -> Result<
     if said.trim() != expected {
         bail!("the agent says {:?} and not {expected:?}", said.trim());
     }
+    install_conf(binaries, arch)?;
     let mut help = starting(&binaries.agent, arch);
     let said = output(help.arg("--help").stdin(Stdio::null()))?;
     for flag in ["--kube-subnet-mgr", "--etcd-endpoints", "install-conf"] {
@@ -153,6 +176,27 @@ pub(super) fn try_out(binaries: &Binaries, arch: Arch, stamp: &Stamp) -> Result<
         }
     }
     ask_plugin(starting(&binaries.plugin, arch))
+}
+
+/// Has the agent copy itself, as an init container has it install a CNI configuration: it reads, writes and renames.
+fn install_conf(binaries: &Binaries, arch: Arch) -> Result<()> {
+    let target = binaries.agent.with_file_name("install-conf.tmp");
+    let mut install = starting(&binaries.agent, arch);
+    output(
+        install
+            .arg("install-conf")
+            .args([&binaries.plugin, &target])
+            .stdin(Stdio::null()),
+    )?;
+    let same = sha256(&target)? == sha256(&binaries.plugin)?;
+    fs::remove_file(&target).with_context(|| format!("remove {}", target.display()))?;
+    if !same {
+        bail!(
+            "{} install-conf has copied something else",
+            binaries.agent.display()
+        );
+    }
+    Ok(())
 }
 
 /// Asks the CNI plugin which versions of CNI it knows, the one question that changes nothing.
@@ -212,6 +256,23 @@ mod tests {
         );
         assert!(flags.contains("--build-id=sha1"), "{flags}");
         assert_eq!(of("FLANNEL_VERSION"), "0.1.0 (abc, linux/arm64)");
+    }
+
+    #[test]
+    fn an_agent_with_another_object_is_refused() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = |name: &str, bytes: &[u8]| {
+            let path = dir.path().join(name);
+            fs::write(&path, bytes).expect("write");
+            path
+        };
+        let object = file("object", b"eBPF object");
+        let agent = file("agent", b"ELF, then eBPF object, then more");
+        require_object(&agent, &object).expect("it is in there");
+        let other = file("other", b"ELF, then eBPF 0bject, then more");
+        let why = require_object(&other, &object).expect_err("a bit differs");
+        assert!(why.to_string().contains("another eBPF object"), "{why}");
+        require_object(&agent, &file("empty", b"")).expect_err("no object");
     }
 
     #[test]

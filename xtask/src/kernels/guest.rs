@@ -12,6 +12,7 @@ use super::cpio::Archive;
 use super::debian;
 use super::machine::{self, End, Machine};
 use super::modules;
+use super::nics::Cards;
 use super::programs::Programs;
 use super::report::Said;
 use super::suites::{Place, Tier};
@@ -107,6 +108,7 @@ impl Guest<'_> {
             vmlinuz: &files.vmlinuz,
             initrd: &initrd,
             append: case.append(),
+            cards: case.cards(),
             console: home.join("console.log"),
             results: home.join("results.log"),
         };
@@ -138,7 +140,11 @@ impl Guest<'_> {
                 args.push("--exact".to_owned());
                 args.extend(tests.iter().map(|test| (*test).to_owned()));
             }
+            let is_asked_for = |name: &&str| tests.is_empty() || tests.contains(name);
             for (name, why) in self.place.left_out(target) {
+                if !is_asked_for(&name) {
+                    continue;
+                }
                 args.extend(["--skip".to_owned(), name.to_owned()]);
                 done.not_run.push(format!("{target}::{name}: {why}"));
             }
@@ -159,6 +165,11 @@ impl Guest<'_> {
                     "FLANNEL_AGENT": self.programs.agent,
                 },
             }));
+        }
+        if self.place.case.cards().is_some() {
+            for suite in &mut suites {
+                suite["env"]["FLANNEL_LAB_NICS"] = Cards::addresses().into();
+            }
         }
         json!({
             "modules": modules::LOADED,

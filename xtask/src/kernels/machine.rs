@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
+use super::nics::{Cards, Wire};
 use crate::dist::arch::Arch;
 use crate::process;
 
@@ -21,6 +22,8 @@ pub(super) struct Machine<'a> {
     pub(super) initrd: &'a Path,
     /// What is added to the kernel's command line.
     pub(super) append: &'a str,
+    /// Network cards for labs.
+    pub(super) cards: Option<Cards>,
     /// Where the kernel's console goes.
     pub(super) console: PathBuf,
     /// Where the first process's words go.
@@ -39,7 +42,9 @@ pub(super) enum End {
 
 /// Runs a machine to its end, calling `look` from time to time.
 pub(super) fn run(machine: &Machine<'_>, limit: Duration, mut look: impl FnMut()) -> Result<End> {
-    let mut child = command(machine)?
+    // Goes when the machine is gone.
+    let wire = machine.cards.map_or(Ok(None), Cards::wire)?;
+    let mut child = command(machine, wire.as_ref())?
         .spawn()
         .with_context(|| format!("start {}", program(machine.arch)))?;
     let end = Instant::now() + limit;
@@ -73,7 +78,7 @@ pub(super) const fn program(arch: Arch) -> &'static str {
     }
 }
 
-fn command(machine: &Machine<'_>) -> Result<Command> {
+fn command(machine: &Machine<'_>, wire: Option<&Wire>) -> Result<Command> {
     let console = &machine.console;
     let output = File::create(console).with_context(|| format!("create {}", console.display()))?;
     let errors = output.try_clone().context("share the console's file")?;
@@ -83,14 +88,16 @@ fn command(machine: &Machine<'_>) -> Result<Command> {
         Arch::Amd64 => ("pc", "Nehalem,cx16=off", "ttyS0 no_timer_check"),
         Arch::Arm64 => ("virt", "cortex-a57", "ttyAMA0"),
     };
+    let processors = machine.cards.map_or(1, Cards::processors);
     let append = format!(
         "console={tty} quiet loglevel=5 panic=-1 PATH=/usr/sbin:/usr/bin:/sbin:/bin {}",
         machine.append
     );
-    let mut command = process::command(program(machine.arch));
+    let program = program(machine.arch);
+    let mut command = wire.map_or_else(|| process::command(program), |wire| wire.command(program));
     command
         .args(["-accel", "tcg", "-M", board, "-cpu", cpu])
-        .args(["-smp", "1", "-m", "2048", "-nodefaults", "-display", "none"])
+        .args(["-m", "2048", "-nodefaults", "-display", "none"])
         .args(["-serial", "stdio", "-monitor", "none", "-no-reboot"])
         .args(["-device", "virtio-serial-pci"])
         .arg("-chardev")
@@ -99,7 +106,8 @@ fn command(machine: &Machine<'_>) -> Result<Command> {
             machine.results.display()
         ))
         .args(["-device", "virtserialport,chardev=results,name=results"])
-        .args(cards())
+        .args(["-smp", &processors.to_string()])
+        .args(machine.cards.map_or_else(Vec::new, Cards::arguments))
         .arg("-kernel")
         .arg(machine.vmlinuz)
         .arg("-initrd")
@@ -109,17 +117,4 @@ fn command(machine: &Machine<'_>) -> Result<Command> {
         .stdout(output)
         .stderr(errors);
     Ok(command)
-}
-
-/// Two network cards on one wire, whose driver has native XDP.
-fn cards() -> Vec<String> {
-    let card = |number: u8| {
-        [
-            "-netdev".to_owned(),
-            format!("hubport,id=card{number},hubid=0"),
-            "-device".to_owned(),
-            format!("virtio-net-pci,netdev=card{number},romfile=,mac=52:54:00:00:79:0{number}"),
-        ]
-    };
-    [card(1), card(2)].concat()
 }

@@ -1,5 +1,6 @@
 //! What runs on which kernel, and what does not and why. The one place that knows.
 
+use super::nics::Cards;
 use super::{Case, Kernel};
 use crate::dist::arch::Arch;
 
@@ -77,19 +78,49 @@ pub(super) struct Place {
     pub(super) case: Case,
 }
 
-const LEFT_OUT: [LeftOut; 1] = [LeftOut {
-    target: OF_THE_KERNEL,
-    test: "overlay::the_overlay_works_on_clsact",
-    on: without_tcx,
-    why: "clsact is what this kernel likes best: the same test under another name has run",
-}];
+const LEFT_OUT: [LeftOut; 5] = [
+    LeftOut {
+        target: OF_THE_KERNEL,
+        test: "overlay::the_overlay_works_on_clsact",
+        on: without_tcx,
+        why: "clsact is what this kernel likes best: the same test under another name has run",
+    },
+    LeftOut {
+        target: OF_CARDS,
+        test: "silent::",
+        on: on_cards_that_work,
+        why: "these cards run XDP programs: machines with others do it",
+    },
+    LeftOut {
+        target: OF_CARDS,
+        test: "queues::",
+        on: on_cards_that_work,
+        why: "these cards have one queue: machines with others do it",
+    },
+    LeftOut {
+        target: "netns_xdp",
+        test: "by_itself_it_is_for_hardware_only",
+        on: on_cards_that_work,
+        why: "it is about veth pairs, and these are hardware",
+    },
+    LeftOut {
+        target: "netns_xdp",
+        test: "trial::a_driver_that_never_runs_it_is_found_out",
+        on: on_cards_that_work,
+        why: "it makes a veth pair look like a silent card: machines with such cards do it",
+    },
+];
+
+fn on_cards_that_work(place: Place) -> bool {
+    matches!(place.case, Case::Cards(Cards::Hub | Cards::Tap))
+}
 
 fn without_tcx(place: Place) -> bool {
     !place.kernel.has_tcx()
 }
 
 /// Which machines lack something: on these kernels, and whether within minutes.
-const CASES: [(Case, &[Kernel], bool); 9] = [
+const CASES: [(Case, &[Kernel], bool); 13] = [
     (Case::NoBpf, &[Kernel::V5_10], false),
     (Case::NoClassifier, &[Kernel::V5_10], true),
     (Case::NoVxlan, &[Kernel::V6_1], false),
@@ -99,7 +130,34 @@ const CASES: [(Case, &[Kernel], bool); 9] = [
     (Case::LockdownIntegrity, &[Kernel::V6_12], false),
     (Case::LockdownConfidentiality, &[Kernel::V6_12], false),
     (Case::NoVxlan, &[Kernel::V7], true),
+    (
+        Case::Cards(Cards::Hub),
+        &[Kernel::V5_10, Kernel::V6_12],
+        false,
+    ),
+    (Case::Cards(Cards::Tap), &[Kernel::V6_1, Kernel::V7], false),
+    (Case::Cards(Cards::Queues), &[Kernel::V6_12], false),
+    (Case::Cards(Cards::Silent), &Kernel::ALL, false),
 ];
+
+/// What a driver alone shows.
+const OF_CARDS: &str = "guest_nics";
+/// What runs over network cards as well: what goes over the wire.
+const OVER_CARDS: [&str; 4] = [OF_CARDS, "netns_wire", "netns_xdp", "netns_restart"];
+
+fn of_cards(cards: Cards) -> Vec<(&'static str, &'static [&'static str])> {
+    match cards {
+        Cards::Hub | Cards::Tap => OVER_CARDS.map(|target| (target, &[][..])).to_vec(),
+        Cards::Queues => vec![(OF_CARDS, &["queues::every_queue_strips"])],
+        Cards::Silent => vec![(
+            OF_CARDS,
+            &[
+                "silent::it_is_left_for_tc",
+                "silent::silence_proves_nothing",
+            ],
+        )],
+    }
+}
 
 /// What a machine may lack on a kernel, beside nothing.
 pub(super) fn cases(kernel: Kernel, tier: Tier) -> impl Iterator<Item = Case> {
@@ -113,6 +171,7 @@ impl Place {
     /// What runs here, and which tests of it: all, if none are named.
     pub(super) fn suites(self, tier: Tier) -> Vec<(&'static str, &'static [&'static str])> {
         let of_the_kernel = match self.case {
+            Case::Cards(cards) => return of_cards(cards),
             Case::Plain => None,
             Case::LockdownIntegrity | Case::LockdownConfidentiality => Some(&[][..]),
             Case::NoVxlan | Case::NoClassifier | Case::NoBpf | Case::NoVxlanNoBpf => Some(RUNG),
@@ -187,7 +246,8 @@ mod tests {
     #[test]
     fn what_is_left_out_has_a_suite_and_a_reason() {
         for row in LEFT_OUT {
-            assert!(SUITES.iter().any(|suite| suite.target == row.target));
+            let known = SUITES.iter().map(|suite| suite.target).chain(OVER_CARDS);
+            assert!(known.into_iter().any(|target| target == row.target));
             assert!(!row.why.is_empty() && !row.test.is_empty());
         }
     }

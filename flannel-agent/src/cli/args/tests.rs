@@ -31,7 +31,8 @@ fn short_flags_survive() {
     assert!(matches!(
         args.command,
         Some(Command::Status {
-            output: Output::Json
+            output: Output::Json,
+            features: false,
         })
     ));
 }

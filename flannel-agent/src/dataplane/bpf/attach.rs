@@ -15,7 +15,13 @@ use flannel_core::{
     plan::{Attachment, Hook},
 };
 
-use super::{Bpf, BpfError, error::errno, link, pins::pin_error, program};
+use super::{
+    Bpf, BpfError,
+    error::errno,
+    link,
+    pins::{ensure_bpffs, pin_error},
+    program,
+};
 
 /// How programs are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +145,8 @@ impl Bpf {
 
     /// Pins the maps that are not pinned.
     fn pin_maps(&self) -> Result<(), BpfError> {
+        // Somebody may have unmounted it, and all pins with it.
+        ensure_bpffs()?;
         for (path, map) in self.pins.iter().filter(|(path, _)| !path.exists()) {
             if let Some(dir) = path.parent() {
                 fs::create_dir_all(dir).map_err(|error| pin_error("create", dir, error))?;
@@ -204,7 +212,7 @@ impl Bpf {
         Ok(())
     }
 
-    fn attach_clsact(
+    pub(super) fn attach_clsact(
         &mut self,
         hook: Hook,
         ifindex: IfIndex,

@@ -1,10 +1,17 @@
 //! What can go wrong with eBPF, in words.
 
-use std::{error::Error as StdError, io, net::Ipv4Addr, path::PathBuf};
+use std::{
+    error::Error as StdError,
+    fs, io,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
-use flannel_core::xdp;
+use flannel_core::{plan::Hook, xdp};
 use thiserror::Error;
+
+use crate::files;
 
 /// An eBPF operation that failed.
 #[derive(Debug, Error)]
@@ -28,6 +35,21 @@ pub enum BpfError {
         /// Why not.
         #[source]
         source: Box<ProgramError>,
+    },
+    /// The verifier would not take a program.
+    #[error("the verifier refuses program {program}: {said}{}", where_kept(kept.as_deref()))]
+    Refused {
+        /// Which program.
+        program: String,
+        /// The verifier's last word.
+        said: String,
+        /// All that it said.
+        log: String,
+        /// The file that has it.
+        kept: Option<PathBuf>,
+        /// The errno.
+        #[source]
+        source: io::Error,
     },
     /// A map could not be read.
     #[error("read entry {index} of map {map}")]
@@ -109,11 +131,44 @@ impl BpfError {
     }
 
     pub(super) fn program(verb: &'static str, name: &str, source: ProgramError) -> Self {
-        Self::Program {
-            verb,
-            name: name.to_owned(),
-            source: Box::new(source),
+        match source {
+            ProgramError::LoadError {
+                io_error,
+                verifier_log,
+            } if last_word(&verifier_log.to_string()).is_some() => {
+                let log = verifier_log.to_string();
+                Self::Refused {
+                    program: name.to_owned(),
+                    said: last_word(&log).unwrap_or_default().to_owned(),
+                    log,
+                    kept: None,
+                    source: io_error,
+                }
+            }
+            source => Self::Program {
+                verb,
+                name: name.to_owned(),
+                source: Box::new(source),
+            },
         }
+    }
+
+    /// Keeps what the verifier said in a file of that directory, and says so from now on. Any other error is as it was.
+    pub(super) fn kept_in(mut self, dir: Option<&Path>) -> Self {
+        if let (
+            Some(dir),
+            Self::Refused {
+                program, log, kept, ..
+            },
+        ) = (dir, &mut self)
+        {
+            let path = log_file(dir, program);
+            match files::replace(&path, log) {
+                Ok(()) => *kept = Some(path),
+                Err(error) => tracing::warn!(%error, "keep what the verifier said"),
+            }
+        }
+        self
     }
 
     pub(super) fn read(map: &str, index: u32, source: MapError) -> Self {
@@ -144,6 +199,45 @@ impl BpfError {
     pub fn errno(&self) -> Option<i32> {
         errno(self)
     }
+}
+
+/// The file in which a program's refusal is kept.
+fn log_file(dir: &Path, program: &str) -> PathBuf {
+    dir.join(format!("flannel-verifier-{program}.log"))
+}
+
+/// The files in a directory that have a program's refusal.
+pub(crate) fn kept_logs(dir: &Path) -> Vec<PathBuf> {
+    let programs = Hook::ALL.iter().map(|hook| hook.as_str());
+    programs
+        .chain(super::xdp::PROGRAMS)
+        .chain([super::probe::PROGRAM])
+        .map(|program| log_file(dir, program))
+        .filter(|file| file.exists())
+        .collect()
+}
+
+/// Removes what is kept of an earlier start's refusals.
+pub(super) fn forget_logs(dir: &Path) {
+    for file in kept_logs(dir) {
+        if let Err(error) = fs::remove_file(&file) {
+            tracing::debug!(file = %file.display(), %error, "remove an old log of the verifier");
+        }
+    }
+}
+
+/// The last line of a verifier's log that says something about the program.
+pub(crate) fn last_word(log: &str) -> Option<&str> {
+    log.lines()
+        .rev()
+        .map(str::trim)
+        .find(|line| !line.is_empty() && !line.starts_with("processed "))
+}
+
+fn where_kept(kept: Option<&Path>) -> String {
+    kept.map_or_else(String::new, |file| {
+        format!(" (all that it said is in {})", file.display())
+    })
 }
 
 /// Walks down to the operating system's error.

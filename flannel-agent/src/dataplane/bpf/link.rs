@@ -5,7 +5,7 @@ use std::{
     ffi::CString,
     io,
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd},
+        fd::{BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
@@ -13,13 +13,11 @@ use std::{
 
 use flannel_core::addr::IfIndex;
 
-/// Commands of `bpf(2)` in `include/uapi/linux/bpf.h`.
-const BPF_OBJ_PIN: libc::c_int = 6;
-const BPF_OBJ_GET: libc::c_int = 7;
-const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
-const BPF_LINK_CREATE: libc::c_int = 28;
-const BPF_LINK_UPDATE: libc::c_int = 29;
-const BPF_LINK_DETACH: libc::c_int = 34;
+use super::syscall::{
+    BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_OBJ_GET, BPF_OBJ_GET_INFO_BY_FD,
+    BPF_OBJ_PIN, InfoByFd, Obj, bpf, number, owned,
+};
+
 /// `BPF_XDP` of `enum bpf_attach_type`.
 const BPF_XDP: u32 = 37;
 /// `XDP_FLAGS_DRV_MODE` in `include/uapi/linux/if_link.h`: in the driver or not at all.
@@ -32,23 +30,6 @@ pub(super) struct Pinned {
     pub(super) program: u32,
     /// The interface; `None` once it is gone, or somebody has detached the link.
     pub(super) ifindex: Option<IfIndex>,
-}
-
-/// `union bpf_attr` for `BPF_OBJ_GET` and `BPF_OBJ_PIN`.
-#[repr(C)]
-#[derive(Default)]
-struct Obj {
-    pathname: u64,
-    bpf_fd: u32,
-    file_flags: u32,
-}
-
-/// `union bpf_attr` for `BPF_OBJ_GET_INFO_BY_FD`.
-#[repr(C)]
-struct InfoByFd {
-    bpf_fd: u32,
-    info_len: u32,
-    info: u64,
 }
 
 /// `union bpf_attr` for `BPF_LINK_CREATE`.
@@ -157,32 +138,4 @@ pub(super) fn detach(path: &Path) {
     if let Err(error) = detached {
         tracing::debug!(%error, "detach a link: it goes with its pin");
     }
-}
-
-fn number(fd: &impl AsRawFd) -> io::Result<u32> {
-    u32::try_from(fd.as_raw_fd()).map_err(io::Error::other)
-}
-
-fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just opened it for us, and nobody else knows of it.
-    #[expect(unsafe_code, reason = "the descriptor comes from a raw system call")]
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: `attributes` is of the kernel's layout for the command and as long as we say; what it points at outlives the call.
-    #[expect(unsafe_code, reason = "no safe wrapper gives a link's interface")]
-    let answer = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            std::ptr::from_mut(attributes),
-            size_of::<T>(),
-        )
-    };
-    if answer < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(answer)
 }

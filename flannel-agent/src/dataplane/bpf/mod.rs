@@ -7,10 +7,13 @@ mod link;
 mod pins;
 mod pods;
 mod probe;
+mod scan;
+mod stand_in;
+pub(crate) mod syscall;
 mod xdp;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     path::{Path, PathBuf},
 };
 
@@ -24,15 +27,13 @@ use flannel_common::{
     flow::{self, Flow, LastSighting, Sighting},
     map::TRUST,
 };
-use flannel_core::{
-    addr::IfIndex,
-    plan::{BpfState, Hook, Node, Settings},
-};
+use flannel_core::plan::{Hook, Node, Settings};
 
 use crate::telemetry::chain;
 
 pub use attach::{AttachMode, delete_filter, interface_name};
 pub use error::BpfError;
+pub(crate) use error::{kept_logs, last_word};
 pub use pins::{Instance, Totals, ensure_bpffs, mounted};
 use pods::PodMap;
 pub use pods::PodState;
@@ -81,12 +82,17 @@ pub struct Bpf {
     /// Entries that a full scan or our own writes found in use: what a quick look needs to read.
     used_subnets: BTreeSet<u32>,
     used_nodes: BTreeSet<NodeId>,
+    /// Those entries as they were last read, and whether they had been the same before.
+    in_use: Option<scan::InUse>,
+    unchanged: bool,
     /// The program of native XDP that was loaded, once one was wanted.
     xdp: Option<&'static str>,
     /// Whether a subnet was pointed elsewhere since the last grace period.
     moved: bool,
     /// Whether there was nothing of an earlier run.
     fresh: bool,
+    /// Where the verifier's refusals are kept.
+    logs: Option<PathBuf>,
 }
 
 impl std::fmt::Debug for Bpf {
@@ -102,8 +108,16 @@ impl Bpf {
     /// Loads the programs with the pinned maps of an earlier run, where they fit, and asks the kernel what it can do.
     /// If that fails where nothing was before, nothing is left behind.
     pub fn load(options: &LoadOptions) -> Result<Self, BpfError> {
+        Self::load_with_logs(options, None)
+    }
+
+    /// The same, keeping what the verifier says of programs that it refuses in files of that directory.
+    pub fn load_with_logs(options: &LoadOptions, logs: Option<&Path>) -> Result<Self, BpfError> {
         let fresh = !options.instance.dir().exists();
-        let loaded = Self::load_pinned(options, fresh);
+        if let Some(dir) = logs {
+            error::forget_logs(dir);
+        }
+        let loaded = Self::load_pinned(options, fresh, logs);
         if loaded.is_err() && fresh {
             remove(&options.instance);
         }
@@ -117,7 +131,11 @@ impl Bpf {
         }
     }
 
-    fn load_pinned(options: &LoadOptions, fresh: bool) -> Result<Self, BpfError> {
+    fn load_pinned(
+        options: &LoadOptions,
+        fresh: bool,
+        logs: Option<&Path>,
+    ) -> Result<Self, BpfError> {
         let LoadOptions {
             instance,
             subnet_count,
@@ -173,7 +191,7 @@ impl Bpf {
         for hook in Hook::ALL {
             let loaded = program(&mut ebpf, hook.as_str())?
                 .load()
-                .map_err(|source| BpfError::program("load", hook.as_str(), source));
+                .map_err(|source| BpfError::program("load", hook.as_str(), source).kept_in(logs));
             match loaded {
                 // Without the gate everything goes through the stack, as it would with the gate shut.
                 Err(error) if !Hook::BASE.contains(&hook) => {
@@ -182,7 +200,7 @@ impl Bpf {
                 loaded => loaded?,
             }
         }
-        let room = probe::room(&mut ebpf)?;
+        let room = probe::room(&mut ebpf).map_err(|error| error.kept_in(logs))?;
         let mut pins = Vec::new();
         for (name, path) in maps {
             let map = MapData::from_pin(&path).map_err(|source| BpfError::read(name, 0, source))?;
@@ -205,9 +223,12 @@ impl Bpf {
             node_capacity,
             used_subnets: BTreeSet::new(),
             used_nodes: BTreeSet::new(),
+            in_use: None,
+            unchanged: false,
             xdp: None,
             moved: false,
             fresh,
+            logs: logs.map(Path::to_owned),
         })
     }
 
@@ -241,65 +262,6 @@ impl Bpf {
             config.epoch
         } else {
             0
-        })
-    }
-
-    /// Reads the maps and what is attached. `full` reads every entry; otherwise only those known to be in use are read, which
-    /// finds what was lost but not what a stranger added.
-    ///
-    /// `hooks` are the places to look at, each with the program that our clsact filter runs there.
-    pub fn observe(
-        &mut self,
-        uplink: IfIndex,
-        hooks: &[(Hook, IfIndex, Option<u32>)],
-        full: bool,
-    ) -> Result<BpfState, BpfError> {
-        let config = self
-            .config
-            .get(&0, 0)
-            .map_err(|source| BpfError::read("config", 0, source))?;
-        if full {
-            self.used_subnets = (0..self.subnet_count).collect();
-            self.used_nodes = (1..self.node_capacity).collect();
-        }
-        let mut subnets = BTreeMap::new();
-        for index in &self.used_subnets {
-            let id = self
-                .subnets
-                .get(index, 0)
-                .map_err(|source| BpfError::read("subnets", *index, source))?;
-            if id != 0 {
-                subnets.insert(*index, id);
-            }
-        }
-        let mut nodes = BTreeMap::new();
-        for id in &self.used_nodes {
-            let record = self
-                .nodes
-                .get(id, 0)
-                .map_err(|source| BpfError::read("nodes", *id, source))?;
-            if record != NodeRecord::default() {
-                nodes.insert(*id, Node::decode(&record));
-            }
-        }
-        if full {
-            self.used_subnets = subnets.keys().copied().collect();
-            self.used_nodes = nodes.keys().copied().collect();
-        }
-        let mut attached = BTreeMap::new();
-        for (hook, ifindex, filter) in hooks {
-            if let Some(attachment) = self.attachment(*hook, *ifindex, *filter) {
-                attached.insert(*hook, attachment);
-            }
-        }
-        Ok(BpfState {
-            settings: Settings::decode(&config, uplink),
-            subnets,
-            nodes,
-            node_capacity: self.node_capacity,
-            attached,
-            xdp: self.xdp_attachment(uplink),
-            ..BpfState::default()
         })
     }
 

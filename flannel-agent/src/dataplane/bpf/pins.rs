@@ -326,13 +326,9 @@ impl Instance {
     /// What shows whether native XDP runs.
     pub(super) fn xdp_sample(&self) -> Result<Sample, BpfError> {
         let counters: PerCpuArray<_, Counter> = self.open("counters")?;
-        // Stripped packets are read last: each has been, or will be, received too.
-        let received = sum(&counters, CounterId::BpfDecap)?
-            .packets
-            .wrapping_add(sum(&counters, CounterId::FastDecap)?.packets);
         Ok(Sample {
-            received,
             stripped: sum(&counters, CounterId::XdpDecap)?.packets,
+            missed: sum(&counters, CounterId::XdpMissed)?.packets,
         })
     }
 

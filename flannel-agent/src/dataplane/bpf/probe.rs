@@ -32,19 +32,22 @@ pub struct Room {
     pub clears_gso: bool,
 }
 
+/// The program that asks.
+pub(super) const PROGRAM: &str = "probe_room";
+
 /// Tries the flag sets, best first.
 pub fn room(ebpf: &mut Ebpf) -> Result<Room, BpfError> {
-    let probe = program(ebpf, "probe_room")?;
+    let probe = program(ebpf, PROGRAM)?;
     probe
         .load()
-        .map_err(|source| BpfError::program("load", "probe_room", source))?;
+        .map_err(|source| BpfError::program("load", PROGRAM, source))?;
     let accepts = |delta: i32, flags: u32| -> Result<i32, BpfError> {
         let result = probe
             .test_run(TestRunOptions {
                 data_in: Some(&packet(delta, flags)),
                 ..TestRunOptions::new()
             })
-            .map_err(|source| BpfError::program("run", "probe_room", source))?;
+            .map_err(|source| BpfError::program("run", PROGRAM, source))?;
         Ok(result.return_value as i32)
     };
     let base = FIXED_GSO | ENCAP_L3_IPV4 | ENCAP_L4_UDP | ENCAP_L2_14 | NO_CSUM_RESET;

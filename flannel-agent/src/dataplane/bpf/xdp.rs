@@ -20,7 +20,7 @@ use super::{
 };
 
 /// The programs, best first: the first also takes frames of several buffers, and no kernel before 5.18 takes it.
-const PROGRAMS: [&str; 2] = ["xdp_decap_frags", "xdp_decap"];
+pub(super) const PROGRAMS: [&str; 2] = ["xdp_decap_frags", "xdp_decap"];
 
 /// How often an interface that is taken is asked again, and how long to wait in between.
 const ATTEMPTS: u32 = 10;
@@ -107,7 +107,7 @@ impl Bpf {
                 Err(source) => refused = BpfError::program("load", name, source),
             }
         }
-        Err(refused)
+        Err(refused.kept_in(self.logs.as_deref()))
     }
 
     fn xdp_named(&mut self, name: &str) -> Result<&mut Xdp, BpfError> {

@@ -198,14 +198,10 @@ impl Netlink {
     }
 
     async fn neighbours(&self, index: IfIndex) -> Result<BTreeMap<IpAddr, VtepMac>, NetlinkError> {
-        let messages = self
-            .neighbour_dump(AddressFamily::Inet, "list neighbours")
-            .await?;
+        let messages = self.neighbours_on(index).await?;
         Ok(messages
             .iter()
-            .filter(|m| {
-                m.header.ifindex == index.get() && m.header.state == NeighbourState::Permanent
-            })
+            .filter(|m| m.header.state == NeighbourState::Permanent)
             .filter_map(|m| Some((destination(m)?, lladdr(m)?)))
             .collect())
     }
@@ -220,6 +216,24 @@ impl Netlink {
             .filter(|m| m.header.flags.contains(NeighbourFlags::Own))
             .filter_map(|m| Some((lladdr(m)?, destination(m)?)))
             .collect())
+    }
+
+    /// The IPv4 neighbours on an interface. The kernel leaves those on others out (`neigh_valid_dump_req`, 4.5), of which a node with
+    /// thousands of peers has thousands.
+    pub(super) async fn neighbours_on(
+        &self,
+        index: IfIndex,
+    ) -> Result<Vec<NeighbourMessage>, NetlinkError> {
+        let neighbours = self.handle.neighbours().get();
+        let mut request = neighbours.set_address_family(AddressFamily::Inet);
+        let wanted = NeighbourAttribute::IfIndex(index.get());
+        request.message_mut().attributes.push(wanted);
+        let messages = request.execute().try_collect::<Vec<_>>().await;
+        let mut messages = messages.map_err(|e| {
+            NetlinkError::new(format!("list neighbours on interface {}", index.get()), &e)
+        })?;
+        messages.retain(|message| message.header.ifindex == index.get());
+        Ok(messages)
     }
 
     pub(super) async fn neighbour_dump(

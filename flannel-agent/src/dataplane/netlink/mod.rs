@@ -5,6 +5,7 @@ mod filters;
 mod headroom;
 mod monitor;
 mod pods;
+mod scratch;
 mod survey;
 mod underlay;
 mod uplinks;

@@ -38,14 +38,8 @@ impl Netlink {
             return Ok(sources);
         };
         sources.ports = self.ports(bridge.index).await?;
-        let neighbours = self
-            .neighbour_dump(AddressFamily::Inet, "list neighbours")
-            .await?;
-        sources.neighbours = neighbours
-            .iter()
-            .filter(|message| message.header.ifindex == bridge.index.get())
-            .filter_map(neighbour)
-            .collect();
+        let neighbours = self.neighbours_on(bridge.index).await?;
+        sources.neighbours = neighbours.iter().filter_map(neighbour).collect();
         let entries = self
             .neighbour_dump(AddressFamily::Bridge, "list forwarding entries")
             .await?;

@@ -9,11 +9,10 @@ use flannel_core::{
     addr::{IfIndex, VtepMac},
     plan::NextHop,
 };
-use futures_util::TryStreamExt as _;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use rtnetlink::{
     Error as RtError, RouteMessageBuilder,
     packet_route::{
-        AddressFamily,
         link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
         neighbour::{NeighbourFlags, NeighbourState},
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric},
@@ -24,6 +23,9 @@ use super::{
     Netlink, NetlinkError,
     device::{destination, lladdr, mac_of, mtu_of},
 };
+
+/// Routes that are looked up together. The kernel's buffer of a socket has room for the answers, of a page each, several times over.
+const AT_A_TIME: usize = 16;
 
 /// What a look at the underlay found.
 #[derive(Debug, Default)]
@@ -43,32 +45,37 @@ impl Netlink {
     ) -> Result<Underlay, NetlinkError> {
         let mut found = Underlay::default();
         let links = self.ethernet_links().await?;
+        let vteps = vteps.into_iter().filter_map(|vtep| match vtep {
+            IpAddr::V4(remote) => Some(remote),
+            IpAddr::V6(_) => None,
+        });
+        // Several at a time: the answers to one socket fit into its buffer.
+        let ways: Vec<Option<(Ipv4Addr, Way)>> = stream::iter(vteps)
+            .map(async |remote| {
+                let route = self.route_to(local, remote).await?;
+                let way = route.and_then(|route| Way::of(&route, remote));
+                Ok(way.map(|way| (remote, way)))
+            })
+            .buffered(AT_A_TIME)
+            .try_collect()
+            .await?;
         let mut neighbours = BTreeMap::new();
-        for message in self
-            .neighbour_dump(AddressFamily::Inet, "list neighbours")
-            .await?
-        {
-            if let Some(ip) = destination(&message) {
-                neighbours.insert(
-                    (message.header.ifindex, ip),
-                    (message.header.state, lladdr(&message)),
-                );
+        let towards: BTreeSet<IfIndex> =
+            ways.iter().flatten().map(|(_, way)| way.ifindex).collect();
+        for index in towards {
+            for message in self.neighbours_on(index).await? {
+                if let Some(ip) = destination(&message) {
+                    neighbours.insert((index, ip), (message.header.state, lladdr(&message)));
+                }
             }
         }
-        for vtep in vteps {
-            let IpAddr::V4(remote) = vtep else { continue };
-            let Some(route) = self.route_to(local, remote).await? else {
-                continue;
-            };
-            let Some(way) = Way::of(&route, remote) else {
-                continue;
-            };
+        for (remote, way) in ways.into_iter().flatten() {
             let Some((uplink_mac, device_mtu)) = links.get(&way.ifindex) else {
                 continue;
             };
             let gateway = IpAddr::V4(way.gateway);
             let (state, mac) = neighbours
-                .get(&(way.ifindex.get(), gateway))
+                .get(&(way.ifindex, gateway))
                 .copied()
                 .unwrap_or((NeighbourState::None, None));
             if needs_confirmation(state) {
@@ -80,7 +87,7 @@ impl Netlink {
                 mac: mac.filter(|_| is_usable(state)),
                 mtu: way.mtu.map_or(*device_mtu, |mtu| mtu.min(*device_mtu)),
             };
-            found.next_hops.insert(vtep, hop);
+            found.next_hops.insert(IpAddr::V4(remote), hop);
         }
         Ok(found)
     }

@@ -120,7 +120,8 @@ impl Netlink {
         self.up(index).await
     }
 
-    async fn up(&self, index: IfIndex) -> Result<(), NetlinkError> {
+    /// Sets an interface up.
+    pub(crate) async fn up(&self, index: IfIndex) -> Result<(), NetlinkError> {
         let message = LinkMessageBuilder::<LinkUnspec>::new()
             .index(index.get())
             .up()

@@ -65,7 +65,7 @@ fn a_missing_vxlan_module_names_the_package() {
     let refused = |kernel: &'static str| {
         move |seen: &mut Observations| {
             seen.node.vxlan = Vxlan::Refused("Operation not supported".into());
-            seen.node.kernel = kernel.into();
+            seen.node.host.kernel = kernel.into();
         }
     };
     assert_only(
@@ -80,7 +80,12 @@ fn a_missing_vxlan_module_names_the_package() {
         &["linux-modules-extra-6.8.0-45-generic"],
         refused("6.8.0-45-generic"),
     );
-    assert_only("vxlan", Warn, &["modprobe vxlan"], refused("6.12.0"));
+    assert_only(
+        "vxlan",
+        Warn,
+        &["modprobe -a vxlan", "kmod-vxlan"],
+        refused("6.12.0"),
+    );
     assert_only("vxlan", Fail, &["Operation not supported"], |seen| {
         refused("6.12.0")(seen);
         seen.node.wants = Wants::Kernel;

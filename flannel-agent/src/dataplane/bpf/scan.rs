@@ -1,0 +1,212 @@
+//! Reading the maps: many entries with one system call where the kernel has `BPF_MAP_LOOKUP_BATCH` for arrays (5.6), one by one elsewhere.
+//!
+//! A look every second must cost next to nothing, however many peers there are and however large the network is.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    ops::Range,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+};
+
+use aya::maps::{Array, MapData};
+use flannel_common::{NodeId, NodeRecord};
+use flannel_core::{
+    addr::IfIndex,
+    plan::{BpfState, Hook, Node, Settings},
+};
+
+use super::{Bpf, BpfError};
+
+/// `BPF_MAP_LOOKUP_BATCH` in `include/uapi/linux/bpf.h`.
+const LOOKUP_BATCH: libc::c_int = 24;
+/// Entries of one system call: of the largest, 64 KiB.
+const CHUNK: u32 = 1024;
+/// Entries nobody has asked for that are read along, so that what is used with gaps is one stretch.
+const GAP: u32 = 32;
+
+/// `union bpf_attr` for `BPF_MAP_LOOKUP_BATCH`.
+#[repr(C)]
+struct Batch {
+    behind: u64,
+    reached: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// The entries in use, as they were last read.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct InUse {
+    subnets: Vec<(u32, NodeId)>,
+    nodes: Vec<(NodeId, NodeRecord)>,
+}
+
+impl Bpf {
+    /// Reads the maps and what is attached. `full` reads every entry; otherwise only those known to be in use are read, which
+    /// finds what was lost but not what a stranger added.
+    ///
+    /// `hooks` are the places to look at, each with the program that our clsact filter runs there. `before` is what this returned last, and
+    /// is used up unless this fails.
+    pub fn observe(
+        &mut self,
+        uplink: IfIndex,
+        hooks: &[(Hook, IfIndex, Option<u32>)],
+        full: bool,
+        before: &mut Option<BpfState>,
+    ) -> Result<BpfState, BpfError> {
+        let config = self
+            .config
+            .get(&0, 0)
+            .map_err(|source| BpfError::read("config", 0, source))?;
+        let [whole_subnets, whole_nodes] = [0..self.subnet_count, 1..self.node_capacity];
+        let of = |used: &BTreeSet<u32>, whole| if full { vec![whole] } else { stretches(used) };
+        let subnets = of(&self.used_subnets, whole_subnets);
+        let nodes = of(&self.used_nodes, whole_nodes);
+        let now = InUse {
+            subnets: self.entries("subnets", &self.subnets, &subnets)?,
+            nodes: self.entries("nodes", &self.nodes, &nodes)?,
+        };
+        let unchanged = self.in_use.as_ref() == Some(&now);
+        let (subnets, nodes) = match before.take() {
+            Some(before) if unchanged => (before.subnets, before.nodes),
+            _ => (
+                now.subnets.iter().copied().collect(),
+                now.nodes
+                    .iter()
+                    .map(|(id, record)| (*id, Node::decode(record)))
+                    .collect::<BTreeMap<_, _>>(),
+            ),
+        };
+        if full {
+            self.used_subnets = subnets.keys().copied().collect();
+            self.used_nodes = nodes.keys().copied().collect();
+        }
+        self.in_use = Some(now);
+        self.unchanged = unchanged;
+        let mut attached = BTreeMap::new();
+        for (hook, ifindex, filter) in hooks {
+            if let Some(attachment) = self.attachment(*hook, *ifindex, *filter) {
+                attached.insert(*hook, attachment);
+            }
+        }
+        Ok(BpfState {
+            settings: Settings::decode(&config, uplink),
+            subnets,
+            nodes,
+            node_capacity: self.node_capacity,
+            attached,
+            xdp: self.xdp_attachment(uplink),
+            ..BpfState::default()
+        })
+    }
+
+    /// Whether the last look found the entries as the one before.
+    pub(in crate::dataplane) const fn is_unchanged(&self) -> bool {
+        self.unchanged
+    }
+
+    /// The entries of these stretches that are not empty.
+    fn entries<V: aya::Pod + Default + PartialEq>(
+        &self,
+        name: &str,
+        array: &Array<MapData, V>,
+        stretches: &[Range<u32>],
+    ) -> Result<Vec<(u32, V)>, BpfError> {
+        let pin = self.pins.iter().find(|(path, _)| path.ends_with(name));
+        let map = pin.map(|(_, map)| map.fd().as_fd());
+        let empty = V::default();
+        let mut found = Vec::new();
+        let mut values = vec![empty; CHUNK as usize];
+        for stretch in stretches {
+            for first in stretch.clone().step_by(CHUNK as usize) {
+                let count = CHUNK.min(stretch.end - first);
+                let Some(values) = values.get_mut(..count as usize) else {
+                    continue;
+                };
+                if map.is_none_or(|map| read(map, first, values).is_err()) {
+                    for (index, value) in (first..).zip(values.iter_mut()) {
+                        *value = array
+                            .get(&index, 0)
+                            .map_err(|source| BpfError::read(name, index, source))?;
+                    }
+                }
+                let entries = (first..).zip(values.iter().copied());
+                found.extend(entries.filter(|(_, value)| *value != empty));
+            }
+        }
+        found.shrink_to_fit();
+        Ok(found)
+    }
+}
+
+/// Reads as many entries as there is room for, from `first` on.
+fn read<V: aya::Pod>(map: BorrowedFd<'_>, first: u32, values: &mut [V]) -> io::Result<()> {
+    // The kernel goes on behind the entry that it is given.
+    let before = first.checked_sub(1);
+    let mut last = 0u32;
+    let mut keys = vec![0u32; values.len()];
+    let mut batch = Batch {
+        behind: before
+            .as_ref()
+            .map_or(0, |before| std::ptr::from_ref(before) as u64),
+        reached: (&raw mut last) as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count: u32::try_from(values.len()).map_err(io::Error::other)?,
+        map_fd: u32::try_from(map.as_raw_fd()).map_err(io::Error::other)?,
+        elem_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: `batch` is of the kernel's layout for the command; what it points at outlives the call, and has room for `count` keys and
+    // values of the map's sizes, of which every pattern of bits is a value.
+    #[expect(unsafe_code, reason = "no safe wrapper reads many entries at once")]
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            LOOKUP_BATCH,
+            &raw mut batch,
+            size_of::<Batch>(),
+        )
+    };
+    let error = (answer < 0).then(io::Error::last_os_error);
+    match error {
+        // The end of the map.
+        Some(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+        _ if batch.count as usize != values.len() => Err(io::Error::other("fewer entries")),
+        _ => Ok(()),
+    }
+}
+
+/// Numbers as stretches without large gaps.
+fn stretches(used: &BTreeSet<u32>) -> Vec<Range<u32>> {
+    let mut stretches: Vec<Range<u32>> = Vec::new();
+    for number in used {
+        match stretches.last_mut() {
+            Some(last) if number - last.end <= GAP => last.end = number + 1,
+            _ => stretches.push(*number..number + 1),
+        }
+    }
+    stretches
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lies_close_together_is_read_together() {
+        let of = |numbers: &[u32]| stretches(&numbers.iter().copied().collect());
+        assert!(of(&[]).is_empty());
+        assert_eq!(of(&[7]), [7..8]);
+        assert_eq!(of(&[0, 1, 2, 9, 34]), [0..35]);
+        assert_eq!(of(&[0, 33]), [0..34]);
+        assert_eq!(
+            of(&[0, 34, 4_000_000]),
+            [0..1, 34..35, 4_000_000..4_000_001]
+        );
+    }
+}

@@ -1,0 +1,77 @@
+//! The program that encapsulates on the pair that stands in while the tunnel device changes its kind: a second place for it, with a pin
+//! of its own.
+
+use std::{io, path::PathBuf};
+
+use aya::programs::{LinkOrder, TcAttachType, links::FdLink, tc::TcAttachOptions};
+use flannel_core::{
+    addr::IfIndex,
+    mark,
+    plan::{Attachment, Hook},
+};
+
+use super::{
+    AttachMode, Bpf, BpfError, Instance,
+    attach::{name_of, remove_pin},
+    join, link,
+    pins::pin_error,
+    program,
+};
+
+impl Instance {
+    fn stand_in_link(&self) -> PathBuf {
+        join(self.dir(), mark::PIN_STAND_IN)
+    }
+}
+
+impl Bpf {
+    /// Attaches the program that encapsulates to the pair, in place of what an earlier run may have left there.
+    pub fn attach_stand_in(&mut self, ifindex: IfIndex) -> Result<(), BpfError> {
+        let hook = Hook::ToOverlay;
+        let interface = name_of(ifindex)?;
+        if self.attach == AttachMode::Clsact {
+            return self.attach_clsact(hook, ifindex, &interface);
+        }
+        let pin = self.instance.stand_in_link();
+        let failed = |source| BpfError::program("attach", hook.as_str(), source);
+        let program = program(&mut self.ebpf, hook.as_str())?;
+        let options = TcAttachOptions::TcxOrder(LinkOrder::last());
+        let id = program
+            .attach_with_options(&interface, TcAttachType::Egress, options)
+            .map_err(failed)?;
+        let link = program.take_link(id).map_err(failed)?;
+        let link: FdLink = link.try_into().map_err(|_not_fd| BpfError::Tc {
+            what: format!("pin {} on {interface}", hook.as_str()),
+            reason: "the kernel made no link".into(),
+        })?;
+        remove_pin(&pin)?;
+        link.pin(&pin)
+            .map_err(|error| pin_error("pin", &pin, io::Error::other(error)))?;
+        Ok(())
+    }
+
+    /// What of ours is attached to the pair. `filter` is the program that our clsact filter runs there, which only netlink knows.
+    pub fn stand_in_attachment(
+        &mut self,
+        ifindex: IfIndex,
+        filter: Option<u32>,
+    ) -> Option<Attachment> {
+        let program = match self.attach {
+            AttachMode::Tcx => {
+                let link = link::pinned(&self.instance.stand_in_link())?;
+                (link.ifindex == Some(ifindex)).then_some(link.program)?
+            }
+            AttachMode::Clsact => filter?,
+        };
+        let own = self.program_id(Hook::ToOverlay).unwrap_or(0);
+        Some(Attachment {
+            ifindex,
+            current: program == own,
+        })
+    }
+
+    /// Forgets the link, whose device is gone.
+    pub fn forget_stand_in(&self) -> Result<(), BpfError> {
+        remove_pin(&self.instance.stand_in_link())
+    }
+}
