@@ -60,7 +60,11 @@ const CASES: [Case; 12] = [
         confinement: NO_VXLAN,
         net_conf: NET_CONF,
         code: 4,
-        says: &["refuses vxlan devices", "--datapath=kernel", "modprobe vxlan"],
+        says: &[
+            "refuses vxlan devices",
+            "--datapath=kernel",
+            "modprobe vxlan",
+        ],
     },
     Case {
         flags: &["--datapath=kernel", "--bpf-device=veth"],
