@@ -21,8 +21,9 @@ use flannel_core::addr::Vni;
 use flannel_testkit::privileged;
 use nix::sys::resource::{Resource, setrlimit};
 
-/// What a kernel may lack: attachment by tcx, a flag of `bpf_skb_adjust_room`, the classifier, vxlan devices, `bpf(2)`.
-const LACKING: [&str; 5] = ["tcx", "l2_eth", "cls_bpf", "vxlan", "bpf"];
+/// What a kernel may lack: attachment by tcx, a flag of `bpf_skb_adjust_room`, the helpers of `flannel_common::map::helper_flags`, the
+/// classifier, vxlan devices, `bpf(2)`.
+const LACKING: [&str; 6] = ["tcx", "l2_eth", "helpers", "cls_bpf", "vxlan", "bpf"];
 /// `BPF_F_ADJ_ROOM_ENCAP_L2_ETH` in `include/uapi/linux/bpf.h`.
 const ENCAP_L2_ETH: u32 = 1 << 6;
 /// An identifier that no other test uses.
@@ -57,7 +58,7 @@ fn keep(name: &str, text: &str) {
 /// As the agent does: kernels before 5.11 count maps against it. Where that is refused, loading says whether it mattered.
 fn raise_memlock() {
     let unlimited = nix::libc::RLIM_INFINITY;
-    drop(setrlimit(Resource::RLIMIT_MEMLOCK, unlimited, unlimited));
+    let _refused = setrlimit(Resource::RLIMIT_MEMLOCK, unlimited, unlimited);
 }
 
 #[test]
@@ -81,7 +82,10 @@ fn the_kernel_can_what_is_known_of_it() {
     let attach = attach.as_str();
     keep(
         "facts",
-        &format!("attach {attach}\nl2_eth {l2_eth}\ndecap_l4_udp {}\n", room.clears_gso),
+        &format!(
+            "attach {attach}\nl2_eth {l2_eth}\ndecap_l4_udp {}\n",
+            room.clears_gso
+        ),
     );
     assert_eq!(attach == "tcx", !lacks("tcx"), "{attach}");
     assert_eq!(l2_eth, !lacks("l2_eth"), "{room:x?}");

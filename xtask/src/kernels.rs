@@ -102,6 +102,11 @@ impl Kernel {
         matches!(self, Self::V6_12 | Self::V7)
     }
 
+    /// Those of `flannel_common::map::helper_flags`: `bpf_ktime_get_coarse_ns` of 5.11 and `bpf_check_mtu` of 5.12.
+    const fn has_helpers(self) -> bool {
+        !matches!(self, Self::V5_10)
+    }
+
     /// `BPF_F_ADJ_ROOM_ENCAP_L2_ETH` works.
     const fn has_l2_eth(self) -> bool {
         !matches!(self, Self::V5_10)

@@ -12,6 +12,8 @@ use xtask::ebpf;
 
 use crate::borrowed::Borrowed;
 use crate::cargo;
+use crate::dist::arch::Arch;
+use crate::dist::tools;
 use crate::process;
 
 use programs::Tool;
@@ -96,7 +98,12 @@ impl Missing {
 
 /// Installs what is missing, or says that nothing is.
 pub(crate) fn run(root: &Path) -> Result<()> {
-    if !install_missing(root, Needs::Everything)? {
+    let mut installed = install_missing(root, Needs::Kernels)?;
+    // The tests on another architecture are built here. Elsewhere there are no kernels to run them on.
+    if is_debian() {
+        installed |= tools::ensure_cross(root, &Arch::ALL)?;
+    }
+    if !installed {
         println!("setup: everything is installed");
     }
     Ok(())

@@ -43,7 +43,7 @@ pub(super) fn start(
     let settings = Arc::new(settings);
     let uplink = Follower {
         wanted: node.args.wanted(),
-        net: node.net.clone(),
+        net: node.net.for_another_task(),
         settings: Arc::clone(&settings),
         unusable: None,
     };

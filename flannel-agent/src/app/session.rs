@@ -261,7 +261,7 @@ impl Node<'_> {
             };
             let port = conf.backend.vxlan.port;
             let keep = fragments::keep(
-                self.net.clone(),
+                self.net.for_another_task(),
                 receiver,
                 checked.local,
                 port,

@@ -6,7 +6,9 @@ use std::time::Duration;
 use flannel_agent::dataplane::bpf::AttachMode;
 use flannel_core::plan::Hook;
 use flannel_testkit::{
-    KernelNode, LabOptions, Offloads, eventually, json::link, privileged,
+    KernelNode, LabOptions, Offloads, eventually,
+    json::link,
+    privileged,
     traffic::{Amount, FloodPing, tcp_transfer},
 };
 use serde_json::{Value, json};

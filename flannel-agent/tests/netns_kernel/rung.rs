@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use flannel_agent::dataplane::bpf::AttachMode;
 use flannel_testkit::{
-    Confinement, privileged,
+    Confinement,
     json::{ip_json, link},
+    privileged,
     traffic::{self, Amount},
 };
 

@@ -1,23 +1,26 @@
 //! The verifier's own words about every program, also when it accepts it: they are kept, because the next kernel may not.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     io,
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
 use aya::maps::MapData;
 use aya_obj::{Map, Object, ProgramSection};
+use flannel_common::map::helper_flags;
 use flannel_testkit::privileged;
 use nix::libc;
 
-use crate::{keep, raise_memlock};
+use crate::{keep, lacks, raise_memlock};
 
 /// The object that the agent embeds.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FLANNEL_EBPF_OBJECT"));
 
-/// `BPF_PROG_LOAD`, and what is loaded, in `include/uapi/linux/bpf.h`.
+/// `BPF_MAP_UPDATE_ELEM`, `BPF_PROG_LOAD` and `BPF_MAP_FREEZE`, and what is loaded, in `include/uapi/linux/bpf.h`.
+const MAP_UPDATE: libc::c_long = 2;
 const PROG_LOAD: libc::c_long = 5;
+const MAP_FREEZE: libc::c_long = 22;
 const SCHED_CLS: u32 = 3;
 const XDP: u32 = 6;
 /// Each instruction once (1), and the totals (4).
@@ -40,6 +43,16 @@ struct Load {
     name: [u8; 16],
 }
 
+/// The same for [`MAP_UPDATE`].
+#[repr(C)]
+struct Update {
+    fd: u32,
+    _padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
 #[test]
 fn the_verifier_takes_every_program_and_says_what_it_saw() {
     if !privileged() {
@@ -47,17 +60,31 @@ fn the_verifier_takes_every_program_and_says_what_it_saw() {
     }
     raise_memlock();
     let mut object = Object::parse(OBJECT).expect("the object");
+    // As the agent sets it.
+    let helpers = if lacks("helpers") {
+        0
+    } else {
+        helper_flags::COARSE_CLOCK | helper_flags::CHECK_MTU
+    };
+    let helpers = helpers.to_ne_bytes();
+    let globals = HashMap::from([("KERNEL_HELPERS", (&helpers[..], true))]);
+    object.patch_map_data(globals).expect("a global");
     let maps: Vec<(String, Map, MapData)> = object
         .maps
         .drain()
         .map(|(name, map)| {
-            // Such a map would have to be filled before the verifier looks at it.
-            assert!(map.data().is_empty(), "{name} has content");
             let made = MapData::create(map.clone(), &name, None).expect("a map");
+            if !map.data().is_empty() {
+                fill(&made, map.data()).unwrap_or_else(|error| panic!("fill {name}: {error}"));
+            }
             (name, map, made)
         })
         .collect();
-    let sections: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
+    let sections: HashSet<usize> = object
+        .functions
+        .keys()
+        .map(|(section, _)| *section)
+        .collect();
     let by_name = maps
         .iter()
         .map(|(name, map, made)| (name.as_str(), made.fd().as_fd().as_raw_fd(), map));
@@ -101,19 +128,40 @@ fn the_verifier_takes_every_program_and_says_what_it_saw() {
     }
 }
 
+/// Gives a map of globals its content, which nobody changes after: the verifier goes by it.
+fn fill(map: &MapData, content: &[u8]) -> io::Result<()> {
+    let fd = u32::try_from(map.fd().as_fd().as_raw_fd()).map_err(io::Error::other)?;
+    let key = 0_u32;
+    let update = Update {
+        fd,
+        _padding: 0,
+        key: &raw const key as u64,
+        value: content.as_ptr() as u64,
+        flags: 0,
+    };
+    bpf(MAP_UPDATE, &update)?;
+    bpf(MAP_FREEZE, &fd).map(drop)
+}
+
 /// `processed 1234 insns (limit 1000000) max_states_per_insn …`
 fn processed(log: &str) -> Option<u64> {
-    let line = log.lines().find_map(|line| line.strip_prefix("processed "))?;
+    let line = log
+        .lines()
+        .find_map(|line| line.strip_prefix("processed "))?;
     line.split(' ').next()?.parse().ok()
 }
 
 fn prog_load(load: &Load) -> io::Result<OwnedFd> {
-    // SAFETY: all addresses are of live memory of the sizes beside them, and the kernel writes to the log alone.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, load, size_of::<Load>()) };
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let fd = bpf(PROG_LOAD, load)?;
     // SAFETY: the descriptor is new and owned by nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {
+    // SAFETY: all addresses are of live memory of the sizes beside them, and the kernel writes to the log alone.
+    let answer = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    i32::try_from(answer).map_err(io::Error::other)
 }

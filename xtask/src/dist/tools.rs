@@ -65,8 +65,8 @@ pub(super) fn ensure(root: &Path, arches: &[Arch], image: bool) -> Result<()> {
     Ok(())
 }
 
-/// Installs the compilers for architectures that this machine does not have, having said so.
-pub(crate) fn ensure_cross(root: &Path, arches: &[Arch]) -> Result<()> {
+/// Installs the compilers for architectures that this machine does not have, having said so. Returns whether it had to.
+pub(crate) fn ensure_cross(root: &Path, arches: &[Arch]) -> Result<bool> {
     let foreign: Vec<Arch> = arches
         .iter()
         .copied()
@@ -82,52 +82,53 @@ pub(crate) fn ensure_cross(root: &Path, arches: &[Arch]) -> Result<()> {
             compilers.push(Needed { probe, package });
         }
     }
-    install(compilers, "setup")?;
+    let mut installed = install(compilers, "setup")?;
     for arch in foreign {
-        ensure_target(root, arch, "setup")?;
+        installed |= ensure_target(root, arch, "setup")?;
     }
-    Ok(())
+    Ok(installed)
 }
 
 /// `who` is the command that says it.
-fn install(needed: Vec<Needed>, who: &str) -> Result<()> {
+fn install(needed: Vec<Needed>, who: &str) -> Result<bool> {
     let missing = |what: &Needed| !setup::present(&what.probe);
     let absent: Vec<_> = needed.into_iter().filter(missing).collect();
-    if !absent.is_empty() {
-        let probes: Vec<_> = absent.iter().map(|what| what.probe.as_str()).collect();
-        let mut packages: Vec<_> = absent.iter().map(|what| what.package).collect();
-        packages.sort_unstable();
-        packages.dedup();
-        eprintln!("{who}: missing: {}", probes.join(", "));
-        if !setup::is_debian() {
-            bail!(
-                "install what these packages of Debian have, and run this again: {}",
-                packages.join(" ")
-            );
-        }
-        eprintln!(
-            "{who}: will run apt-get update and install {} (a minute)",
+    if absent.is_empty() {
+        return Ok(false);
+    }
+    let probes: Vec<_> = absent.iter().map(|what| what.probe.as_str()).collect();
+    let mut packages: Vec<_> = absent.iter().map(|what| what.package).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    eprintln!("{who}: missing: {}", probes.join(", "));
+    if !setup::is_debian() {
+        bail!(
+            "install what these packages of Debian have, and run this again: {}",
             packages.join(" ")
         );
-        setup::apt_install(&packages)?;
-        if let Some(still) = absent.iter().find(|what| missing(what)) {
-            bail!(
-                "{} is still missing after {} was installed",
-                still.probe,
-                still.package
-            );
-        }
     }
-    Ok(())
+    eprintln!(
+        "{who}: will run apt-get update and install {} (a minute)",
+        packages.join(" ")
+    );
+    setup::apt_install(&packages)?;
+    if let Some(still) = absent.iter().find(|what| missing(what)) {
+        bail!(
+            "{} is still missing after {} was installed",
+            still.probe,
+            still.package
+        );
+    }
+    Ok(true)
 }
 
-fn ensure_target(root: &Path, arch: Arch, who: &str) -> Result<()> {
+fn ensure_target(root: &Path, arch: Arch, who: &str) -> Result<bool> {
     let target = arch.target();
     let mut rustc = cargo::rustc(root);
     rustc.args(["--print", "target-libdir", "--target", target]);
     let libdir = archive::output(rustc.stdin(Stdio::null()))?;
     if Path::new(libdir.trim()).is_dir() {
-        return Ok(());
+        return Ok(false);
     }
     let channel = ebpf::channel(root)?;
     if !ebpf::on_search_path("rustup") {
@@ -136,7 +137,8 @@ fn ensure_target(root: &Path, arch: Arch, who: &str) -> Result<()> {
     eprintln!("{who}: will add the target {target} to Rust {channel} (seconds)");
     let mut rustup = process::command("rustup");
     rustup.args(["target", "add", "--toolchain", &channel, target]);
-    process::run(rustup.current_dir(root).stdin(Stdio::null()))
+    process::run(rustup.current_dir(root).stdin(Stdio::null()))?;
+    Ok(true)
 }
 
 #[cfg(test)]

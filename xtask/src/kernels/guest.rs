@@ -140,7 +140,11 @@ impl Guest<'_> {
                 args.push("--exact".to_owned());
                 args.extend(tests.iter().map(|test| (*test).to_owned()));
             }
+            let is_asked_for = |name: &&str| tests.is_empty() || tests.contains(name);
             for (name, why) in self.place.left_out(target) {
+                if !is_asked_for(&name) {
+                    continue;
+                }
                 args.extend(["--skip".to_owned(), name.to_owned()]);
                 done.not_run.push(format!("{target}::{name}: {why}"));
             }

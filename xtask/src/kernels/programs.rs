@@ -13,9 +13,7 @@ use crate::cargo::{self, Executable};
 use crate::dist::arch::Arch;
 use crate::process;
 
-/// The package whose tests run, and the one with the first process.
-const TESTED: &str = "flannel-agent";
-const TESTKIT: &str = "flannel-testkit";
+/// The example of flannel-testkit that is the first process.
 const INIT: &str = "guest_init";
 
 /// A program without debug information.
@@ -61,13 +59,18 @@ pub(super) fn build(root: &Path, arch: Arch, targets: &[&str], object: &Path) ->
             .map(|(name, value)| (name, value.into())),
         );
     }
-    let mut test = vec!["test", "--no-run", "-p", TESTED];
+    // Of the whole workspace, because that decides the features of what it depends on: a choice would build all that again.
+    let mut test = vec![
+        "test",
+        "--no-run",
+        "--workspace",
+        "--exclude",
+        "flannel-ebpf",
+    ];
+    test.extend(["--example", INIT]);
     test.extend(targets.iter().flat_map(|target| ["--test", target]));
     test.extend(&words);
-    let mut built = cargo::build_with(root, &test, &environment)?;
-    let mut init = vec!["build", "-p", TESTKIT, "--example", INIT];
-    init.extend(&words);
-    built.extend(cargo::build_with(root, &init, &environment)?);
+    let built = cargo::build_with(root, &test, &environment)?;
     let strip = is_foreign.then_some(()).map_or("strip", |()| "");
     collect(&built, targets, strip, object)
 }

@@ -200,6 +200,7 @@ impl Place {
         let of_kernel = [
             (!self.kernel.has_tcx(), "tcx"),
             (!self.kernel.has_l2_eth(), "l2_eth"),
+            (!self.kernel.has_helpers(), "helpers"),
         ];
         let of_kernel = of_kernel.into_iter().filter(|(lacks, _)| *lacks);
         let words = of_kernel
@@ -224,7 +225,10 @@ mod tests {
     #[test]
     fn tests_are_told_what_is_not_there() {
         assert_eq!(place(Kernel::V7, Case::Plain).lacks(), "");
-        assert_eq!(place(Kernel::V5_10, Case::Plain).lacks(), "tcx,l2_eth");
+        assert_eq!(
+            place(Kernel::V5_10, Case::Plain).lacks(),
+            "tcx,l2_eth,helpers"
+        );
         let none = place(Kernel::V6_1, Case::NoVxlanNoBpf);
         assert_eq!(none.lacks(), "tcx,vxlan,bpf");
     }

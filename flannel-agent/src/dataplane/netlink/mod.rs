@@ -97,6 +97,12 @@ impl Netlink {
         Ok(Self { handle })
     }
 
+    /// The same for another task, on a connection of its own if there can be one: on each the kernel lists one thing at a time, and
+    /// answers EBUSY to whoever asks meanwhile (`__netlink_dump_start`).
+    pub(crate) fn for_another_task(&self) -> Self {
+        Self::open().unwrap_or_else(|_| self.clone())
+    }
+
     /// All interfaces.
     async fn list_links(&self) -> Result<Vec<LinkMessage>, NetlinkError> {
         let links = self.handle.link().get().execute().try_collect().await;
