@@ -7,6 +7,7 @@ use std::io;
 use std::mem::size_of;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -220,13 +221,14 @@ fn resent_once(fd: &impl AsRawFd) -> io::Result<u32> {
     Ok(word(TOTAL_RETRANS).saturating_sub(word(DSACK_DUPS)))
 }
 
-/// The cookie of the calling thread's network namespace.
+/// The cookie of the calling thread's network namespace; before 5.14, what the agent takes in its place: the inode of the namespace
+/// below a word of ones.
 pub(crate) fn netns_cookie() -> io::Result<u64> {
     let fd = new_socket(libc::AF_INET, libc::SOCK_DGRAM, 0)?;
     let mut cookie = 0_u64;
     let mut len = size_of::<u64>().try_into().map_err(io::Error::other)?;
     // SAFETY: the kernel writes at most `len` bytes, the size of `cookie`.
-    check(unsafe {
+    let asked = check(unsafe {
         libc::getsockopt(
             fd.as_raw_fd(),
             libc::SOL_SOCKET,
@@ -234,8 +236,15 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
             (&raw mut cookie).cast(),
             &raw mut len,
         )
-    })?;
-    Ok(cookie)
+    });
+    match asked {
+        Ok(_) => Ok(cookie),
+        Err(err) if err.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+            let inode = std::fs::metadata("/proc/thread-self/ns/net")?.ino();
+            Ok(inode | 0xffff_ffff_0000_0000)
+        }
+        Err(err) => Err(err),
+    }
 }
 
 /// Listens with `SO_REUSEADDR`, for many connections at once.
