@@ -25,7 +25,7 @@ use rig::{NET_CONF, PATIENCE, Rig, per_cpu};
 use serde_json::Value;
 use wire_rig::End;
 
-const STREAM: u64 = 2 << 20;
+const STREAM: u64 = 1 << 20;
 /// The longest frame of pods and of the wire where the MTU is the usual one.
 const FRAME: u32 = 1_514;
 /// `prog.attached` modes of `ip -j link`: 1 is in the driver.

@@ -10,7 +10,7 @@ mod underlay;
 mod uplinks;
 mod write;
 
-use std::io;
+use std::{io, sync::Arc};
 
 use futures_util::TryStreamExt as _;
 use rtnetlink::{
@@ -18,6 +18,7 @@ use rtnetlink::{
     packet_route::{link::LinkMessage, route::RouteMessage},
 };
 use thiserror::Error;
+use tokio::sync::{Mutex, MutexGuard};
 
 pub use monitor::{Change, LinkChange, NeighbourChange, watch};
 pub use survey::Survey;
@@ -86,6 +87,8 @@ fn advice(cause: &io::Error) -> &'static str {
 #[derive(Clone, Debug)]
 pub struct Netlink {
     handle: Handle,
+    /// Held while a list is read: a socket gives one at a time, and refuses another with EBUSY (`__netlink_dump_start`).
+    lists: Arc<Mutex<()>>,
 }
 
 impl Netlink {
@@ -93,11 +96,20 @@ impl Netlink {
     pub fn open() -> Result<Self, NetlinkError> {
         let (connection, handle, _) = new_connection().map_err(NetlinkError::Open)?;
         tokio::spawn(connection);
-        Ok(Self { handle })
+        Ok(Self {
+            handle,
+            lists: Arc::default(),
+        })
+    }
+
+    /// Waits until no list is being read. Take it before a list is asked for, and keep it to the list's end.
+    async fn turn(&self) -> MutexGuard<'_, ()> {
+        self.lists.lock().await
     }
 
     /// All interfaces.
     async fn list_links(&self) -> Result<Vec<LinkMessage>, NetlinkError> {
+        let _turn = self.turn().await;
         let links = self.handle.link().get().execute().try_collect().await;
         links.map_err(|error| NetlinkError::new("list links", &error))
     }
@@ -107,6 +119,7 @@ impl Netlink {
         &self,
         request: RouteMessage,
     ) -> Result<Vec<RouteMessage>, NetlinkError> {
+        let _turn = self.turn().await;
         let routes = self.handle.route().get(request).execute().try_collect();
         let routes = routes.await;
         routes.map_err(|error| NetlinkError::new("list routes", &error))
