@@ -25,7 +25,7 @@ use rig::{NET_CONF, PATIENCE, Rig, per_cpu};
 use serde_json::Value;
 use wire_rig::End;
 
-const STREAM: u64 = 2 << 20;
+const STREAM: u64 = 1 << 20;
 /// The longest frame of pods and of the wire where the MTU is the usual one.
 const FRAME: u32 = 1_514;
 /// `prog.attached` modes of `ip -j link`: 1 is in the driver.
@@ -168,7 +168,7 @@ fn native_xdp_runs_and_gro_merges_behind_it_around_the_stack() {
 /// Segmented and with all checksums computed before the driver, as another card sees it.
 #[test]
 fn what_is_segmented_in_software_is_right_on_the_wire() {
-    for fast in ["off", "established"] {
+    for (node, fast) in [(0, "off"), (1, "established")] {
         let rig = start(
             Offloads::Off,
             &[&format!("--bpf-fast-path={fast}"), "--bpf-xdp=auto"],
@@ -177,9 +177,8 @@ fn what_is_segmented_in_software_is_right_on_the_wire() {
         let wire = Capture::start(rig.lab().underlay(), &port, "udp port 8472").expect("a capture");
         stream_both_ways(&rig);
         let wire = wire.stop().expect("stop the capture");
-        for node in 0..2 {
-            matrix::check_capture(&wire, rig.node(node).ip, Offloads::Off);
-        }
+        // The whole capture is looked at, and this node's frames one by one.
+        matrix::check_capture(&wire, rig.node(node).ip, Offloads::Off);
     }
 }
 

@@ -7,6 +7,7 @@ use flannel_testkit::{
     Captured, Netns, Offloads,
     capture::tshark,
     packet::Csum,
+    patience,
     traffic::{Amount, TcpStats, ping_sized, tcp_transfer, udp_echo},
 };
 
@@ -70,7 +71,7 @@ pub(crate) fn transfer(
     // Left behind if it crawls: it ends with the lab.
     thread::spawn(move || done.send(tcp_transfer(&server, address, &client, amount)));
     outcome
-        .recv_timeout(STREAM_LIMIT)
+        .recv_timeout(patience(STREAM_LIMIT))
         .with_context(|| format!("{amount:?} not within {STREAM_LIMIT:?}"))?
 }
 

@@ -156,6 +156,7 @@ impl Netlink {
             .get()
             .set_link_index_filter(index.get());
         request.message_mut().header.family = AddressFamily::Inet;
+        let _turn = self.turn().await;
         let messages: Vec<_> = request.execute().try_collect().await.map_err(|e| {
             NetlinkError::new(format!("list addresses of interface {}", index.get()), &e)
         })?;
@@ -181,6 +182,7 @@ impl Netlink {
         let request = RouteMessageBuilder::<Ipv4Addr>::new()
             .output_interface(index.get())
             .build();
+        let _turn = self.turn().await;
         let messages: Vec<_> = self
             .handle
             .route()
@@ -241,6 +243,7 @@ impl Netlink {
         family: AddressFamily,
         what: &str,
     ) -> Result<Vec<NeighbourMessage>, NetlinkError> {
+        let _turn = self.turn().await;
         let request = self.handle.neighbours().get().set_address_family(family);
         request
             .execute()

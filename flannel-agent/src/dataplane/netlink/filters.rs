@@ -27,6 +27,7 @@ impl Netlink {
         } else {
             handle.get().egress()
         };
+        let _turn = self.turn().await;
         match request.execute().try_collect().await {
             Ok(filters) => Ok(filters),
             // No qdisc of that kind, no filters.

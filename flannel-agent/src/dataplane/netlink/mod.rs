@@ -11,7 +11,7 @@ mod underlay;
 mod uplinks;
 mod write;
 
-use std::io;
+use std::{io, sync::Arc};
 
 use futures_util::TryStreamExt as _;
 use rtnetlink::{
@@ -19,6 +19,7 @@ use rtnetlink::{
     packet_route::{link::LinkMessage, route::RouteMessage},
 };
 use thiserror::Error;
+use tokio::sync::{Mutex, MutexGuard};
 
 pub use monitor::{Change, LinkChange, NeighbourChange, watch};
 pub use survey::Survey;
@@ -87,6 +88,8 @@ fn advice(cause: &io::Error) -> &'static str {
 #[derive(Clone, Debug)]
 pub struct Netlink {
     handle: Handle,
+    /// Held while a list is read: a socket gives one at a time, and refuses another with EBUSY (`__netlink_dump_start`).
+    lists: Arc<Mutex<()>>,
 }
 
 impl Netlink {
@@ -94,7 +97,15 @@ impl Netlink {
     pub fn open() -> Result<Self, NetlinkError> {
         let (connection, handle, _) = new_connection().map_err(NetlinkError::Open)?;
         tokio::spawn(connection);
-        Ok(Self { handle })
+        Ok(Self {
+            handle,
+            lists: Arc::default(),
+        })
+    }
+
+    /// Waits until no list is being read. Take it before a list is asked for, and keep it to the list's end.
+    async fn turn(&self) -> MutexGuard<'_, ()> {
+        self.lists.lock().await
     }
 
     /// The same for another task, on a connection of its own if there can be one: on each the kernel lists one thing at a time, and
@@ -105,6 +116,7 @@ impl Netlink {
 
     /// All interfaces.
     async fn list_links(&self) -> Result<Vec<LinkMessage>, NetlinkError> {
+        let _turn = self.turn().await;
         let links = self.handle.link().get().execute().try_collect().await;
         links.map_err(|error| NetlinkError::new("list links", &error))
     }
@@ -114,6 +126,7 @@ impl Netlink {
         &self,
         request: RouteMessage,
     ) -> Result<Vec<RouteMessage>, NetlinkError> {
+        let _turn = self.turn().await;
         let routes = self.handle.route().get(request).execute().try_collect();
         let routes = routes.await;
         routes.map_err(|error| NetlinkError::new("list routes", &error))

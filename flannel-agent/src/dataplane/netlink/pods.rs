@@ -68,11 +68,13 @@ impl Netlink {
         };
         let mut request = self.handle.address().get();
         request.message_mut().header.family = AddressFamily::Inet;
+        let turn = self.turn().await;
         let addresses: Vec<_> = request
             .execute()
             .try_collect()
             .await
             .map_err(|e| NetlinkError::new("list addresses", &e))?;
+        drop(turn);
         let wanted = AddressAttribute::Local(IpAddr::V4(gateway.addr()));
         let holders = addresses.iter().filter(|message| {
             message.header.prefix_len == gateway.prefix_len()
@@ -96,6 +98,7 @@ impl Netlink {
         // The kernel filters by it (`link_master_filtered`).
         let of_bridge = LinkAttribute::Controller(bridge.get());
         request.message_mut().attributes.push(of_bridge.clone());
+        let _turn = self.turn().await;
         let links: Vec<_> = request.execute().try_collect().await.map_err(|e| {
             NetlinkError::new(format!("list ports of interface {}", bridge.get()), &e)
         })?;

@@ -35,6 +35,7 @@ impl Netlink {
     /// Reads interfaces, addresses and default routes, and the way to the address that must be reachable.
     pub async fn uplinks(&self, wanted: &Wanted) -> Result<Uplinks, NetlinkError> {
         let messages = self.list_links().await?;
+        let turn = self.turn().await;
         let addresses: Vec<_> = self
             .handle
             .address()
@@ -43,6 +44,7 @@ impl Netlink {
             .try_collect()
             .await
             .map_err(|e| NetlinkError::new("list addresses", &e))?;
+        drop(turn);
         let mut links: Vec<Link> = messages
             .iter()
             .filter_map(|message| {
