@@ -86,6 +86,12 @@ const LEFT_OUT: [LeftOut; 6] = [
         why: "clsact is what this kernel likes best: the same test under another name has run",
     },
     LeftOut {
+        target: "bpf_testrun",
+        test: "gate::a_syn_is_admitted_in_both_directions",
+        on: without_helpers,
+        why: "this kernel has no bpf_check_mtu, without which nothing is admitted by its SYN",
+    },
+    LeftOut {
         target: OF_CARDS,
         test: "silent::",
         on: on_cards_that_work,
@@ -128,6 +134,10 @@ fn on_cards_that_work(place: Place) -> bool {
 
 fn without_tcx(place: Place) -> bool {
     !place.kernel.has_tcx()
+}
+
+fn without_helpers(place: Place) -> bool {
+    !place.kernel.has_helpers()
 }
 
 /// Which machines lack something: on these kernels, and whether within minutes.
