@@ -199,14 +199,18 @@ mod tests {
 
     #[test]
     fn what_lies_close_together_is_read_together() {
-        let of = |numbers: &[u32]| stretches(&numbers.iter().copied().collect());
+        let of = |numbers: &[u32]| -> Vec<(u32, u32)> {
+            let stretches = stretches(&numbers.iter().copied().collect());
+            let ends = stretches.into_iter().map(|range| (range.start, range.end));
+            ends.collect()
+        };
         assert!(of(&[]).is_empty());
-        assert_eq!(of(&[7]), [7..8]);
-        assert_eq!(of(&[0, 1, 2, 9, 34]), [0..35]);
-        assert_eq!(of(&[0, 33]), [0..34]);
+        assert_eq!(of(&[7]), [(7, 8)]);
+        assert_eq!(of(&[0, 1, 2, 9, 34]), [(0, 35)]);
+        assert_eq!(of(&[0, 33]), [(0, 34)]);
         assert_eq!(
             of(&[0, 34, 4_000_000]),
-            [0..1, 34..35, 4_000_000..4_000_001]
+            [(0, 1), (34, 35), (4_000_000, 4_000_001)]
         );
     }
 }
