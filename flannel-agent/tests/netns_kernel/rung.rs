@@ -31,7 +31,8 @@ enum Rung {
 }
 
 fn best() -> Rung {
-    let bpf = !lacks("bpf") && !(lacks("cls_bpf") && lacks("tcx"));
+    let unattachable = lacks("cls_bpf") && lacks("tcx");
+    let bpf = !lacks("bpf") && !unattachable;
     match (bpf, !lacks("vxlan")) {
         (true, true) => Rung::Bpf("vxlan"),
         (true, false) => Rung::Bpf("veth"),

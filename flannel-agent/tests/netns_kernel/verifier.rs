@@ -1,6 +1,7 @@
 //! The verifier's own words about every program, also when it accepts it: they are kept, because the next kernel may not.
 
 use std::{
+    collections::BTreeMap,
     collections::{HashMap, HashSet},
     io,
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
@@ -91,11 +92,9 @@ fn the_verifier_takes_every_program_and_says_what_it_saw() {
     object.relocate_maps(by_name, &sections).expect("maps");
     object.relocate_calls(&sections).expect("calls");
 
-    let mut names: Vec<&String> = object.programs.keys().collect();
-    names.sort();
-    assert!(names.len() > 5, "{names:?}");
-    for name in names {
-        let program = &object.programs[name];
+    let programs: BTreeMap<_, _> = (&object.programs).into_iter().collect();
+    assert!(programs.len() > 5, "{:?}", programs.keys());
+    for (name, program) in programs {
         let kind = match program.section {
             ProgramSection::SchedClassifier => SCHED_CLS,
             ProgramSection::Xdp { .. } => XDP,

@@ -1,7 +1,7 @@
 //! What this kernel, and this process on it, can do: one finding per capability that a choice depends on.
 //!
 //! A feature is present when it was tried and a packet came out of it as it should. That the kernel took a program, or that its version
-//! has the feature, proves nothing: 5.10 loads programs that ask for `ENCAP_L2_ETH` and then refuses every packet. [`ladder`] says which
+//! has the feature, proves nothing: 5.10 loads programs that ask for `ENCAP_L2_ETH` and then refuses every packet. [`climb`] says which
 //! rung follows from the findings, and why none above it. Nothing here tries anything; the agent does.
 
 mod cache;

@@ -81,7 +81,7 @@ pub(super) struct Place {
     pub(super) case: Case,
 }
 
-const LEFT_OUT: [LeftOut; 7] = [
+const LEFT_OUT: &[LeftOut] = &[
     LeftOut {
         target: OF_THE_KERNEL,
         test: "overlay::the_overlay_works_on_clsact",
