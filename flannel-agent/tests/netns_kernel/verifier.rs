@@ -92,7 +92,8 @@ fn the_verifier_takes_every_program_and_says_what_it_saw() {
     object.relocate_maps(by_name, &sections).expect("maps");
     object.relocate_calls(&sections).expect("calls");
 
-    let programs: BTreeMap<_, _> = (&object.programs).into_iter().collect();
+    #[expect(clippy::disallowed_methods, reason = "put in order at once")]
+    let programs: BTreeMap<_, _> = object.programs.iter().collect();
     assert!(programs.len() > 5, "{:?}", programs.keys());
     for (name, program) in programs {
         let kind = match program.section {

@@ -120,8 +120,17 @@ fn packets(pod: &Pod, gateway_mac: [u8; 6], dst: Ipv4Addr) -> Vec<Vec<u8>> {
     frames
 }
 
-/// Sends the packets from the first pod of the node to `dst`, and collects what the node makes of them.
-pub(crate) fn send_all(rig: &Rig, node: usize, dst: Ipv4Addr, host: &UdpSocket) -> Sent {
+/// Sends the packets from the first pod of the node to `dst`, each as often as said, and collects what the node makes of the last of each.
+///
+/// A batch comes again at once: what the stack has been seen to pass is forgotten after seconds, and not every machine sends all in that
+/// time.
+pub(crate) fn send_all(
+    rig: &Rig,
+    node: usize,
+    dst: Ipv4Addr,
+    host: &UdpSocket,
+    times: usize,
+) -> Sent {
     let pod = rig.pod(node);
     let frames = packets(pod, mac_of(rig.ns(node), "cni0"), dst);
     let socket = RawSocket::open(&pod.ns, "eth0").expect("a raw socket in the pod");
@@ -132,7 +141,8 @@ pub(crate) fn send_all(rig: &Rig, node: usize, dst: Ipv4Addr, host: &UdpSocket) 
         Direction::In,
     )
     .expect("a capture of the wire");
-    for batch in frames.chunks(BATCH) {
+    let batches = frames.chunks(BATCH);
+    for batch in batches.flat_map(|batch| std::iter::repeat_n(batch, times)) {
         for frame in batch {
             socket.send(frame).expect("send from the pod");
         }
@@ -154,6 +164,7 @@ pub(crate) fn send_all(rig: &Rig, node: usize, dst: Ipv4Addr, host: &UdpSocket) 
         frames: BTreeMap::new(),
         host_port: 0,
     };
+    let mut seen: BTreeMap<Key, usize> = BTreeMap::new();
     for packet in &wire.packets {
         let frame = Vxlan::parse(&packet.data).expect("a VXLAN frame");
         if packet.data.ends_with(FROM_HOST) {
@@ -165,12 +176,15 @@ pub(crate) fn send_all(rig: &Rig, node: usize, dst: Ipv4Addr, host: &UdpSocket) 
         let key = key(&frame.inner);
         // The pings of this function have numbers of the kernel's.
         if from_pod && wanted.contains(&key) && !is_ping(&frame.inner) {
-            let before = sent.frames.insert(key, packet.data.clone());
-            assert_eq!(before, None, "two frames for {key:?}");
+            sent.frames.insert(key, packet.data.clone());
+            *seen.entry(key).or_default() += 1;
         }
     }
     // Those whose time to live was over, and nothing else, did not come out.
     assert_eq!(sent.frames.len(), frames.len() - 2);
+    for (key, count) in seen {
+        assert_eq!(count, times, "frames for {key:?}");
+    }
     sent
 }
 
