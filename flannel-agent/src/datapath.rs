@@ -80,7 +80,7 @@ pub(crate) fn settings(
         local: uplink.local_v4()?,
         uplink: uplink.index,
         source_port_min: min,
-        source_port_span: max.saturating_sub(min),
+        source_port_span: bpf.port_span(max.saturating_sub(min)),
         encap_flags: room.encap,
         decap_flags: room.decap,
         alone,
@@ -228,6 +228,7 @@ fn load_with(
         subnet_count,
         attach,
         flow_entries,
+        last_port: findings.has(Feature::LastPort),
     };
     let mut bpf = Bpf::load_with_logs(&options, args.subnet_file.parent())?;
     // Of the flags nothing is asked here: what is in the way of it is known by then.

@@ -73,6 +73,7 @@ fn the_kernel_can_what_is_known_of_it() {
         subnet_count: 256,
         attach,
         flow_entries: 1024,
+        last_port: false,
     })
     .expect("the programs load");
     let room = bpf.room();

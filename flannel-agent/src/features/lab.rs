@@ -30,19 +30,20 @@ use super::{
 use crate::{
     dataplane::{
         bpf::syscall::{BPF_LINK_CREATE, bpf, number, owned},
-        netlink::{Netlink, NetlinkError},
+        netlink::{Netlink, NetlinkError, TUNNEL_PORT},
     },
     telemetry::chain,
 };
 
 /// What is tried here.
-pub(super) const HERE: [Feature; 7] = [
+pub(super) const HERE: [Feature; 8] = [
     Feature::Redirect,
     Feature::RedirectPeer,
     Feature::RedirectNeigh,
     Feature::Tcx,
     Feature::Clsact,
     Feature::Vxlan,
+    Feature::LastPort,
     Feature::Veth,
 ];
 
@@ -64,6 +65,16 @@ const LOOPBACK: u32 = 1;
 const LEN: i16 = 0;
 /// Name of both ends.
 const PAIR: &str = "flannel-try";
+/// Name of a vxlan device over the near end.
+const TUNNEL: &str = "flannel-try-vx";
+/// The only ports that it may send from: two, or one where the range ends before its end.
+const PORTS: (u16, u16) = (40_000, 40_001);
+/// Flows that are sent through it: one in two takes either port.
+const FLOWS: u16 = 32;
+/// Offsets in a frame of a tunnel over IPv4.
+const PROTOCOL: usize = 23;
+const SOURCE_PORT: usize = 34;
+const PROTO_UDP: u8 = 17;
 
 /// `union bpf_attr` for `BPF_LINK_CREATE` with what tcx wants of it.
 #[repr(C)]
@@ -253,6 +264,14 @@ fn device(made: Result<(), NetlinkError>) -> Finding {
     }
 }
 
+/// The UDP source port of a frame of the tunnel.
+fn source_port(frame: &[u8]) -> Option<u16> {
+    let word = |at: usize| Some(u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?]));
+    let ours =
+        frame.get(PROTOCOL) == Some(&PROTO_UDP) && word(SOURCE_PORT + 2) == Some(TUNNEL_PORT);
+    if ours { word(SOURCE_PORT) } else { None }
+}
+
 /// The namespace of the pair's far end, to which the thread does not return.
 struct Far {
     space: File,
@@ -332,7 +351,40 @@ impl Lab<'_> {
             };
             found.push((hook.feature(), finding));
         }
+        found.push((Feature::LastPort, self.last_port()));
         Ok(found)
+    }
+
+    /// Whether a vxlan device sends from the last port of its range, too (`udp_flow_src_port` in `include/net/udp.h`).
+    fn last_port(&self) -> Finding {
+        let made = self.net.make_tunnel(TUNNEL, self.near, PORTS);
+        let tunnel = match self.runtime.block_on(made) {
+            Ok(tunnel) => tunnel,
+            Err(error) => return Finding::untried(format!("needs vxlan: {}", chain(&error))),
+        };
+        let sent = Wire::new().and_then(|wire| {
+            wire.bind(tunnel)?;
+            (1..=FLOWS).try_for_each(|flow| wire.send(&super::trials::packet_from(flow, 100)))
+        });
+        if let Err(error) = sent {
+            return Finding::untried(format!("send through a vxlan device: {error}"));
+        }
+        let mut came = BTreeSet::new();
+        let mut count = 0;
+        self.far.wire.read_all(PATIENCE, |frame| {
+            if let Some(port) = source_port(frame) {
+                came.insert(port);
+                count += 1;
+            }
+            count == FLOWS
+        });
+        if came.contains(&PORTS.1) {
+            Finding::Present
+        } else if came.is_empty() {
+            Finding::untried("nothing comes out of a vxlan device")
+        } else {
+            Finding::absent("the last port of the range is not taken")
+        }
     }
 
     /// The program of a hook: what to do with frames of these lengths.

@@ -358,6 +358,15 @@ impl Becomes {
     }
 }
 
+/// The same from another port.
+pub(super) fn packet_from(port: u16, len: usize) -> Vec<u8> {
+    let mut packet = packet(len);
+    if let Some(place) = packet.get_mut(ETH + 20..ETH + 22) {
+        place.copy_from_slice(&port.to_be_bytes());
+    }
+    packet
+}
+
 /// A UDP packet of IPv4 from nobody to nobody, with bytes that tell where they were.
 pub(super) fn packet(len: usize) -> Vec<u8> {
     const HEADERS: usize = ETH + 20 + 8;

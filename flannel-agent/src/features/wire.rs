@@ -61,10 +61,19 @@ impl Wire {
 
     /// Which of the awaited lengths arrive. Ends when all have, or after a while.
     pub(super) fn receive(&self, awaited: &BTreeSet<usize>, patience: Duration) -> BTreeSet<usize> {
+        let mut came = BTreeSet::new();
+        self.read_all(patience, |frame| {
+            came.extend(awaited.get(&frame.len()));
+            came.len() == awaited.len()
+        });
+        came
+    }
+
+    /// Hands frames to `look` until it says that it has seen enough, or for a while.
+    pub(super) fn read_all(&self, patience: Duration, mut look: impl FnMut(&[u8]) -> bool) {
         let end = Instant::now() + patience;
         let mut buffer = [0u8; 2048];
-        let mut came = BTreeSet::new();
-        while came.len() < awaited.len() {
+        loop {
             let left = end.saturating_duration_since(Instant::now());
             // A timeout of zero is for ever.
             let left = left.max(Duration::from_micros(1)).as_micros();
@@ -73,11 +82,10 @@ impl Wire {
                 break;
             }
             match nix::unistd::read(&self.0, &mut buffer) {
-                Ok(len) => came.extend(awaited.get(&len)),
+                Ok(len) if look(buffer.get(..len).unwrap_or_default()) => break,
                 Err(_nothing) if Instant::now() >= end => break,
-                Err(_interrupted) => {}
+                Ok(_) | Err(_) => {}
             }
         }
-        came
     }
 }

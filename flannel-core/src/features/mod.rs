@@ -115,6 +115,8 @@ features! {
     NativeXdp = "native_xdp", "XDP in the uplink's driver", "the outer headers go in tc";
     /// vxlan devices.
     Vxlan = "vxlan", "vxlan devices", "a veth pair, and eBPF carries everything";
+    /// `udp_flow_src_port` with the range's end in it (after 6.18).
+    LastPort = "last_port", "vxlan devices take the last source port too", "source ports from the range without its end";
     /// veth pairs.
     Veth = "veth", "veth pairs", "no node without a vxlan device";
 }

@@ -138,11 +138,17 @@ impl Guest<'_> {
                 args.push(filter.to_owned());
             } else if !tests.is_empty() {
                 args.push("--exact".to_owned());
-                args.extend(tests.iter().map(|test| (*test).to_owned()));
+                let is_left_out = |test: &str| {
+                    let rows = self.place.left_out(target);
+                    rows.iter().any(|(name, _)| test.starts_with(name))
+                };
+                let here = tests.iter().filter(|test| !is_left_out(test));
+                args.extend(here.map(|test| (*test).to_owned()));
             }
-            let is_asked_for = |name: &&str| tests.is_empty() || tests.contains(name);
+            let is_asked_for =
+                |name: &str| tests.is_empty() || tests.iter().any(|test| test.starts_with(name));
             for (name, why) in self.place.left_out(target) {
-                if !is_asked_for(&name) {
+                if !is_asked_for(name) {
                     continue;
                 }
                 args.extend(["--skip".to_owned(), name.to_owned()]);

@@ -58,6 +58,8 @@ pub struct LoadOptions {
     pub attach: AttachMode,
     /// Flows that the map `flows` has room for.
     pub flow_entries: u32,
+    /// Whether this kernel's vxlan devices take the last source port of the range, too.
+    pub last_port: bool,
 }
 
 /// The loaded programs and their maps.
@@ -73,6 +75,8 @@ pub struct Bpf {
     pods: PodMap,
     /// Slots of `ring` for one CPU, as a power of two.
     ring_shift: u32,
+    /// Source ports that the kernel takes beyond the span of the range: 0 or 1.
+    extra_ports: u16,
     /// Why the flow gate cannot be used, if it cannot.
     gate_obstacle: Option<String>,
     /// Every map by its pin, to pin it again when somebody has removed that.
@@ -141,6 +145,7 @@ impl Bpf {
             subnet_count,
             attach,
             flow_entries,
+            last_port,
         } = options;
         let cpus = aya::util::nr_cpus().map_or(1, |cpus| cpus as u32);
         let ring_shift = flow::ring_shift(cpus);
@@ -213,6 +218,7 @@ impl Bpf {
             nodes: array(&mut ebpf, "nodes")?,
             pods: hash(&mut ebpf, "pods")?,
             ring_shift,
+            extra_ports: u16::from(*last_port),
             gate_obstacle,
             ebpf,
             pins,
@@ -240,6 +246,12 @@ impl Bpf {
     /// How programs are attached.
     pub const fn attach_mode(&self) -> AttachMode {
         self.attach
+    }
+
+    /// From how many ports packets come where the range of source ports ends so much above its beginning: as many as those of the kernel's
+    /// own device.
+    pub const fn port_span(&self, difference: u16) -> u16 {
+        difference.saturating_add(self.extra_ports)
     }
 
     /// Slots of the map `ring` for one CPU, as a power of two.

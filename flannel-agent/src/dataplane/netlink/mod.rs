@@ -22,6 +22,7 @@ use thiserror::Error;
 use tokio::sync::{Mutex, MutexGuard};
 
 pub use monitor::{Change, LinkChange, NeighbourChange, watch};
+pub(crate) use scratch::TUNNEL_PORT;
 pub use survey::Survey;
 pub use underlay::Underlay;
 pub use uplinks::Uplinks;

@@ -11,7 +11,7 @@ use flannel_core::{
 };
 use futures_util::StreamExt as _;
 use rtnetlink::{
-    Error as RtError, LinkMessageBuilder, LinkUnspec, LinkVeth,
+    Error as RtError, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan,
     packet_core::{
         NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
     },
@@ -28,6 +28,10 @@ use super::{Netlink, NetlinkError};
 const NEAR: (Ipv4Addr, u8) = (Ipv4Addr::new(198, 18, 0, 1), 30);
 /// A neighbour behind it.
 const NEIGHBOUR: (Ipv4Addr, [u8; 6]) = (Ipv4Addr::new(198, 18, 0, 2), [2, 0, 0, 0, 0, 9]);
+/// Of a tunnel to that neighbour.
+const TUNNEL_VNI: u32 = 1;
+/// Its UDP destination port.
+pub(crate) const TUNNEL_PORT: u16 = 8472;
 /// `ETH_P_ALL`.
 const ANY_PROTOCOL: u16 = 3;
 
@@ -62,6 +66,33 @@ impl Netlink {
         let (neighbour, mac) = NEIGHBOUR;
         let mac = VtepMac::from(mac);
         self.put_neighbour(near, IpAddr::V4(neighbour), mac).await
+    }
+
+    /// Makes a vxlan device that sends everything to the neighbour, from these ports, and sets it up.
+    pub(crate) async fn make_tunnel(
+        &self,
+        name: &str,
+        near: IfIndex,
+        ports: (u16, u16),
+    ) -> Result<IfIndex, NetlinkError> {
+        let (address, _) = NEAR;
+        let (neighbour, _) = NEIGHBOUR;
+        let tunnel = LinkVxlan::new(name, TUNNEL_VNI)
+            .dev(near.get())
+            .local(address)
+            .remote(neighbour)
+            .port(TUNNEL_PORT)
+            .port_range(ports.0, ports.1)
+            .up()
+            .build();
+        let made = self.handle.link().add(tunnel).execute().await;
+        made.map_err(|error| NetlinkError::new("create a vxlan device", &error))?;
+        self.index(name)
+            .await?
+            .ok_or_else(|| NetlinkError::Unexpected {
+                what: "create a vxlan device".into(),
+                reason: "it is not there".into(),
+            })
     }
 
     /// Hangs a program at the ingress of an interface that has no clsact qdisc yet.
