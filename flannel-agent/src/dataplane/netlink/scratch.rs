@@ -28,8 +28,8 @@ use super::{Netlink, NetlinkError};
 const NEAR: (Ipv4Addr, u8) = (Ipv4Addr::new(198, 18, 0, 1), 30);
 /// A neighbour behind it.
 const NEIGHBOUR: (Ipv4Addr, [u8; 6]) = (Ipv4Addr::new(198, 18, 0, 2), [2, 0, 0, 0, 0, 9]);
-/// Of a tunnel to that neighbour.
-const TUNNEL_VNI: u32 = 1;
+/// Of a tunnel to that neighbour: another than that of the device which is only tried.
+const TUNNEL_VNI: u32 = 2;
 /// Its UDP destination port.
 pub(crate) const TUNNEL_PORT: u16 = 8472;
 /// `ETH_P_ALL`.
