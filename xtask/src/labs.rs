@@ -57,7 +57,11 @@ fn become_bin(root: &Path, bin: &str, args: &[OsString]) -> Result<()> {
     let mut command = process::command(&find(&built, bin)?.path.to_string_lossy());
     command
         .args(args)
-        .env("FLANNEL_AGENT", &agent.path)
+        // Another build may be named, such as the one that is shipped.
+        .env(
+            "FLANNEL_AGENT",
+            std::env::var_os("FLANNEL_AGENT").unwrap_or_else(|| agent.path.clone().into()),
+        )
         .env("FLANNEL_CNI", &plugin.path);
     Err(process::exec(&mut command))
 }

@@ -14,6 +14,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     path::Path,
+    time::Instant,
 };
 
 use flannel_core::{
@@ -56,7 +57,7 @@ pub enum Scope {
     Maps,
     /// Those, and everything the kernel notifies about.
     Kernel,
-    /// Those, and every map entry.
+    /// Those, and every map entry, if it is time for that.
     Everything,
 }
 
@@ -72,6 +73,8 @@ pub struct Dataplane {
     looked: bool,
     /// Whether the last look found everything as the one before; not known of looks at the kernel's own objects.
     unchanged: bool,
+    /// When every entry of the maps was read.
+    scanned: Option<Instant>,
     /// Interfaces whose notifications matter: the tunnel device, the uplink, and those towards peers.
     interests: BTreeSet<IfIndex>,
     /// Next hops that the kernel was asked to confirm and has not yet.
@@ -91,6 +94,7 @@ impl Dataplane {
             seen: Observed::default(),
             looked: false,
             unchanged: false,
+            scanned: None,
             interests: BTreeSet::new(),
             asked: BTreeSet::new(),
             pods: PodWatch::new(cni_dir),
@@ -285,6 +289,10 @@ impl Dataplane {
             };
             hooks.push((hook, ifindex, filter));
         }
+        let full = full
+            && self
+                .scanned
+                .is_none_or(|scanned| scanned.elapsed() >= bpf.scan_interval());
         let before = &mut self.seen.bpf;
         let rest = before.as_ref().map(Rest::of);
         let (pods, pod_hooks) = before.as_ref().map_or_else(Default::default, |before| {

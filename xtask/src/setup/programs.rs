@@ -71,6 +71,7 @@ const EVERYTHING: &[[&str; 4]] = &[
     ],
     ["skopeo", "skopeo", "skopeo", "skopeo"],
     ["ps", "procps", "procps-ng", "procps-ng"],
+    ["strace", "strace", "strace", "strace"],
 ];
 
 const KERNELS: &[[&str; 4]] = &[

@@ -7,6 +7,7 @@ use std::{
     io,
     ops::Range,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+    time::Duration,
 };
 
 use aya::maps::{Array, MapData};
@@ -22,6 +23,8 @@ use super::{Bpf, BpfError};
 const LOOKUP_BATCH: libc::c_int = 24;
 /// Entries of one system call: of the largest, 64 KiB.
 const CHUNK: u32 = 1024;
+/// See [`Bpf::scan_interval`].
+const SCAN_OF_ENTRY: Duration = Duration::from_micros(500);
 /// Entries nobody has asked for that are read along, so that what is used with gaps is one stretch.
 const GAP: u32 = 32;
 
@@ -104,6 +107,12 @@ impl Bpf {
         })
     }
 
+    /// How far apart readings of every entry are at least. Nobody but a stranger fills one that is not in use, and a network has room for
+    /// a hundred thousand of which a node uses ten.
+    pub(in crate::dataplane) const fn scan_interval(&self) -> Duration {
+        SCAN_OF_ENTRY.saturating_mul(self.subnet_count.saturating_add(self.node_capacity))
+    }
+
     /// Whether the last look found the entries as the one before.
     pub(in crate::dataplane) const fn is_unchanged(&self) -> bool {
         self.unchanged
@@ -120,7 +129,8 @@ impl Bpf {
         let map = pin.map(|(_, map)| map.fd().as_fd());
         let empty = V::default();
         let mut found = Vec::new();
-        let mut values = vec![empty; CHUNK as usize];
+        let longest = stretches.iter().map(|stretch| stretch.end - stretch.start);
+        let mut values = vec![empty; longest.max().unwrap_or(0).min(CHUNK) as usize];
         for stretch in stretches {
             for first in stretch.clone().step_by(CHUNK as usize) {
                 let count = CHUNK.min(stretch.end - first);
