@@ -299,6 +299,9 @@ impl Dataplane {
             (before.pods.clone(), before.pod_hooks.clone())
         });
         let mut state = bpf.observe(settings.uplink, &hooks, full, before)?;
+        if full {
+            self.scanned = Some(Instant::now());
+        }
         let is_settled = rest == Some(Rest::of(&state)) && bpf.is_unchanged();
         // While a pair stands in, there is always something to do.
         self.unchanged &= is_settled && self.seen.stand_in.is_none();
