@@ -34,7 +34,23 @@ fn xdp(kernel: &mut Kernel) -> &mut Xdp {
     program.try_into().expect("an XDP program")
 }
 
-pub(crate) fn run(kernel: &mut Kernel, frame: &[u8]) -> Vec<u8> {
+fn run(kernel: &mut Kernel, frame: &[u8]) -> Vec<u8> {
+    let (out, is_bare) = strip(kernel, frame);
+    // The hook behind it misses what it would have stripped, and nothing else.
+    let missed = count(kernel, CounterId::XdpMissed);
+    if frame.len() >= shortest(frame) {
+        kernel.run("from_wire", frame);
+    }
+    assert_eq!(
+        is_bare,
+        count(kernel, CounterId::XdpMissed) > missed,
+        "{frame:02x?}"
+    );
+    out
+}
+
+/// Runs `xdp_decap` alone: what has become of a frame, and whether it was stripped.
+pub(crate) fn strip(kernel: &mut Kernel, frame: &[u8]) -> (Vec<u8>, bool) {
     let stripped = count(kernel, CounterId::XdpDecap);
     let mut out = vec![0; frame.len() + 64];
     let result = xdp(kernel)
@@ -54,17 +70,8 @@ pub(crate) fn run(kernel: &mut Kernel, frame: &[u8]) -> Vec<u8> {
         bare.is_some(),
         count(kernel, CounterId::XdpDecap) > stripped
     );
-    // The hook behind it misses what it would have stripped, and nothing else.
-    let missed = count(kernel, CounterId::XdpMissed);
-    if frame.len() >= shortest(frame) {
-        kernel.run("from_wire", frame);
-    }
-    assert_eq!(
-        bare.is_some(),
-        count(kernel, CounterId::XdpMissed) > missed,
-        "{frame:02x?}"
-    );
-    bare.unwrap_or(out)
+    let is_bare = bare.is_some();
+    (bare.unwrap_or(out), is_bare)
 }
 
 /// The inner frame of [`packet`], addressed to the host that received the outer one.

@@ -7,7 +7,7 @@ use regex::Regex;
 use crate::manifest_rig::{REPOSITORY, files, flags, image, read, repository, variables};
 
 /// Flags of other programs that the documents use. Whatever is not here is one of ours, or a mistake.
-const FOREIGN: [(&str, &[&str]); 11] = [
+const FOREIGN: [(&str, &[&str]); 12] = [
     (
         "kubectl",
         &["field-selector", "from-file", "ignore-not-found"],
@@ -18,16 +18,19 @@ const FOREIGN: [(&str, &[&str]); 11] = [
     ("kubelet", &["node-ip"]),
     ("helm", &["create-namespace", "namespace", "set"]),
     ("etcdctl", &["cacert", "cert", "endpoints", "key"]),
+    ("apt", &["reinstall"]),
     ("systemctl", &["now"]),
     ("dockerd", &["bip", "containerd", "mtu"]),
     ("cargo", &["help", "release", "test", "version"]),
     (
         "cargo xtask",
         &[
+            "arch",
             "flanneld",
             "guard",
             "json",
             "keep",
+            "kernel",
             "modes",
             "plot",
             "quick",

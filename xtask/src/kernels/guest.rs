@@ -168,6 +168,8 @@ impl Guest<'_> {
                     "FLANNEL_TEST_REQUIRE_ROOT": "1",
                     "FLANNEL_TEST_PATIENCE": PATIENCE.to_string(),
                     "FLANNEL_TEST_LACKS": self.place.lacks(),
+                    // Its modules are nobody else's.
+                    "FLANNEL_TEST_OWN_KERNEL": "1",
                     "FLANNEL_AGENT": self.programs.agent,
                 },
             }));

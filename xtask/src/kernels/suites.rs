@@ -38,7 +38,7 @@ const OF_THE_KERNEL: &str = "netns_kernel";
 const RUNG: &[&str] = &["rung::the_agent_makes_the_best_of_what_there_is"];
 
 /// On a kernel from which nothing is withheld, in this order.
-const SUITES: [Suite; 9] = [
+const SUITES: [Suite; 10] = [
     suite(OF_THE_KERNEL, Part::All),
     suite(
         "bpf_testrun",
@@ -53,6 +53,10 @@ const SUITES: [Suite; 9] = [
         ]),
     ),
     suite("netns_wire", Part::Only(&["frames_equal_the_kernels"])),
+    suite(
+        "netns_module",
+        Part::Only(&["the_module_itself_is_loaded_later_without_a_gap"]),
+    ),
     suite("netns_restart", Part::Nothing),
     suite("netns_modes", Part::Nothing),
     suite("netns_detach", Part::Nothing),
