@@ -94,7 +94,7 @@ fn a_kernel_without_ebpf_or_without_vxlan_is_told() {
         ..Confinement::default()
     };
     let answer = check_confined(&rig, &[], &no_vxlan);
-    assert_warns(&answer, "vxlan", "not supported", "modprobe vxlan", &[]);
+    assert_warns(&answer, "vxlan", "not supported", "modprobe -a vxlan", &[]);
     let (findings, code) = check_confined(&rig, &["--datapath=kernel"], &no_vxlan);
     assert_eq!(code, 1, "{findings:#?}");
     assert_eq!(ended(&findings, "FAIL"), ["vxlan"], "{findings:#?}");
