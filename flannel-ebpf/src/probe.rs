@@ -1,5 +1,5 @@
 //! What `bpf_skb_adjust_room` accepts on this kernel: asked at run time, because the verifier does not look at flags and
-//! an old kernel answers -EINVAL to every call (5.10 with ENCAP_L2_ETH; all up to 7.2 with DECAP_L4_UDP).
+//! an old kernel answers -EINVAL to every call (5.10 with ENCAP_L2_ETH; all before 7.3 with DECAP_L4_UDP).
 //!
 //! The agent runs this with `BPF_PROG_TEST_RUN`; it is never attached.
 

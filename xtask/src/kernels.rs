@@ -52,7 +52,7 @@ pub(crate) enum Kernel {
     V6_1,
     /// Of Debian 13.
     V6_12,
-    /// Of Debian 13's backports: the newest (7.2 in November 2026).
+    /// Of Debian 13's backports: the newest (7.3 in November 2026).
     V7,
 }
 
@@ -69,7 +69,7 @@ impl FromStr for Kernels {
             "5.10" => Kernel::V5_10,
             "6.1" => Kernel::V6_1,
             "6.12" => Kernel::V6_12,
-            "7" | "7.2" | "backports" => Kernel::V7,
+            "7" | "7.2" | "7.3" | "backports" => Kernel::V7,
             _ => return Err("write 5.10, 6.1, 6.12, 7 or all".to_owned()),
         };
         Ok(Self(vec![one]))

