@@ -17,7 +17,7 @@ use std::{
 use flannel_testkit::{
     BpfCall, Capability, Confinement, eventually,
     json::link,
-    privileged,
+    patience, privileged,
     traffic::{FloodPing, TcpFlow},
 };
 use rig::{
@@ -62,7 +62,7 @@ struct Traffic {
 impl Traffic {
     fn start(rig: &Rig) -> Traffic {
         let (a, b) = (rig.pod(0), rig.pod(1));
-        let ping = |ns, ip| FloodPing::start(ns, ip, EVERY).expect("a flood");
+        let ping = |ns, ip| FloodPing::start(ns, ip, patience(EVERY)).expect("a flood");
         let stream = |from: &flannel_testkit::Pod, to: &flannel_testkit::Pod| {
             TcpFlow::start_paced(&to.ns, to.ip, &from.ns, RATE).expect("a stream")
         };
@@ -304,6 +304,12 @@ fn the_module_itself_is_loaded_later_without_a_gap() {
         traffic.assert_untouched();
         return;
     }
+    let mut rig = Rig::new(2);
+    // What else the agents and the pods need comes before.
+    let others = Command::new("modprobe")
+        .args(["-a", "bridge", "veth", "sch_ingress", "cls_bpf"])
+        .status();
+    assert!(others.expect("run modprobe").success());
     // Nothing loads it by itself: neither the kernel, nor an agent that sees no modules.
     fs::write("/proc/sys/kernel/modprobe", "/nonexistent").expect("no program to load modules");
     let unloaded = Command::new("modprobe")
@@ -311,7 +317,6 @@ fn the_module_itself_is_loaded_later_without_a_gap() {
         .status()
         .expect("run modprobe");
     assert!(unloaded.success() || !Path::new("/sys/module/vxlan").exists());
-    let mut rig = Rig::new(2);
     let script = rig.node(0).run_dir.join("flannel-agent.sh");
     let agent = agent_binary().display();
     let text = format!(

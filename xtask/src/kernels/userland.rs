@@ -13,7 +13,7 @@ use crate::dist::arch::Arch;
 const SUITE: &str = "trixie";
 
 /// What agents, labs and tests call. The agent's libraries are in it, too: glibc and `libgcc_s`.
-const WANTED: [&str; 17] = [
+const WANTED: [&str; 18] = [
     "base-files",
     "bash",
     "bpftool",
@@ -26,6 +26,7 @@ const WANTED: [&str; 17] = [
     "iputils-ping",
     "kmod",
     "libgcc-s1",
+    "mount",
     "netbase",
     "nftables",
     "tcpdump",
