@@ -16,12 +16,6 @@ use flannel_testkit::{
 use rig::{PATIENCE, Rig, agent_binary, variant};
 use serde_json::{Value, json};
 
-const FREE: Confinement<'static> = Confinement {
-    caps: None,
-    bpf: BpfCall::Allowed,
-    no_vxlan: false,
-};
-
 /// Features by name, of `status` or `features`.
 fn features(answer: &Value) -> BTreeMap<String, Value> {
     let rows = answer["features"].as_array().expect("a list of features");
@@ -148,7 +142,7 @@ fn what_a_machine_lacks_is_found_and_said() {
         Lacking {
             confinement: Confinement {
                 no_vxlan: true,
-                ..FREE
+                ..Confinement::FREE
             },
             absent: &[("vxlan", "not supported")],
             rung: "L2",
@@ -157,7 +151,7 @@ fn what_a_machine_lacks_is_found_and_said() {
         Lacking {
             confinement: Confinement {
                 bpf: BpfCall::Fails(libc::ENOSYS),
-                ..FREE
+                ..Confinement::FREE
             },
             absent: &[("bpf", "built without eBPF")],
             rung: "L0",
@@ -166,7 +160,7 @@ fn what_a_machine_lacks_is_found_and_said() {
         Lacking {
             confinement: Confinement {
                 bpf: BpfCall::Fails(libc::EPERM),
-                ..FREE
+                ..Confinement::FREE
             },
             absent: &[("bpf", "seccomp")],
             rung: "L0",
@@ -175,7 +169,7 @@ fn what_a_machine_lacks_is_found_and_said() {
         Lacking {
             confinement: Confinement {
                 caps: Some(&[Capability::NetAdmin, Capability::NetRaw]),
-                ..FREE
+                ..Confinement::FREE
             },
             absent: &[("bpf", "CAP_BPF is missing")],
             rung: "L0",

@@ -27,18 +27,6 @@ use rig::{
 };
 use serde_json::Value;
 
-/// What flannel's own manifest grants.
-const UPSTREAM: Confinement<'static> = Confinement {
-    caps: Some(&[Capability::NetAdmin, Capability::NetRaw]),
-    bpf: BpfCall::Allowed,
-    no_vxlan: false,
-};
-/// A kernel without the vxlan module.
-const NO_VXLAN: Confinement<'static> = Confinement {
-    caps: None,
-    bpf: BpfCall::Allowed,
-    no_vxlan: true,
-};
 /// A kernel built without eBPF.
 const NO_BPF: Confinement<'static> = Confinement {
     caps: None,
@@ -167,7 +155,7 @@ fn flannels_own_capabilities_are_enough_for_the_kernels_device() {
     if !privileged() {
         return;
     }
-    let mut rig = beside_a_bpf_node(&[], &UPSTREAM);
+    let mut rig = beside_a_bpf_node(&[], &Confinement::UPSTREAM);
     exchange(&rig, 0, 1);
     assert_kernel_only(&rig, 1, "CAP_BPF");
     assert_one_warning(&mut rig, 1, &["CAP_BPF is missing", "without eBPF"]);
@@ -327,7 +315,7 @@ fn neither_vxlan_nor_ebpf_ends_with_both_causes_and_nothing_changed() {
         (
             Confinement {
                 no_vxlan: true,
-                ..UPSTREAM
+                ..Confinement::UPSTREAM
             },
             "CAP_BPF is missing",
         ),
@@ -356,7 +344,7 @@ fn a_node_on_ebpf_alone_goes_on_when_its_next_agent_may_not_use_ebpf() {
         return;
     }
     let mut rig = Rig::new(2);
-    rig.start_confined(0, &[], &NO_VXLAN);
+    rig.start_confined(0, &[], &Confinement::NO_VXLAN);
     rig.start_agent(1, &[]);
     for node in 0..2 {
         rig.wait_ready(node);
@@ -371,7 +359,7 @@ fn a_node_on_ebpf_alone_goes_on_when_its_next_agent_may_not_use_ebpf() {
         &[],
         &Confinement {
             no_vxlan: true,
-            ..UPSTREAM
+            ..Confinement::UPSTREAM
         },
     );
     assert_eq!(code, 4, "{log}");

@@ -15,7 +15,7 @@ use std::{
 };
 
 use flannel_testkit::{
-    BpfCall, Capability, Confinement, eventually,
+    Confinement, eventually,
     json::link,
     patience, privileged,
     traffic::{FloodPing, TcpFlow},
@@ -35,23 +35,6 @@ const RATE: u32 = 5_000_000;
 const NOTICED: Duration = Duration::from_mins(2);
 /// Every packet over the device: past it nothing would show.
 const SLOW: &str = "--bpf-fast-path=off";
-
-const FREE: Confinement<'static> = Confinement {
-    caps: None,
-    bpf: BpfCall::Allowed,
-    no_vxlan: false,
-};
-const NO_VXLAN: Confinement<'static> = Confinement {
-    caps: None,
-    bpf: BpfCall::Allowed,
-    no_vxlan: true,
-};
-/// What flannel's own manifest grants.
-const UPSTREAM: Confinement<'static> = Confinement {
-    caps: Some(&[Capability::NetAdmin, Capability::NetRaw]),
-    bpf: BpfCall::Allowed,
-    no_vxlan: false,
-};
 
 /// Pings and streams between the pods of nodes 0 and 1 in both directions, and pings from node 0 itself.
 struct Traffic {
@@ -143,14 +126,18 @@ fn the_device_changes_under_traffic(attach: &str) {
         return;
     }
     let flags = [SLOW, attach];
-    let mut rig = two_nodes(&flags, &NO_VXLAN);
+    let mut rig = two_nodes(&flags, &Confinement::NO_VXLAN);
     wait_device(&rig, "veth", "bpf", PATIENCE);
     let mac = link(rig.ns(0), DEVICE).expect("the device")["address"].clone();
     let traffic = Traffic::start(&rig);
     for (kind, flags, confinement) in [
-        ("vxlan", &flags[..], &FREE),
-        ("veth", &[SLOW, attach, "--bpf-device=veth"], &FREE),
-        ("vxlan", &flags, &FREE),
+        ("vxlan", &flags[..], &Confinement::FREE),
+        (
+            "veth",
+            &[SLOW, attach, "--bpf-device=veth"],
+            &Confinement::FREE,
+        ),
+        ("vxlan", &flags, &Confinement::FREE),
     ] {
         restart(&mut rig, flags, confinement);
         wait_device(&rig, kind, "bpf", PATIENCE);
@@ -174,10 +161,14 @@ fn a_capability_that_comes_and_goes_loses_nothing() {
     if !privileged() {
         return;
     }
-    let mut rig = two_nodes(&[SLOW], &UPSTREAM);
+    let mut rig = two_nodes(&[SLOW], &Confinement::UPSTREAM);
     wait_device(&rig, "vxlan", "kernel", PATIENCE);
     let traffic = Traffic::start(&rig);
-    for (confinement, mode) in [(&FREE, "bpf"), (&UPSTREAM, "kernel"), (&FREE, "bpf")] {
+    for (confinement, mode) in [
+        (&Confinement::FREE, "bpf"),
+        (&Confinement::UPSTREAM, "kernel"),
+        (&Confinement::FREE, "bpf"),
+    ] {
         restart(&mut rig, &[SLOW], confinement);
         wait_device(&rig, "vxlan", mode, PATIENCE);
     }
@@ -189,7 +180,7 @@ fn a_device_type_that_comes_while_running_is_taken_up_and_given_up_again() {
     if !privileged() {
         return;
     }
-    let mut rig = two_nodes(&[SLOW], &NO_VXLAN);
+    let mut rig = two_nodes(&[SLOW], &Confinement::NO_VXLAN);
     wait_device(&rig, "veth", "bpf", PATIENCE);
     let traffic = Traffic::start(&rig);
     rig.agent(0).know_vxlan(true);
@@ -297,9 +288,9 @@ fn the_module_itself_is_loaded_later_without_a_gap() {
         return;
     }
     if !own_kernel() {
-        let mut rig = two_nodes(&[SLOW], &NO_VXLAN);
+        let mut rig = two_nodes(&[SLOW], &Confinement::NO_VXLAN);
         let traffic = Traffic::start(&rig);
-        restart(&mut rig, &[SLOW], &FREE);
+        restart(&mut rig, &[SLOW], &Confinement::FREE);
         wait_device(&rig, "vxlan", "bpf", PATIENCE);
         traffic.assert_untouched();
         return;
@@ -345,7 +336,7 @@ fn a_pair_that_is_left_over_is_taken_up_and_cleanup_knows_it() {
     if !privileged() {
         return;
     }
-    let mut rig = two_nodes(&[SLOW], &FREE);
+    let mut rig = two_nodes(&[SLOW], &Confinement::FREE);
     let leave = |rig: &Rig| {
         for command in [
             "link add flannelt.1 type veth peer name flannelu.1",

@@ -101,6 +101,28 @@ pub struct Config {
 
 const _: () = assert!(size_of::<Config>() == 80);
 
+/// Flags of `bpf_skb_adjust_room` (`include/uapi/linux/bpf.h`) as the maps carry them, see [`room_flags`].
+pub mod room {
+    /// `BPF_F_ADJ_ROOM_FIXED_GSO`.
+    pub const FIXED_GSO: u32 = 1 << 0;
+    /// `BPF_F_ADJ_ROOM_ENCAP_L3_IPV4`.
+    pub const ENCAP_L3_IPV4: u32 = 1 << 1;
+    /// `BPF_F_ADJ_ROOM_ENCAP_L4_UDP`.
+    pub const ENCAP_L4_UDP: u32 = 1 << 4;
+    /// `BPF_F_ADJ_ROOM_NO_CSUM_RESET`.
+    pub const NO_CSUM_RESET: u32 = 1 << 5;
+    /// `BPF_F_ADJ_ROOM_ENCAP_L2_ETH`, which 5.10 does not know.
+    pub const ENCAP_L2_ETH: u32 = 1 << 6;
+    /// `BPF_F_ADJ_ROOM_DECAP_L4_UDP`: clears the tunnel's GSO state on decapsulation; seen from 7.3 on.
+    pub const DECAP_L4_UDP: u32 = 1 << 10;
+    /// `BPF_F_ADJ_ROOM_ENCAP_L2(14)`: the inner Ethernet header. Not 22: counting the VXLAN header too breaks segmentation.
+    pub const ENCAP_L2_14: u32 = 14 << 24;
+    /// What every kernel takes for encapsulation.
+    pub const ENCAP: u32 = FIXED_GSO | ENCAP_L3_IPV4 | ENCAP_L4_UDP | NO_CSUM_RESET | ENCAP_L2_14;
+    /// What every kernel takes for decapsulation.
+    pub const DECAP: u32 = FIXED_GSO | NO_CSUM_RESET;
+}
+
 /// The 64-bit flags of `bpf_skb_adjust_room` from the 32 bits that the maps carry: the upper eight are the length of the inner
 /// link header, which the helper wants at bit 56 (`BPF_ADJ_ROOM_ENCAP_L2_SHIFT`).
 #[inline(always)]

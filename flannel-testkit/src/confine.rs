@@ -48,6 +48,25 @@ pub struct Confinement<'a> {
     pub no_vxlan: bool,
 }
 
+impl Confinement<'static> {
+    /// Nothing.
+    pub const FREE: Self = Self {
+        caps: None,
+        bpf: BpfCall::Allowed,
+        no_vxlan: false,
+    };
+    /// A kernel without the vxlan module.
+    pub const NO_VXLAN: Self = Self {
+        no_vxlan: true,
+        ..Self::FREE
+    };
+    /// What flannel's own manifest grants.
+    pub const UPSTREAM: Self = Self {
+        caps: Some(&[Capability::NetAdmin, Capability::NetRaw]),
+        ..Self::FREE
+    };
+}
+
 /// The highest capability number that a 64-bit set can hold.
 const HIGHEST: u32 = 63;
 /// `_LINUX_CAPABILITY_VERSION_3`: sets of 64 bits in two words.

@@ -361,7 +361,12 @@ impl Dataplane {
             Op::DeleteDevice { index, .. } => self.delete(*index).await?,
             Op::SetMtu { index, mtu } => net.set_mtu(*index, *mtu).await?,
             Op::SetMac { index, mac } => net.set_mac(*index, *mac).await?,
-            Op::SetUp { index } => net.set_up(*index, kind).await?,
+            Op::SetUp { index } => {
+                if let Some(bpf) = &self.bpf {
+                    bpf.prepare(*index);
+                }
+                net.set_up(*index, kind).await?;
+            }
             Op::PutAddress { index, address } => net.put_address(*index, *address).await?,
             Op::DelAddress { index, address } => net.del_address(*index, *address).await?,
             Op::PutFdb { mac, vtep } => net.put_fdb(tunnel?, *mac, *vtep).await?,

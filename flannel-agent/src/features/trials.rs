@@ -1,6 +1,10 @@
 //! What can be tried with one run of a program on one packet (`BPF_PROG_TEST_RUN`): it needs no interface and nobody sees it. A helper
 //! counts only if it did to the packet what it is there for.
 
+use flannel_common::map::{
+    room::{DECAP, DECAP_L4_UDP, ENCAP, ENCAP_L2_ETH},
+    room_flags,
+};
 use flannel_core::features::{Feature, Finding};
 
 use super::{
@@ -34,17 +38,6 @@ const INCREMENT: i32 = 1;
 const DECREMENT: i32 = 2;
 /// `BPF_ADJ_ROOM_MAC`.
 const MAC: i32 = 1;
-/// Flags of `bpf_skb_adjust_room`.
-const FIXED_GSO: u64 = 1 << 0;
-const ENCAP_L3_IPV4: u64 = 1 << 1;
-const ENCAP_L4_UDP: u64 = 1 << 4;
-const NO_CSUM_RESET: u64 = 1 << 5;
-const ENCAP_L2_ETH: u64 = 1 << 6;
-const DECAP_L4_UDP: u64 = 1 << 10;
-/// The inner Ethernet header, at `BPF_ADJ_ROOM_ENCAP_L2_SHIFT`.
-const ENCAP_L2: u64 = 14 << 56;
-const ENCAP: u64 = FIXED_GSO | ENCAP_L3_IPV4 | ENCAP_L4_UDP | NO_CSUM_RESET | ENCAP_L2;
-const DECAP: u64 = FIXED_GSO | NO_CSUM_RESET;
 /// `BPF_F_XDP_HAS_FRAGS`.
 const HAS_FRAGS: u32 = 1 << 5;
 
@@ -120,9 +113,9 @@ fn not_zero(register: super::assembly::Reg) -> [Insn; 5] {
     ]
 }
 
-fn room(delta: i32, flags: u64) -> Vec<Insn> {
+fn room(delta: i32, flags: u32) -> Vec<Insn> {
     let mut code = vec![copy(R1, R6), set(R2, delta), set(R3, MAC)];
-    code.extend(set_long(R4, flags));
+    code.extend(set_long(R4, room_flags(flags)));
     code.extend([call(SKB_ADJUST_ROOM), exit()]);
     code
 }

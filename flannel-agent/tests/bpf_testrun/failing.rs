@@ -4,7 +4,7 @@
 use flannel_agent::dataplane::bpf::OBJECT;
 use flannel_common::{
     Config, CounterId,
-    flow::{ACK, Flow, FlowKey, PROTO_TCP, mode},
+    flow::{ACK, PROTO_TCP, mode},
 };
 use flannel_testkit::privileged;
 
@@ -13,8 +13,8 @@ use crate::{
     elf::{self, INSTRUCTION},
     encap::datagram,
     flows::{
-        CLIENT, EPOCH, GENERATION, INSIDE, OTHER_MAC, OTHER_POD, POD_MAC, SENT, SERVER, as_host,
-        back, count, furnish, hash, key, now, out, put_flow, rechecked, tcp, udp,
+        CLIENT, INSIDE, OTHER_MAC, OTHER_POD, POD_MAC, SENT, SERVER, as_host, back, count, furnish,
+        key, now, out, put_flow, put_neighbours, rechecked, tcp, udp,
     },
     kernel::{Kernel, OUR_POD, PEER_POD, Ran, SHOT, UNSPEC},
     xdp,
@@ -120,19 +120,7 @@ fn fast(object: &[u8]) -> Kernel {
     let mut kernel = Kernel::load_object(object);
     furnish(&mut kernel, mode::ESTABLISHED);
     put_flow(&mut kernel, &key(PROTO_TCP), [now(), now()]);
-    let neighbours = FlowKey {
-        remote: OTHER_POD,
-        ..key(PROTO_TCP)
-    };
-    let seen = Flow {
-        epoch: EPOCH,
-        generation: GENERATION + 1,
-        seen: [now(), now()],
-        ..Flow::default()
-    };
-    hash::<FlowKey, Flow>(&mut kernel, "flows")
-        .insert(neighbours, seen, 0)
-        .expect("write a flow");
+    put_neighbours(&mut kernel);
     kernel
 }
 

@@ -4,7 +4,7 @@ use aya::maps::{HashMap, MapData, PerCpuArray};
 use etherparse::{Ipv4Header, PacketBuilder};
 use flannel_common::{
     Config, Counter, CounterId, PodRecord,
-    flow::{ACK, FIN, Flow, FlowKey, NatKey, RST, SYN},
+    flow::{ACK, FIN, Flow, FlowKey, NatKey, PROTO_TCP, RST, SYN},
 };
 
 use crate::{
@@ -93,6 +93,23 @@ pub(crate) fn put_flow(kernel: &mut Kernel, key: &FlowKey, seen: [u64; 2]) {
     };
     hash::<FlowKey, Flow>(kernel, "flows")
         .insert(key, flow, 0)
+        .expect("write a flow");
+}
+
+/// A flow between our pod and [`OTHER_POD`], both of this node, that was seen just now.
+pub(crate) fn put_neighbours(kernel: &mut Kernel) {
+    let neighbours = FlowKey {
+        remote: OTHER_POD,
+        ..key(PROTO_TCP)
+    };
+    let seen = Flow {
+        epoch: EPOCH,
+        generation: GENERATION + 1,
+        seen: [now(), now()],
+        ..Flow::default()
+    };
+    hash::<FlowKey, Flow>(kernel, "flows")
+        .insert(neighbours, seen, 0)
         .expect("write a flow");
 }
 

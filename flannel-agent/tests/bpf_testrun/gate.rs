@@ -3,7 +3,7 @@
 
 use flannel_common::{
     Config, CounterId, NodeRecord, PodRecord,
-    flow::{ACK, FIN, Flow, FlowKey, NatKey, PROTO_TCP, PROTO_UDP, RST, SYN, Way, closing, mode},
+    flow::{ACK, FIN, NatKey, PROTO_TCP, PROTO_UDP, RST, SYN, Way, closing, mode},
 };
 use flannel_testkit::privileged;
 
@@ -12,8 +12,8 @@ use crate::{
     flows::{
         CLIENT, EPOCH, GATEWAY_MAC, GENERATION, INSIDE, LANDED, LOOPBACK, OTHER_MAC, OTHER_POD,
         POD_MAC, ROUTED, SENT, SERVER, as_host, back, connect, count, flow, gated, hash,
-        icmp_error, is_in_the_pod, is_on_the_wire, kernel, key, now, out, put_flow, put_pod,
-        rechecked, slow, tcp, translated, udp,
+        icmp_error, is_in_the_pod, is_on_the_wire, kernel, key, now, out, put_flow, put_neighbours,
+        put_pod, rechecked, slow, tcp, translated, udp,
     },
     kernel::{Kernel, MTU, OUR_POD, PEER_POD, REDIRECT, UNSPEC, peer},
 };
@@ -366,19 +366,7 @@ fn neighbours_are_handed_over_as_they_are() {
         )
     };
     slow(&mut kernel, "from_pod", &local(ACK));
-    let neighbours = FlowKey {
-        remote: OTHER_POD,
-        ..key(PROTO_TCP)
-    };
-    let seen = Flow {
-        epoch: EPOCH,
-        generation: GENERATION + 1,
-        seen: [now(), now()],
-        ..Flow::default()
-    };
-    hash::<FlowKey, Flow>(&mut kernel, "flows")
-        .insert(neighbours, seen, 0)
-        .expect("write a flow");
+    put_neighbours(&mut kernel);
     let ran = kernel.run("from_pod", &local(ACK));
     assert_eq!((ran.verdict, ran.packet), (REDIRECT, local(ACK)));
     assert_eq!(count(&kernel, CounterId::FastLocal), 1);

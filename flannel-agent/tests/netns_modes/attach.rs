@@ -9,12 +9,6 @@ use crate::{
     rig::{Rig, hooks::hooks},
 };
 
-const FREE: Confinement<'static> = Confinement {
-    caps: None,
-    bpf: flannel_testkit::BpfCall::Allowed,
-    no_vxlan: false,
-};
-
 #[test]
 fn clsact_carries_and_is_replaced_after_a_crash() {
     if !privileged() {
@@ -28,7 +22,7 @@ fn clsact_carries_and_is_replaced_after_a_crash() {
     assert_eq!(rig.status(0)["datapath"]["attach"], "clsact");
     let flood =
         FloodPing::start(&rig.pod(0).ns, rig.pod(1).ip, Duration::from_millis(1)).expect("a flood");
-    restart(&mut rig, 0, &["--bpf-attach=clsact"], &FREE);
+    restart(&mut rig, 0, &["--bpf-attach=clsact"], &Confinement::FREE);
     let second = filters(rig.ns(0));
     let stats = flood.stop().expect("the account");
     assert_eq!(stats.lost, 0, "{stats:?}");
@@ -54,7 +48,12 @@ fn a_change_of_the_way_to_attach_leaves_one_program_a_hook() {
     let flood =
         FloodPing::start(&rig.pod(0).ns, rig.pod(1).ip, Duration::from_millis(1)).expect("a flood");
     for mode in ["clsact", "tcx", "clsact", "tcx"] {
-        restart(&mut rig, 0, &[&format!("--bpf-attach={mode}")], &FREE);
+        restart(
+            &mut rig,
+            0,
+            &[&format!("--bpf-attach={mode}")],
+            &Confinement::FREE,
+        );
         if let Err(error) = hooks(rig.ns(0)).are(mode) {
             panic!("after changing to {mode}: {error}");
         }
@@ -96,7 +95,7 @@ fn a_strangers_filter_survives_every_change() {
         "--bpf-attach=clsact",
         "--datapath=kernel",
     ] {
-        restart(&mut rig, 0, &[flags], &FREE);
+        restart(&mut rig, 0, &[flags], &Confinement::FREE);
         assert_eq!(look(), theirs, "after {flags}");
     }
     assert_eq!(filters(&ns), []);

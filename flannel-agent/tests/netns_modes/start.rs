@@ -3,19 +3,14 @@
 use flannel_testkit::{Confinement, json::ip_json, privileged};
 
 use crate::{
-    NO_BPF, NO_VXLAN, UPSTREAM,
+    NO_BPF,
     confined::complaints,
     rig::{NET_CONF, Rig},
 };
 
-const FREE: Confinement<'static> = Confinement {
-    caps: None,
-    bpf: flannel_testkit::BpfCall::Allowed,
-    no_vxlan: false,
-};
 const NO_CAPS: Confinement<'static> = Confinement {
     caps: Some(&[]),
-    ..FREE
+    ..Confinement::FREE
 };
 
 struct Case {
@@ -29,7 +24,7 @@ struct Case {
 const CASES: [Case; 12] = [
     Case {
         flags: &["--datapath=bpf"],
-        confinement: UPSTREAM,
+        confinement: Confinement::UPSTREAM,
         net_conf: NET_CONF,
         code: 4,
         says: &["--datapath=bpf was asked for", "CAP_BPF is missing"],
@@ -43,21 +38,21 @@ const CASES: [Case; 12] = [
     },
     Case {
         flags: &["--bpf-device=veth"],
-        confinement: UPSTREAM,
+        confinement: Confinement::UPSTREAM,
         net_conf: NET_CONF,
         code: 4,
         says: &["--bpf-device=veth was asked for", "CAP_BPF is missing"],
     },
     Case {
         flags: &["--bpf-device=vxlan"],
-        confinement: NO_VXLAN,
+        confinement: Confinement::NO_VXLAN,
         net_conf: NET_CONF,
         code: 4,
         says: &["create vxlan device flannel.1", "--bpf-device=vxlan"],
     },
     Case {
         flags: &["--datapath=kernel"],
-        confinement: NO_VXLAN,
+        confinement: Confinement::NO_VXLAN,
         net_conf: NET_CONF,
         code: 4,
         says: &[
@@ -68,7 +63,7 @@ const CASES: [Case; 12] = [
     },
     Case {
         flags: &["--datapath=kernel", "--bpf-device=veth"],
-        confinement: FREE,
+        confinement: Confinement::FREE,
         net_conf: NET_CONF,
         code: 2,
         says: &["--bpf-device=veth", "--datapath=kernel"],
@@ -82,35 +77,35 @@ const CASES: [Case; 12] = [
     },
     Case {
         flags: &["--datapath=fast"],
-        confinement: FREE,
+        confinement: Confinement::FREE,
         net_conf: NET_CONF,
         code: 2,
         says: &["'fast'", "--datapath"],
     },
     Case {
         flags: &["--bpf-attach=xdp"],
-        confinement: FREE,
+        confinement: Confinement::FREE,
         net_conf: NET_CONF,
         code: 2,
         says: &["'xdp'", "--bpf-attach"],
     },
     Case {
         flags: &[],
-        confinement: FREE,
+        confinement: Confinement::FREE,
         net_conf: r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":16777215}}"#,
         code: 2,
         says: &["flannel.16777215", "15 characters", "at most 9999999"],
     },
     Case {
         flags: &["--datapath=bpf"],
-        confinement: FREE,
+        confinement: Confinement::FREE,
         net_conf: r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","GBP":true}}"#,
         code: 4,
         says: &["--datapath=bpf was asked for", "GBP"],
     },
     Case {
         flags: &["--bpf-device=veth"],
-        confinement: FREE,
+        confinement: Confinement::FREE,
         net_conf: r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":1234567}}"#,
         code: 2,
         says: &["flannelp.1234567", "smaller VNI"],
@@ -161,7 +156,7 @@ fn another_vxlan_device_with_our_vni_is_left_alone() {
         .ip("link add other0 type vxlan id 1 dev eth0 dstport 8472 local 192.168.77.11 nolearning")
         .expect("somebody's device");
     let before = ip_json(rig.ns(0), &["-d", "link"]).expect("ip link");
-    let (code, log) = rig.run_to_end(0, &[], &FREE);
+    let (code, log) = rig.run_to_end(0, &[], &Confinement::FREE);
     assert_eq!(code, 2, "{log}");
     let said = complaints(&log);
     assert_eq!(said.len(), 1, "{log}");

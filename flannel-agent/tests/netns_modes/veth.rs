@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use flannel_testkit::{
+    Confinement,
     json::link,
     privileged,
     traffic::{Amount, FloodPing},
 };
 
 use crate::{
-    NO_VXLAN, assert_one_warning, device_kind, exchange, restart,
+    assert_one_warning, device_kind, exchange, restart,
     rig::{DEVICE, Rig},
     stream,
 };
@@ -17,7 +18,7 @@ use crate::{
 /// Node 0 lacks the device type, node 1 was told to do without, node 2 has both, node 3 has the kernel's device alone.
 fn four_kinds() -> Rig {
     let mut rig = Rig::new(4);
-    rig.start_confined(0, &[], &NO_VXLAN);
+    rig.start_confined(0, &[], &Confinement::NO_VXLAN);
     rig.start_agent(1, &["--bpf-device=veth"]);
     rig.start_agent(2, &[]);
     rig.start_agent(3, &["--datapath=kernel"]);
@@ -85,7 +86,7 @@ fn a_node_without_the_device_type_follows_the_cluster_and_survives_its_agent() {
     let before = link(rig.ns(0), DEVICE).expect("the device");
     let flood =
         FloodPing::start(&rig.pod(0).ns, rig.pod(3).ip, Duration::from_millis(1)).expect("a flood");
-    restart(&mut rig, 0, &[], &NO_VXLAN);
+    restart(&mut rig, 0, &[], &Confinement::NO_VXLAN);
     rig.wait_converged();
     let stats = flood.stop().expect("the account");
     assert_eq!(stats.lost, 0, "{stats:?}");

@@ -190,6 +190,16 @@ impl Bpf {
                 }
             }
         }
+        self.make_tcx(hook, interface, &pin)
+    }
+
+    /// Attaches a program by a new link, which takes the place of what is pinned there.
+    pub(super) fn make_tcx(
+        &mut self,
+        hook: Hook,
+        interface: &str,
+        pin: &Path,
+    ) -> Result<(), BpfError> {
         let program = program(&mut self.ebpf, hook.as_str())?;
         let id = program
             .attach_with_options(
@@ -206,10 +216,23 @@ impl Bpf {
             reason: "the kernel made no link".into(),
         })?;
         // The new link is attached: only now may the old one go.
-        remove_pin(&pin)?;
-        link.pin(&pin)
-            .map_err(|error| pin_error("pin", &pin, io::Error::other(error)))?;
+        remove_pin(pin)?;
+        link.pin(pin)
+            .map_err(|error| pin_error("pin", pin, io::Error::other(error)))?;
         Ok(())
+    }
+
+    /// Gives a tunnel device what filters hang on while it carries nothing: the kernel takes the transmit queues of a device out of use
+    /// as it adds a qdisc (`qdisc_graft`), and loses what is sent meanwhile.
+    pub fn prepare(&self, ifindex: IfIndex) {
+        if self.attach != AttachMode::Clsact {
+            return;
+        }
+        let added = name_of(ifindex).map(|interface| tc::qdisc_add_clsact(&interface));
+        // Whatever it is, attaching meets it again and says so.
+        if let Ok(Err(error)) = added {
+            tracing::debug!(ifindex = ifindex.get(), %error, "add a clsact qdisc");
+        }
     }
 
     pub(super) fn attach_clsact(

@@ -5,20 +5,13 @@ use aya::{
     programs::{ProgramType, TestRun as _, TestRunOptions},
     sys::{BpfHelper, is_helper_supported},
 };
-use flannel_common::map::helper_flags;
+use flannel_common::map::{
+    helper_flags,
+    room::{DECAP, DECAP_L4_UDP, ENCAP, ENCAP_L2_ETH},
+};
 
 use super::{BpfError, program};
 
-const FIXED_GSO: u32 = 1 << 0;
-const ENCAP_L3_IPV4: u32 = 1 << 1;
-const ENCAP_L4_UDP: u32 = 1 << 4;
-const NO_CSUM_RESET: u32 = 1 << 5;
-const ENCAP_L2_ETH: u32 = 1 << 6;
-/// Clears the tunnel's GSO state on decapsulation (`include/uapi/linux/bpf.h`; seen from 7.3 on).
-const DECAP_L4_UDP: u32 = 1 << 10;
-/// Length of the inner link header, where `flannel_common::map::room_flags` expects it. 14, not 22: counting the VXLAN header too
-/// breaks segmentation.
-const ENCAP_L2_14: u32 = 14 << 24;
 const ROOM: i32 = 50;
 
 /// The flags to use.
@@ -50,17 +43,16 @@ pub fn room(ebpf: &mut Ebpf) -> Result<Room, BpfError> {
             .map_err(|source| BpfError::program("run", PROGRAM, source))?;
         Ok(result.return_value as i32)
     };
-    let base = FIXED_GSO | ENCAP_L3_IPV4 | ENCAP_L4_UDP | ENCAP_L2_14 | NO_CSUM_RESET;
-    let mut encap = base | ENCAP_L2_ETH;
+    let mut encap = ENCAP | ENCAP_L2_ETH;
     // 5.10 does not know ENCAP_L2_ETH, and segments correctly without.
     if accepts(ROOM, encap)? != 0 {
-        encap = base;
+        encap = ENCAP;
         let errno = accepts(ROOM, encap)?;
         if errno != 0 {
             return Err(BpfError::NoRoom(-errno));
         }
     }
-    let decap = FIXED_GSO | NO_CSUM_RESET;
+    let decap = DECAP;
     let errno = accepts(-ROOM, decap)?;
     if errno != 0 {
         return Err(BpfError::NoRoom(-errno));

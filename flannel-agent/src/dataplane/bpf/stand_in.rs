@@ -1,9 +1,8 @@
 //! The program that encapsulates on the pair that stands in while the tunnel device changes its kind: a second place for it, with a pin
 //! of its own.
 
-use std::{io, path::PathBuf};
+use std::path::PathBuf;
 
-use aya::programs::{LinkOrder, TcAttachType, links::FdLink, tc::TcAttachOptions};
 use flannel_core::{
     addr::IfIndex,
     mark,
@@ -14,8 +13,6 @@ use super::{
     AttachMode, Bpf, BpfError, Instance,
     attach::{name_of, remove_pin},
     join, link,
-    pins::pin_error,
-    program,
 };
 
 impl Instance {
@@ -33,21 +30,7 @@ impl Bpf {
             return self.attach_clsact(hook, ifindex, &interface);
         }
         let pin = self.instance.stand_in_link();
-        let failed = |source| BpfError::program("attach", hook.as_str(), source);
-        let program = program(&mut self.ebpf, hook.as_str())?;
-        let options = TcAttachOptions::TcxOrder(LinkOrder::last());
-        let id = program
-            .attach_with_options(&interface, TcAttachType::Egress, options)
-            .map_err(failed)?;
-        let link = program.take_link(id).map_err(failed)?;
-        let link: FdLink = link.try_into().map_err(|_not_fd| BpfError::Tc {
-            what: format!("pin {} on {interface}", hook.as_str()),
-            reason: "the kernel made no link".into(),
-        })?;
-        remove_pin(&pin)?;
-        link.pin(&pin)
-            .map_err(|error| pin_error("pin", &pin, io::Error::other(error)))?;
-        Ok(())
+        self.make_tcx(hook, &interface, &pin)
     }
 
     /// What of ours is attached to the pair. `filter` is the program that our clsact filter runs there, which only netlink knows.
