@@ -188,9 +188,9 @@ fn super_packets_beyond_64_kilobytes() {
                 long > 10,
                 "{mode:?}, {from:?} to {to:?}: {long} long packets"
             );
-            // What loses them loses thousands.
+            // What loses them loses all of them, and each is 45 segments: a queue that overflows loses some.
             assert!(
-                stats.retransmits < 1000,
+                stats.retransmits < 10_000,
                 "{mode:?}, {from:?} to {to:?}: {stats:?}"
             );
         }
