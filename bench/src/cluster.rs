@@ -3,7 +3,6 @@
 use std::{
     fmt::Write as _,
     fs,
-    net::Ipv4Addr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -11,14 +10,17 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 use flannel_testkit::{
-    AgentProcess, ApiServer, Etcd, Lab, LabOptions, Node, Offloads, Pod, Subnet, cni,
-    try_eventually,
+    AgentProcess, ApiServer, Etcd, Families, Family, Lab, LabOptions, Node, Offloads, Pod, Prefix,
+    apiserver::{self, Kind},
+    cni, json, traffic, try_eventually,
 };
-use serde_json::Value;
+use serde::Serialize;
+use serde_json::{Value, json};
 
 use crate::{check_stop, progress};
 
-const NET_CONF: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+/// The networks of the pods, by family.
+pub const NETWORKS: [&str; 2] = ["10.244.0.0/16", "fd00:10:244::/48"];
 const PREFIX: &str = "/coreos.com/network";
 const READY: Duration = Duration::from_secs(20);
 const STEP: Duration = Duration::from_secs(1);
@@ -32,6 +34,54 @@ pub enum StoreChoice {
     Etcd,
     /// A server that behaves as the Kubernetes API does, with a Node object for each node.
     Kube,
+}
+
+/// What carries packets between nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backend {
+    /// VXLAN, by eBPF or the kernel's device.
+    #[default]
+    Vxlan,
+    /// Routes: all nodes are on one link.
+    HostGw,
+    /// The kernel's `WireGuard` device.
+    Wireguard,
+}
+
+impl Backend {
+    /// As the network configuration names it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Vxlan => "vxlan",
+            Self::HostGw => "host-gw",
+            Self::Wireguard => "wireguard",
+        }
+    }
+}
+
+/// The network configuration of these families, networks first.
+pub fn net_conf(
+    families: Families,
+    networks: [&str; 2],
+    backend: Backend,
+    direct_routing: bool,
+) -> String {
+    let mut conf = json!({ "Backend": { "Type": backend.as_str() } });
+    for (family, network) in Family::ALL.into_iter().zip(networks) {
+        let (enable, key) = match family {
+            Family::V4 => ("EnableIPv4", "Network"),
+            Family::V6 => ("EnableIPv6", "IPv6Network"),
+        };
+        conf[enable] = families.has(family).into();
+        if families.has(family) {
+            conf[key] = network.into();
+        }
+    }
+    if direct_routing {
+        conf["Backend"]["DirectRouting"] = true.into();
+    }
+    conf.to_string()
 }
 
 /// The flannel CNI plugin that was built with this program.
@@ -52,6 +102,14 @@ pub struct Options {
     pub net_conf: String,
     /// Leases of nodes that do not exist, in a store of files.
     pub strangers: Strangers,
+    /// The families of nodes and pods; [`Options::net_conf`] must say the same.
+    pub families: Families,
+    /// What [`Options::net_conf`] says of it.
+    pub backend: Backend,
+    /// MTU of pods that the lab makes, if not that of the agent.
+    pub pod_mtu: Option<u32>,
+    /// How many of the nodes are behind a router.
+    pub far_nodes: u8,
     /// Number of nodes.
     pub nodes: u8,
     /// Pods on each node.
@@ -70,7 +128,11 @@ impl Default for Options {
             binary: None,
             plugin: None,
             flags: Vec::new(),
-            net_conf: NET_CONF.into(),
+            net_conf: net_conf(Families::V4, NETWORKS, Backend::Vxlan, false),
+            families: Families::V4,
+            backend: Backend::Vxlan,
+            pod_mtu: None,
+            far_nodes: 0,
             strangers: Strangers::default(),
             nodes: 2,
             pods: 1,
@@ -101,6 +163,14 @@ pub struct Place {
     pub pod: Pod,
 }
 
+impl Place {
+    /// Node and address of a family, for people.
+    pub fn label_in(&self, family: Family) -> String {
+        let (node, _) = self.label.split_once('/').unwrap_or((&self.label, ""));
+        format!("{node}/{}", self.pod.address(family))
+    }
+}
+
 /// Packets that eBPF has carried on a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
@@ -112,6 +182,10 @@ pub struct Counts {
     pub fast_encap: u64,
     /// Decapsulated past the host's stack; they are among [`Counts::decap`].
     pub fast_decap: u64,
+    /// Past the host's stack to a node on the same link, as they are.
+    pub routed_out: u64,
+    /// The same from such a node.
+    pub routed_in: u64,
 }
 
 /// A running overlay. Fields are dropped in order: agents before the namespaces they live in.
@@ -133,6 +207,8 @@ impl Cluster {
         progress(&format!("making {} nodes", args.nodes));
         let lab = Lab::new(LabOptions {
             nodes: args.nodes,
+            families: args.families,
+            far_nodes: args.far_nodes,
             offloads: args.offloads,
             ..LabOptions::default()
         })
@@ -202,7 +278,11 @@ impl Cluster {
                 let kube = ApiServer::start(Some(self.lab.underlay()), Lab::GATEWAY)
                     .context("start the Kubernetes API")?;
                 for node in self.lab.nodes() {
-                    kube.create_node(&node.name, &node.subnet.to_string())?;
+                    let families = args.families.list().into_iter();
+                    let cidrs = families.map(|family| node.subnet_of(family).to_string());
+                    let cidrs: Vec<String> = cidrs.collect();
+                    let cidrs: Vec<&str> = cidrs.iter().map(String::as_str).collect();
+                    kube.create(Kind::Node, apiserver::node(&node.name, &cidrs))?;
                 }
                 let run_dir = &self.lab.node(0).run_dir;
                 let dir = run_dir.parent().unwrap_or(run_dir);
@@ -265,18 +345,19 @@ impl Cluster {
                 .transpose()?;
             for number in 0..args.pods {
                 check_stop()?;
-                let pod = match &runtime {
-                    Some(runtime) => {
-                        let name = format!("{}p{}", node.name, number + 1);
-                        let added = runtime.add_pod(&name);
-                        added
-                            .with_context(|| format!("make a pod on {}", node.name))?
-                            .1
-                    }
-                    None => node.add_pod(env.subnet, u32::from(number) + 2, env.mtu)?,
+                let pod = if let Some(runtime) = &runtime {
+                    let name = format!("{}p{}", node.name, number + 1);
+                    let added = runtime.add_pod(&name);
+                    added
+                        .with_context(|| format!("make a pod on {}", node.name))?
+                        .1
+                } else {
+                    let mtu = args.pod_mtu.unwrap_or(env.mtu);
+                    node.add_pod_in(&env.subnets, u32::from(number) + 2, mtu)?
                 };
+                let family = args.families.list()[0];
                 self.pods.push(Place {
-                    label: format!("{}/{}", node.name, pod.ip),
+                    label: format!("{}/{}", node.name, pod.address(family)),
                     node: index,
                     pod,
                 });
@@ -287,8 +368,12 @@ impl Cluster {
 
     /// Until every agent has programmed every other node.
     fn wait_for_peers(&self, args: &Options) -> anyhow::Result<()> {
+        if args.backend != Backend::Vxlan || args.far_nodes > 0 {
+            return self.wait_for_pings(args);
+        }
         let strangers = &args.strangers;
         let others = self.lab.nodes().len().saturating_sub(1) + strangers.leases.len();
+        let others = others * args.families.list().len();
         let bpf_alone = args.datapath == "bpf";
         for node in self.lab.nodes() {
             let what = format!("{} to know its peers", node.name);
@@ -310,9 +395,47 @@ impl Cluster {
         Ok(())
     }
 
+    /// Until every node's pods reach every other's; what does not work after a time is for the caller to find.
+    fn wait_for_pings(&self, args: &Options) -> anyhow::Result<()> {
+        let mut left = READY;
+        let firsts: Vec<&Place> = (0..self.lab.nodes().len())
+            .filter_map(|node| self.pods.iter().find(|place| place.node == node))
+            .collect();
+        for (from, to) in firsts
+            .iter()
+            .flat_map(|a| firsts.iter().map(move |b| (a, b)))
+        {
+            for family in args.families.list() {
+                let reach = || traffic::ping_once(&from.pod.ns, to.pod.address(family), STEP);
+                while reach().is_err() && !left.is_zero() {
+                    check_stop()?;
+                    left = left.saturating_sub(STEP);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The device by which a node's stack sends packets to an address.
+    pub fn device_to(&self, node: usize, address: std::net::IpAddr) -> anyhow::Result<String> {
+        let ns = &self.lab.node(node).ns;
+        let argv = [
+            Family::of(address).flag(),
+            "route",
+            "get",
+            &address.to_string(),
+        ];
+        let route = json::ip_json(ns, &argv)?;
+        Ok(route[0]["dev"].as_str().unwrap_or_default().to_owned())
+    }
+
     /// What eBPF has carried on a node so far.
-    pub fn counters(&self, node: usize) -> anyhow::Result<Counts> {
-        let status = self.ask(self.lab.node(node), "status")?;
+    pub fn counters(&self, node: usize, family: Family) -> anyhow::Result<Counts> {
+        let mut status = self.ask(self.lab.node(node), "status")?;
+        if family == Family::V6 && self.lab.families() == Families::Dual {
+            // A node with one family has it on top.
+            status = status["ipv6"].take();
+        }
         let count = |counters: &Value, direction: &str| {
             counters[direction]["packets"].as_u64().unwrap_or(0)
         };
@@ -322,6 +445,8 @@ impl Cluster {
             decap: count(all, "decap"),
             fast_encap: count(fast, "encap"),
             fast_decap: count(fast, "decap"),
+            routed_out: count(fast, "routed_out"),
+            routed_in: count(fast, "routed_in"),
         })
     }
 
@@ -395,7 +520,8 @@ impl Cluster {
 
 /// What the agent tells the CNI plugin.
 pub(crate) struct Env {
-    pub(crate) subnet: Subnet,
+    /// One of each family.
+    pub(crate) subnets: Vec<Prefix>,
     pub(crate) mtu: u32,
 }
 
@@ -406,11 +532,12 @@ pub(crate) fn read_env(path: &Path) -> anyhow::Result<Env> {
             .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
             .with_context(|| format!("{} has no {key}", path.display()))
     };
-    let (ip, len) = value("FLANNEL_SUBNET")?
-        .split_once('/')
-        .context("FLANNEL_SUBNET has no length")?;
+    let keys = ["FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET"];
+    let subnets = keys.into_iter().filter_map(|key| value(key).ok());
+    let subnets: Vec<Prefix> = subnets.map(str::parse).collect::<anyhow::Result<_>>()?;
+    anyhow::ensure!(!subnets.is_empty(), "{} has no subnet", path.display());
     Ok(Env {
-        subnet: Subnet::new(ip.parse::<Ipv4Addr>()?, len.parse()?),
+        subnets,
         mtu: value("FLANNEL_MTU")?.parse()?,
     })
 }

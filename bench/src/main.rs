@@ -12,7 +12,9 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use bench_lab::{
-    INTERRUPTED, footprint, guard,
+    INTERRUPTED,
+    cluster::Backend,
+    footprint, guard,
     meter::Meter,
     mode::{self, Mode},
     nodes, pin, plot, programs, progress, report,
@@ -23,7 +25,8 @@ use bench_lab::{
     stopped, watch_for_stop,
     workload::{self, Workload},
 };
-use clap::Parser;
+use clap::{CommandFactory as _, Parser, error::ErrorKind};
+use flannel_testkit::Family;
 
 /// Compares the agent with the kernel's own ways and with no overlay at all, side by side in one run.
 ///
@@ -43,6 +46,14 @@ struct Args {
     /// Length of one sample in milliseconds. Default: 300, quick 100.
     #[arg(long, value_parser = clap::value_parser!(u64).range(10..=2000))]
     millis: Option<u64>,
+
+    /// Address family of everything. `both` measures every mode over either, side by side, and says how IPv6 compares.
+    #[arg(long, value_enum, default_value_t = FamilyChoice::V4)]
+    family: FamilyChoice,
+
+    /// The agents' backend: vxlan, or host-gw, to be compared with the kernel's routes.
+    #[arg(long, value_enum, default_value_t = Backend::Vxlan)]
+    backend: Backend,
 
     /// Only these modes, separated by commas.
     #[arg(long, value_delimiter = ',', value_name = "MODE,...")]
@@ -78,12 +89,30 @@ struct Args {
     report: Option<PathBuf>,
 }
 
+/// Address family of everything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum FamilyChoice {
+    /// IPv4 alone.
+    #[value(name = "4")]
+    V4,
+    /// IPv6 alone.
+    #[value(name = "6")]
+    V6,
+    /// Both, side by side.
+    #[value(name = "both")]
+    Both,
+}
+
 /// What a row of nodes takes longer to build than it is worth in a run that was asked for by mode.
 const NODES: &str = "nodes";
 const PROGRAMS: &str = "programs";
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if let Some(contradiction) = contradiction(&args) {
+        let error = Args::command().error(ErrorKind::ArgumentConflict, contradiction);
+        error.exit();
+    }
     match watch_for_stop().and_then(|()| run(&args)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -139,8 +168,17 @@ impl Scope {
         } else {
             workload::select(&measured, args.quick)?
         };
-        let modes = mode::select(&args.modes, args.flanneld.is_some(), !args.quick)?;
-        let established = modes.iter().any(|mode| mode.name == "agent-established");
+        let flanneld = args.flanneld.is_some();
+        let mut modes = mode::select(&args.modes, args.backend, flanneld, !args.quick)?;
+        if args.family == FamilyChoice::Both {
+            modes = modes
+                .into_iter()
+                .flat_map(|mode| [mode, mode.over_v6()])
+                .collect();
+        }
+        // Its strangers are tunnelled to over IPv4.
+        let usual = args.family == FamilyChoice::V4 && args.backend == Backend::Vxlan;
+        let established = usual && modes.iter().any(|mode| mode.name == "agent-established");
         Ok(Self {
             nodes: named(NODES) || (all && established && !args.quick),
             programs: named(PROGRAMS) || (all && !args.quick),
@@ -181,6 +219,31 @@ impl Scope {
     }
 }
 
+fn family_of(args: &Args) -> Family {
+    match args.family {
+        FamilyChoice::V4 | FamilyChoice::Both => Family::V4,
+        FamilyChoice::V6 => Family::V6,
+    }
+}
+
+/// What of the arguments does not go together, with an advice.
+fn contradiction(args: &Args) -> Option<&'static str> {
+    let named = |name: &str| args.workloads.iter().any(|workload| workload == name);
+    let usual = args.family == FamilyChoice::V4 && args.backend == Backend::Vxlan;
+    if args.family == FamilyChoice::Both && args.guard.is_some() {
+        return Some("--guard compares in one family: --family 4 or --family 6");
+    }
+    if args.backend == Backend::Wireguard {
+        return Some("--backend wireguard has no rows: what it costs is the cipher");
+    }
+    if !usual && (named(NODES) || named(footprint::WORKLOAD)) {
+        return Some(
+            "nodes and footprint are measured with --family 4 and --backend vxlan alone: leave those two flags out",
+        );
+    }
+    None
+}
+
 fn pace(args: &Args) -> Pace {
     let (rounds, millis) = if args.quick { (3, 100) } else { (7, 300) };
     Pace {
@@ -210,8 +273,9 @@ fn measure(args: &Args) -> anyhow::Result<bool> {
     let mut meter = Meter::new(scope.steps());
     let plan = Plan {
         flanneld: args.flanneld.clone(),
+        backend: args.backend,
         service_rules: args.service_rules,
-        ..Plan::default()
+        ..Plan::of(family_of(args))
     };
     let mut names: Vec<String> = Vec::new();
     let (mut samples, mut failures) = (Samples::default(), Vec::new());
@@ -307,6 +371,12 @@ fn describe(args: &Args, pace: Pace, took: Duration) -> Run {
             |(_, name)| name.to_owned(),
         );
     Run {
+        family: match family_of(args) {
+            Family::V4 => 4,
+            Family::V6 => 6,
+        },
+        beside_v6: args.family == FamilyChoice::Both,
+        backend: args.backend.as_str().into(),
         kernel: trimmed("/proc/sys/kernel/osrelease"),
         cpu,
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
@@ -341,8 +411,9 @@ fn compare(args: &Args, base: &Path) -> anyhow::Result<bool> {
     let mut meter = Meter::new(samples_of(&modes, &workloads) * pace.rounds);
     let plan = Plan {
         base_agent: Some(base.to_owned()),
+        backend: args.backend,
         service_rules: args.service_rules,
-        ..Plan::default()
+        ..Plan::of(family_of(args))
     };
     let mut session = Session::build(&modes, &plan, &mut meter)?;
     for workload in &workloads {

@@ -2,6 +2,8 @@
 
 use anyhow::{Context as _, bail};
 
+use crate::cluster::Backend;
+
 /// What carries the packets between the nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
@@ -39,6 +41,9 @@ pub enum Rules {
 
 /// Services of the modes whose name ends in this number.
 pub const MANY_SERVICES: u32 = 2000;
+
+/// Ends the names of modes over IPv6 in a run that has both families.
+pub const V6_SUFFIX: &str = "-v6";
 
 /// One of the ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,13 +118,35 @@ impl Mode {
     pub fn has_services(&self) -> bool {
         self.rules != Rules::None
     }
+
+    /// The same over IPv6, in a run that has both families.
+    #[must_use]
+    pub fn over_v6(self) -> Self {
+        Self {
+            // A few bytes per mode, for as long as the program runs: names are constants everywhere else.
+            name: Box::leak(format!("{}{V6_SUFFIX}", self.name).into_boxed_str()),
+            ..self
+        }
+    }
+
+    /// Whether VXLAN is what it shows, whatever the agents' backend.
+    pub fn is_of_vxlan(&self) -> bool {
+        matches!(self.path, Path::KernelVxlan | Path::Flanneld)
+    }
 }
 
 /// The modes to run: those named, or all that can run. `flanneld` needs a program.
-pub fn select(names: &[String], flanneld: bool, many: bool) -> anyhow::Result<Vec<Mode>> {
+pub fn select(
+    names: &[String],
+    backend: Backend,
+    flanneld: bool,
+    many: bool,
+) -> anyhow::Result<Vec<Mode>> {
     if names.is_empty() {
         let wanted = |mode: &&Mode| {
-            (flanneld || mode.path != Path::Flanneld) && (many || mode.rules != Rules::Many)
+            (backend == Backend::Vxlan || !mode.is_of_vxlan())
+                && (flanneld || mode.path != Path::Flanneld)
+                && (many || mode.rules != Rules::Many)
         };
         return Ok(ALL.iter().filter(wanted).copied().collect());
     }
@@ -131,6 +158,12 @@ pub fn select(names: &[String], flanneld: bool, many: bool) -> anyhow::Result<Ve
             format!("no mode is named {name}; there are {}", names.join(", "))
         };
         let mode = *mode.with_context(known)?;
+        if backend != Backend::Vxlan && mode.is_of_vxlan() {
+            bail!(
+                "mode {name} is one of vxlan: leave --backend {} out",
+                backend.as_str()
+            );
+        }
         if mode.path == Path::Flanneld && !flanneld {
             bail!("mode flanneld needs --flanneld PATH");
         }
@@ -148,8 +181,13 @@ mod tests {
     #[test]
     fn without_a_choice_all_run_that_can() {
         let names = |modes: Vec<Mode>| modes.iter().map(|mode| mode.name).collect::<Vec<_>>();
-        assert_eq!(select(&[], true, true).expect("modes").len(), ALL.len());
-        let usual = names(select(&[], false, false).expect("modes"));
+        assert_eq!(
+            select(&[], Backend::Vxlan, true, true)
+                .expect("modes")
+                .len(),
+            ALL.len()
+        );
+        let usual = names(select(&[], Backend::Vxlan, false, false).expect("modes"));
         assert_eq!(
             usual,
             [
@@ -169,8 +207,13 @@ mod tests {
 
     #[test]
     fn names_are_checked() {
-        let error = select(&["agent".to_owned()], false, false).expect_err("no such mode");
+        let error =
+            select(&["agent".to_owned()], Backend::Vxlan, false, false).expect_err("no such mode");
         assert!(error.to_string().contains("agent-syn"), "{error}");
-        assert!(select(&["flanneld".to_owned()], false, false).is_err());
+        assert!(select(&["flanneld".to_owned()], Backend::Vxlan, false, false).is_err());
+        let vxlan = ["kernel-vxlan".to_owned()];
+        assert!(select(&vxlan, Backend::HostGw, false, false).is_err());
+        let routed = select(&[], Backend::HostGw, true, true).expect("modes");
+        assert!(routed.iter().all(|mode| !mode.is_of_vxlan()) && routed.len() == 11);
     }
 }

@@ -1,13 +1,23 @@
 //! The rules that a node of a real cluster has: flannel's masquerade and forward rules and kube-proxy's, in the order and shape
 //! that the two write them.
 
-use std::{fmt::Write as _, fs, net::Ipv4Addr, path::Path};
+use std::{
+    fmt::Write as _,
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
+};
 
 use anyhow::Context as _;
-use flannel_testkit::Netns;
+use flannel_testkit::{Family, Netns};
 
 /// The service that is backed by the server's pod.
-pub const SERVICE_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+pub const fn service_ip(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10)),
+        Family::V6 => IpAddr::V6(Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10)),
+    }
+}
 /// Port of the service.
 pub const SERVICE_PORT: u16 = 80;
 
@@ -18,22 +28,27 @@ pub struct Place<'a> {
     pub network: &'a str,
     /// The pods of this node.
     pub subnet: &'a str,
-    /// Who answers for [`SERVICE_IP`].
-    pub backend: (Ipv4Addr, u16),
+    /// Who answers for [`service_ip`]; its family is that of the rules.
+    pub backend: SocketAddr,
 }
 
 /// No rules, no connection tracking, and bridged packets are not shown to iptables.
 pub fn clear(node: &Netns) -> anyhow::Result<()> {
-    node.set_sysctl("net/bridge/bridge-nf-call-iptables", "0")
+    node.set_sysctl("net/bridge/bridge-nf-call-iptables", "0")?;
+    node.set_sysctl("net/bridge/bridge-nf-call-ip6tables", "0")
 }
 
 /// Puts the rules for `services` services in place; the one that is used stands in the middle.
 pub fn apply(node: &Netns, dir: &Path, place: Place<'_>, services: u32) -> anyhow::Result<()> {
-    node.set_sysctl("net/bridge/bridge-nf-call-iptables", "1")?;
+    let (sysctl, program) = match Family::of(place.backend.ip()) {
+        Family::V4 => ("bridge-nf-call-iptables", "iptables-restore"),
+        Family::V6 => ("bridge-nf-call-ip6tables", "ip6tables-restore"),
+    };
+    node.set_sysctl(&format!("net/bridge/{sysctl}"), "1")?;
     let file = dir.join("iptables.rules");
     fs::write(&file, rules(place, services.max(1)))
         .with_context(|| format!("write {}", file.display()))?;
-    let argv = ["iptables-restore".as_ref(), file.as_os_str()];
+    let argv = [program.as_ref(), file.as_os_str()];
     node.exec(argv).map(drop)
 }
 
@@ -61,11 +76,13 @@ const FILTER: &str = "\
 -A OUTPUT -m conntrack --ctstate NEW -m comment --comment \"kubernetes load balancer firewall\" -j KUBE-PROXY-FIREWALL
 -A OUTPUT -m conntrack --ctstate NEW -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES
 -A OUTPUT -j KUBE-FIREWALL
--A KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"block incoming localnet connections\" -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP
 -A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
 -A KUBE-FORWARD -m comment --comment \"kubernetes forwarding rules\" -m mark --mark 0x4000/0x4000 -j ACCEPT
 -A KUBE-FORWARD -m comment --comment \"kubernetes forwarding conntrack rule\" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
 ";
+
+/// The one rule of the table that IPv6 does not have.
+const LOCALNET: &str = "-A KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"block incoming localnet connections\" -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP";
 
 const NAT_BASE: &str = "\
 -A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES
@@ -90,6 +107,14 @@ fn rules(place: Place<'_>, services: u32) -> String {
         // Writing to a string does not fail.
         let _ok = text.write_fmt(line);
         text.push('\n');
+    };
+    let family = Family::of(backend.ip());
+    if family == Family::V4 {
+        line(format_args!("{LOCALNET}"));
+    }
+    let groups = match family {
+        Family::V4 => "224.0.0.0/4",
+        Family::V6 => "ff00::/8",
     };
     let forward = "-m comment --comment \"flanneld forward\" -j ACCEPT";
     line(format_args!("-A FLANNEL-FWD -s {network} {forward}"));
@@ -118,7 +143,7 @@ fn rules(place: Place<'_>, services: u32) -> String {
         format!("-s {network} -d {subnet} -m comment --comment \"flanneld masq\" -j RETURN"),
         format!("! -s {network} -d {subnet} -m comment --comment \"flanneld masq\" -j RETURN"),
         format!(
-            "-s {network} ! -d 224.0.0.0/4 -m comment --comment \"flanneld masq\" -j MASQUERADE --random-fully"
+            "-s {network} ! -d {groups} -m comment --comment \"flanneld masq\" -j MASQUERADE --random-fully"
         ),
         format!(
             "! -s {network} -d {network} -m comment --comment \"flanneld masq\" -j MASQUERADE --random-fully"
@@ -129,28 +154,27 @@ fn rules(place: Place<'_>, services: u32) -> String {
     }
     for service in 0..services {
         let used = service == services / 2;
-        let (ip, (to, to_port)) = if used {
-            (SERVICE_IP, backend)
+        let (ip, target) = if used {
+            (service_ip(family), backend)
         } else {
-            // Others, never asked for: any address apart from the one that is used.
-            let ip = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 97, 0, 1)) + service);
-            (ip, (Ipv4Addr::new(10, 244, 250, 2), 8080))
+            other_service(family, service)
         };
+        let to = target.ip();
         let comment = format!("-m comment --comment \"default/svc-{service}:http\"");
         line(format_args!(
-            "-A KUBE-SERVICES -d {ip}/32 -p tcp {comment} -m tcp --dport {SERVICE_PORT} -j KUBE-SVC-{service:016X}"
+            "-A KUBE-SERVICES -d {ip} -p tcp {comment} -m tcp --dport {SERVICE_PORT} -j KUBE-SVC-{service:016X}"
         ));
         line(format_args!(
-            "-A KUBE-SVC-{service:016X} ! -s {network} -d {ip}/32 -p tcp {comment} -m tcp --dport {SERVICE_PORT} -j KUBE-MARK-MASQ"
+            "-A KUBE-SVC-{service:016X} ! -s {network} -d {ip} -p tcp {comment} -m tcp --dport {SERVICE_PORT} -j KUBE-MARK-MASQ"
         ));
         line(format_args!(
             "-A KUBE-SVC-{service:016X} {comment} -j KUBE-SEP-{service:016X}"
         ));
         line(format_args!(
-            "-A KUBE-SEP-{service:016X} -s {to}/32 {comment} -j KUBE-MARK-MASQ"
+            "-A KUBE-SEP-{service:016X} -s {to} {comment} -j KUBE-MARK-MASQ"
         ));
         line(format_args!(
-            "-A KUBE-SEP-{service:016X} -p tcp {comment} -m tcp -j DNAT --to-destination {to}:{to_port}"
+            "-A KUBE-SEP-{service:016X} -p tcp {comment} -m tcp -j DNAT --to-destination {target}"
         ));
     }
     line(format_args!(
@@ -158,6 +182,24 @@ fn rules(place: Place<'_>, services: u32) -> String {
     ));
     line(format_args!("COMMIT"));
     text
+}
+
+/// A service that is never asked for: any address apart from the one that is used, and a backend.
+fn other_service(family: Family, number: u32) -> (IpAddr, SocketAddr) {
+    match family {
+        Family::V4 => (
+            Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 97, 0, 1)) + number).into(),
+            (Ipv4Addr::new(10, 244, 250, 2), 8080).into(),
+        ),
+        Family::V6 => {
+            let first = Ipv6Addr::new(0xfd00, 0x10, 0x97, 0, 0, 0, 0, 1);
+            let backend = Ipv6Addr::new(0xfd00, 0x10, 0x244, 0x250, 0, 0, 0, 2);
+            (
+                Ipv6Addr::from_bits(first.to_bits() + u128::from(number)).into(),
+                (backend, 8080).into(),
+            )
+        }
+    }
 }
 
 #[cfg(test)]
@@ -169,7 +211,7 @@ mod tests {
         let place = Place {
             network: "10.244.0.0/16",
             subnet: "10.244.1.0/24",
-            backend: (Ipv4Addr::new(10, 244, 2, 2), 7000),
+            backend: (Ipv4Addr::new(10, 244, 2, 2), 7000).into(),
         };
         let text = rules(place, 20);
         let services: Vec<&str> = text
@@ -177,7 +219,7 @@ mod tests {
             .filter(|line| line.starts_with("-A KUBE-SERVICES -d"))
             .collect();
         assert_eq!(services.len(), 20);
-        assert!(services[10].contains(&SERVICE_IP.to_string()));
+        assert!(services[10].contains(&service_ip(Family::V4).to_string()));
         assert!(text.contains("--to-destination 10.244.2.2:7000"));
         assert!(text.contains("--ctstate INVALID -j DROP"));
     }

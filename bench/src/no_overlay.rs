@@ -1,6 +1,6 @@
 //! The programs that forward without an overlay, on a node of the lab.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use anyhow::{Context as _, ensure};
 use aya::{
@@ -39,11 +39,11 @@ pub(crate) struct Node<'a> {
     /// The node's end of the pod's veth.
     pub(crate) host_if: &'a str,
     /// The pod's address.
-    pub(crate) pod_ip: Ipv4Addr,
+    pub(crate) pod_ip: IpAddr,
     /// The pod's MAC address.
     pub(crate) pod_mac: [u8; 6],
     /// The pod behind the other node.
-    pub(crate) remote_ip: Ipv4Addr,
+    pub(crate) remote_ip: IpAddr,
     /// MAC address of the other node's uplink.
     pub(crate) remote_mac: [u8; 6],
 }
@@ -61,10 +61,11 @@ impl Programs {
             macs: macs(node.pod_mac, mac_of(node.ns, "cni0")?),
         };
         put(&mut ebpf, "local", node.pod_ip, local)?;
-        for (name, device) in [
-            ("bench_from_pod", node.host_if),
-            ("bench_from_wire", "eth0"),
-        ] {
+        let names = match node.pod_ip {
+            IpAddr::V4(_) => ["bench_from_pod", "bench_from_wire"],
+            IpAddr::V6(_) => ["bench_from_pod6", "bench_from_wire6"],
+        };
+        for (name, device) in names.into_iter().zip([node.host_if, "eth0"]) {
             let program = ebpf
                 .program_mut(name)
                 .with_context(|| format!("no program {name}"))?;
@@ -87,12 +88,19 @@ fn attach(program: &mut SchedClassifier, device: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn put(ebpf: &mut Ebpf, name: &str, ip: Ipv4Addr, hop: Hop) -> anyhow::Result<()> {
+fn put(ebpf: &mut Ebpf, name: &str, ip: IpAddr, hop: Hop) -> anyhow::Result<()> {
+    match ip {
+        IpAddr::V4(ip) => put_in(ebpf, name, ip.octets(), hop),
+        IpAddr::V6(ip) => put_in(ebpf, &format!("{name}6"), ip.octets(), hop),
+    }
+}
+
+fn put_in<K: Plain>(ebpf: &mut Ebpf, name: &str, key: K, hop: Hop) -> anyhow::Result<()> {
     let map = ebpf
         .map_mut(name)
         .with_context(|| format!("no map {name}"))?;
-    let mut map: HashMap<&mut MapData, [u8; 4], Hop> = HashMap::try_from(map)?;
-    map.insert(ip.octets(), hop, 0)
+    let mut map: HashMap<&mut MapData, K, Hop> = HashMap::try_from(map)?;
+    map.insert(key, hop, 0)
         .with_context(|| format!("write map {name}"))
 }
 

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 
 use crate::{
     report,
-    result::{BASES, Results, Row, less_is_better},
+    result::{Results, Row, base_of, less_is_better},
 };
 
 const WIDTH: u32 = 1100;
@@ -112,7 +112,7 @@ fn bars(results: &Results, workload: &str, rows: &[&Row]) -> Picture {
                 "{unit}, {} is better; median and range of {} rounds, ratio to {}",
                 if less { "less" } else { "more" },
                 results.run.rounds,
-                BASES[0]
+                results.run.bases()[0]
             ),
             false,
             FAINT,
@@ -135,7 +135,11 @@ fn bars(results: &Results, workload: &str, rows: &[&Row]) -> Picture {
             color: INK,
         });
         let ratio = results
-            .ratio(workload, &row.mode, BASES[0])
+            .ratio(
+                workload,
+                &row.mode,
+                &base_of(&row.mode, results.run.bases()[0]),
+            )
             .map_or_else(String::new, |ratio| format!("  {:.2}x", ratio.median));
         shapes.push(text(
             (LABELS + pixels(row.max.max(row.median)) + 10, y + 5),
@@ -176,15 +180,12 @@ fn is_overlay(mode: &str) -> bool {
 }
 
 fn headline(results: &Results, workload: &str, winner: &str, less: bool) -> String {
-    match results.ratio(workload, winner, BASES[0]) {
-        Some(ratio) if less => format!(
-            "{workload}: {winner} needs {:.2} of {}",
-            ratio.median, BASES[0]
-        ),
-        Some(ratio) => format!(
-            "{workload}: {winner} wins, {:.2}x {}",
-            ratio.median, BASES[0]
-        ),
+    let base = base_of(winner, results.run.bases()[0]);
+    match results.ratio(workload, winner, &base) {
+        Some(ratio) if less => {
+            format!("{workload}: {winner} needs {:.2} of {}", ratio.median, base)
+        }
+        Some(ratio) => format!("{workload}: {winner} wins, {:.2}x {}", ratio.median, base),
         None if winner.is_empty() => workload.to_owned(),
         None => format!("{workload}: {winner} is the best overlay"),
     }

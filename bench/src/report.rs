@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use crate::{
     footprint, nodes,
-    result::{BASES, Results, less_is_better},
+    result::{BASES, Families, Results, base_of, less_is_better},
 };
 
 /// Something promised: a workload's ratio of two modes.
@@ -123,6 +123,10 @@ pub fn markdown(results: &Results) -> String {
     );
     push(&mut text, "\n### Goals\n");
     push(&mut text, &goals(results));
+    if !results.families.is_empty() {
+        push(&mut text, "\n### Families\n");
+        push(&mut text, &families_table(results));
+    }
     push(&mut text, "\n### Medians\n");
     let others = results.workloads().into_iter();
     for workload in others.filter(|workload| !footprint::is_row(workload)) {
@@ -200,8 +204,9 @@ fn workload_table(results: &Results, workload: &str) -> String {
     } else {
         ""
     };
+    let [base, limit] = results.run.bases();
     let mut text = format!(
-        "\n**{workload}** ({unit}{direction})\n\n| mode | median | lowest | highest | vs {KERNEL} | vs {LIMIT} |\n|---|--:|--:|--:|--:|--:|\n"
+        "\n**{workload}** ({unit}{direction})\n\n| mode | median | lowest | highest | vs {base} | vs {limit} |\n|---|--:|--:|--:|--:|--:|\n"
     );
     for mode in results.modes() {
         let Some(row) = results.row(workload, mode) else {
@@ -214,27 +219,82 @@ fn workload_table(results: &Results, workload: &str) -> String {
                 number(row.median),
                 number(row.min),
                 number(row.max),
-                against(results, workload, mode, KERNEL),
-                against(results, workload, mode, LIMIT)
+                against(results, workload, mode, base),
+                against(results, workload, mode, limit)
             ),
         );
     }
     text
 }
 
-fn against(results: &Results, workload: &str, of: &str, to: &str) -> String {
+fn against(results: &Results, workload: &str, of: &str, base: &str) -> String {
+    let to = base_of(of, base);
     if of == to && results.row(workload, of).is_some() {
         return "1".into();
     }
     results
-        .ratio(workload, of, to)
+        .ratio(workload, of, &to)
         .map_or_else(String::new, |ratio| {
             format!("{:.2} ({:.2} to {:.2})", ratio.median, ratio.lo, ratio.hi)
         })
 }
 
+/// What IPv6's ratio may be short of IPv4's.
+const FAMILIES: f64 = 0.95;
+
+/// IPv6 against IPv4, in a run that has both; else nothing.
+fn families_table(results: &Results) -> String {
+    let mut text = String::new();
+    if results.families.is_empty() {
+        return text;
+    }
+    push(
+        &mut text,
+        "\n| mode | workload | IPv6 to IPv4, each against its own base | 95 % interval | |\n|---|---|--:|---|---|\n",
+    );
+    for found in &results.families {
+        push(
+            &mut text,
+            &format!(
+                "| {} | {} | {:.2} | {:.2} to {:.2} | {} |\n",
+                found.mode,
+                found.workload,
+                found.median,
+                found.lo,
+                found.hi,
+                verdict(results, found)
+            ),
+        );
+    }
+    text
+}
+
+/// What a family row says about the agent; of other modes it says what the kernel does.
+fn verdict(results: &Results, found: &Families) -> &'static str {
+    if !found.mode.starts_with("agent-") {
+        return "";
+    }
+    let unit = results
+        .row(&found.workload, &found.mode)
+        .map_or("", |row| row.unit.as_str());
+    let (median, best) = if less_is_better(unit) {
+        (1.0 / found.median, 1.0 / found.lo)
+    } else {
+        (found.median, found.hi)
+    };
+    let outcome = if median >= FAMILIES {
+        Outcome::Reached
+    } else if best >= FAMILIES {
+        Outcome::Undecided
+    } else {
+        Outcome::Missed
+    };
+    outcome.as_str()
+}
+
 /// The run for a terminal.
 pub fn terminal(results: &Results) -> String {
+    let [base, limit] = results.run.bases();
     let mut text = footprint::table(results);
     let others = results.workloads().into_iter();
     for workload in others.filter(|workload| !footprint::is_row(workload)) {
@@ -247,8 +307,8 @@ pub fn terminal(results: &Results) -> String {
                 format!("{workload} [{unit}]"),
                 "median",
                 "spread",
-                format!("vs {KERNEL}"),
-                format!("vs {LIMIT}")
+                format!("vs {base}"),
+                format!("vs {limit}")
             ),
         );
         for mode in results.modes() {
@@ -262,8 +322,8 @@ pub fn terminal(results: &Results) -> String {
                     "  {mode:26} {:>12} {:>7.1} %   {:>24} {:>24}\n",
                     number(row.median),
                     spread,
-                    against(results, workload, mode, KERNEL),
-                    against(results, workload, mode, LIMIT)
+                    against(results, workload, mode, base),
+                    against(results, workload, mode, limit)
                 ),
             );
         }
@@ -282,6 +342,7 @@ pub fn terminal(results: &Results) -> String {
             ),
         );
     }
+    push(&mut text, &families_table(results));
     push(
         &mut text,
         &format!(

@@ -4,10 +4,23 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{footprint::Limit, stats};
+use crate::{footprint::Limit, mode::V6_SUFFIX, stats};
 
 /// What every mode is compared with: flannel as it is today, and no overlay at all.
 pub const BASES: [&str; 2] = ["kernel-vxlan-ct", "bpf-no-overlay"];
+
+/// The same where agents route without a tunnel.
+pub const BASES_HOST_GW: [&str; 2] = ["host-gw-ct", "bpf-no-overlay"];
+
+/// What a mode is compared with instead of `base`: the base of its own family.
+pub fn base_of(mode: &str, base: &str) -> String {
+    let suffix = if mode.ends_with(V6_SUFFIX) {
+        V6_SUFFIX
+    } else {
+        ""
+    };
+    format!("{base}{suffix}")
+}
 
 /// Values by workload and mode, one a round.
 #[derive(Clone, Debug, Default)]
@@ -43,16 +56,24 @@ impl Samples {
             run,
             rows: Vec::new(),
             ratios: Vec::new(),
+            families: Vec::new(),
             limits: Vec::new(),
         };
         for workload in workloads {
             for mode in modes {
                 results.rows.extend(self.row(workload, mode));
             }
-            for to in BASES {
-                for of in modes.iter().filter(|of| of.as_str() != to) {
-                    results.ratios.extend(self.ratio(workload, of, to));
+            for base in results.run.bases() {
+                for of in modes {
+                    let to = base_of(of, base);
+                    if *of != to {
+                        results.ratios.extend(self.ratio(workload, of, &to));
+                    }
                 }
+            }
+            let base = results.run.bases()[0];
+            for mode in modes.iter().filter(|mode| mode.as_str() != base) {
+                results.families.extend(self.families(workload, mode, base));
             }
             for (of, to) in PAIRS {
                 results.ratios.extend(self.ratio(workload, of, to));
@@ -74,6 +95,28 @@ impl Samples {
         })
     }
 
+    /// How a mode does over IPv6 compared with IPv4, each measured by its family's base, in rounds that had all four.
+    fn families(&self, workload: &str, mode: &str, base: &str) -> Option<Families> {
+        let over_v6 = |name: &str| format!("{name}{V6_SUFFIX}");
+        let v4 = by_round(self.of(workload, mode), self.of(workload, base));
+        let v6 = by_round(
+            self.of(workload, &over_v6(mode)),
+            self.of(workload, &over_v6(base)),
+        );
+        let ratios = stats::ratios(&v6, &v4);
+        (!ratios.is_empty()).then(|| {
+            let interval = stats::interval(&ratios);
+            Families {
+                workload: workload.into(),
+                mode: mode.into(),
+                base: base.into(),
+                median: interval.median,
+                lo: interval.lo,
+                hi: interval.hi,
+            }
+        })
+    }
+
     /// The median of the ratios round by round, if the two ever met in one round.
     pub fn ratio(&self, workload: &str, of: &str, to: &str) -> Option<Ratio> {
         let ratios = stats::ratios(self.of(workload, of), self.of(workload, to));
@@ -89,6 +132,14 @@ impl Samples {
             }
         })
     }
+}
+
+/// The ratios of the rounds that have both.
+fn by_round(of: &[Option<f64>], to: &[Option<f64>]) -> Vec<Option<f64>> {
+    of.iter()
+        .zip(to)
+        .map(|(of, to)| stats::ratios(&[*of], &[*to]).first().copied())
+        .collect()
 }
 
 /// Further pairs that something is promised about.
@@ -111,6 +162,9 @@ pub struct Results {
     pub rows: Vec<Row>,
     /// How modes compare.
     pub ratios: Vec<Ratio>,
+    /// How IPv6 compares with IPv4, in a run that has both.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub families: Vec<Families>,
     /// What is promised of the agent itself.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub limits: Vec<Limit>,
@@ -119,6 +173,15 @@ pub struct Results {
 /// Where and how a run was made.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
+    /// Address family, 4 or 6.
+    #[serde(default = "four")]
+    pub family: u8,
+    /// Whether the same modes were measured over IPv6 beside it, under names that end in `-v6`.
+    #[serde(default)]
+    pub beside_v6: bool,
+    /// The agents' backend.
+    #[serde(default = "vxlan")]
+    pub backend: String,
     /// Kernel release.
     pub kernel: String,
     /// Processor, as it names itself.
@@ -133,6 +196,27 @@ pub struct Run {
     pub service_rules: u32,
     /// Seconds that it took.
     pub seconds: u64,
+}
+
+impl Run {
+    /// What every mode is compared with.
+    pub fn bases(&self) -> [&'static str; 2] {
+        if self.backend == "host-gw" {
+            BASES_HOST_GW
+        } else {
+            BASES
+        }
+    }
+}
+
+/// The family of files that do not say it.
+const fn four() -> u8 {
+    4
+}
+
+/// The backend of files that do not say it.
+fn vxlan() -> String {
+    "vxlan".into()
 }
 
 /// What a mode did in a workload, over all rounds.
@@ -152,6 +236,23 @@ pub struct Row {
     pub max: f64,
     /// Number of rounds measured.
     pub samples: usize,
+}
+
+/// A mode over IPv6 compared with the same over IPv4, each as a ratio to its own family's base: 1 means that the agent is worth as much.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Families {
+    /// Workload.
+    pub workload: String,
+    /// Mode, by its name over IPv4.
+    pub mode: String,
+    /// Base, by its name over IPv4.
+    pub base: String,
+    /// Median.
+    pub median: f64,
+    /// Lower end of the 95 % interval.
+    pub lo: f64,
+    /// Upper end.
+    pub hi: f64,
 }
 
 /// The ratio of two modes, `of` divided by `to`: median of the ratios round by round, with its 95 % interval.
@@ -246,6 +347,37 @@ mod tests {
         let ratio = ratio.expect("a ratio");
         assert_eq!((ratio.median, ratio.lo, ratio.hi), (3.0, 3.0, 3.0));
         assert_eq!(results.ratios.len(), 1);
+    }
+
+    #[test]
+    fn families_are_compared_by_what_each_gains_over_its_own_base() {
+        let mut samples = samples();
+        for (round, speed) in [0.4, 0.8, 0.6].into_iter().enumerate() {
+            samples.add("udp64", "1/s", "kernel-vxlan-ct-v6", round, 100.0 * speed);
+            samples.add("udp64", "1/s", "agent-established-v6", round, 285.0 * speed);
+        }
+        let modes = ["kernel-vxlan-ct", "agent-established"];
+        let modes: Vec<String> = modes
+            .iter()
+            .flat_map(|mode| [(*mode).to_owned(), format!("{mode}-v6")])
+            .collect();
+        let results = samples.results(Run::default(), &["udp64".to_owned()], &modes);
+        let [found] = results.families.as_slice() else {
+            panic!("{:?}", results.families);
+        };
+        assert_eq!(
+            (&*found.mode, &*found.base),
+            ("agent-established", "kernel-vxlan-ct")
+        );
+        assert!((found.median - 0.95).abs() < 1e-9, "{found:?}");
+        // Nothing is compared with the base of the other family.
+        let ratio = results.ratio("udp64", "agent-established-v6", "kernel-vxlan-ct-v6");
+        assert!(ratio.is_some_and(|ratio| (ratio.median - 2.85).abs() < 1e-9));
+        assert!(
+            results
+                .ratio("udp64", "agent-established-v6", "kernel-vxlan-ct")
+                .is_none()
+        );
     }
 
     #[test]

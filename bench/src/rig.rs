@@ -1,7 +1,7 @@
 //! One mode, standing: two nodes joined by one cable, a pod on each, and what carries the packets between.
 
 use std::{
-    net::Ipv4Addr,
+    net::IpAddr,
     path::{Path as FilePath, PathBuf},
     time::Duration,
 };
@@ -9,23 +9,20 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use aya::programs::{SchedClassifier, TcAttachType};
 use flannel_testkit::{
-    AgentProcess, Etcd, KernelNode, Lab, LabOptions, Netns, Node, Pod, Subnet, mac_for, mac_text,
-    traffic, try_eventually,
+    AgentProcess, Etcd, Family, KernelNode, Lab, LabOptions, Netns, Node, Pod, Prefix, mac_for,
+    mac_text, traffic, try_eventually,
 };
 
 use crate::{
     check_stop,
-    cluster::{self, Cluster, Strangers},
+    cluster::{self, Backend, Cluster, Strangers},
     guard,
-    mode::{MANY_SERVICES, Mode, Path, Rules},
+    mode::{MANY_SERVICES, Mode, Path, Rules, V6_SUFFIX},
     netfilter,
     no_overlay::{self, Programs},
 };
 
-/// MTU of the pods in every mode, so that all carry the same packets.
-const POD_MTU: u32 = 1450;
 const UPLINK_MTU: u32 = 1500;
-const NETWORK: &str = "10.244.0.0/16";
 const FLANNEL_PREFIX: &str = "/coreos.com/network";
 const READY: Duration = Duration::from_secs(30);
 /// Where the servers listen for TCP.
@@ -55,7 +52,7 @@ pub struct End {
     /// The pod.
     pub ns: Netns,
     /// Its address.
-    pub ip: Ipv4Addr,
+    pub ip: IpAddr,
 }
 
 /// What is needed to build a rig.
@@ -65,6 +62,10 @@ pub struct Plan {
     pub base_agent: Option<PathBuf>,
     /// The program of mode `flanneld`.
     pub flanneld: Option<PathBuf>,
+    /// Family of everything.
+    pub family: Family,
+    /// What the agents' network configuration says.
+    pub backend: Backend,
     /// Services that kube-proxy's rules are made for.
     pub service_rules: u32,
     /// Network of the agents' pods.
@@ -73,13 +74,53 @@ pub struct Plan {
     pub strangers: Strangers,
 }
 
+impl Plan {
+    /// Everything in a family.
+    pub fn of(family: Family) -> Self {
+        let [v4, v6] = cluster::NETWORKS;
+        Self {
+            family,
+            network: match family {
+                Family::V4 => v4.into(),
+                Family::V6 => v6.into(),
+            },
+            ..Self::default()
+        }
+    }
+}
+
+impl Plan {
+    /// The plan of a mode: one that is named so is over IPv6.
+    #[must_use]
+    pub fn for_mode(&self, mode: &Mode) -> Self {
+        if !mode.name.ends_with(V6_SUFFIX) {
+            return self.clone();
+        }
+        Self {
+            family: Family::V6,
+            network: cluster::NETWORKS[1].into(),
+            ..self.clone()
+        }
+    }
+}
+
+/// MTU of the pods in every mode, so that all carry the same packets.
+const fn pod_mtu(family: Family) -> u32 {
+    match family {
+        Family::V4 => 1450,
+        Family::V6 => 1430,
+    }
+}
+
 impl Default for Plan {
     fn default() -> Self {
         Self {
             base_agent: None,
             flanneld: None,
+            family: Family::V4,
+            backend: Backend::Vxlan,
             service_rules: 20,
-            network: NETWORK.into(),
+            network: cluster::NETWORKS[0].into(),
             strangers: Strangers::default(),
         }
     }
@@ -90,6 +131,8 @@ impl Default for Plan {
 pub struct Rig {
     /// The mode.
     pub mode: Mode,
+    /// Its family.
+    pub family: Family,
     /// Who asks.
     pub client: End,
     /// Who answers.
@@ -120,10 +163,10 @@ impl Rig {
     pub fn build(mode: Mode, plan: &Plan) -> anyhow::Result<Self> {
         check_stop()?;
         let rig = match mode.path {
-            Path::Direct => direct(mode),
-            Path::NoOverlay => without_overlay(mode),
-            Path::HostGw => host_gw(mode),
-            Path::KernelVxlan => kernel_vxlan(mode),
+            Path::Direct => direct(mode, plan.family),
+            Path::NoOverlay => without_overlay(mode, plan.family),
+            Path::HostGw => host_gw(mode, plan.family),
+            Path::KernelVxlan => kernel_vxlan(mode, plan.family),
             Path::Agent {
                 datapath,
                 fast_path,
@@ -193,11 +236,15 @@ impl Rig {
                 netfilter::clear(&node.ns)?;
                 continue;
             }
-            let subnet = Subnet::new(Ipv4Addr::from(u32::from(end.ip) & !0xff), 24).to_string();
+            let len = match self.family {
+                Family::V4 => 24,
+                Family::V6 => 64,
+            };
+            let subnet = Prefix::new(end.ip, len).to_string();
             let place = netfilter::Place {
                 network: &plan.network,
                 subnet: &subnet,
-                backend: (self.server.ip, TCP_PORT),
+                backend: (self.server.ip, TCP_PORT).into(),
             };
             netfilter::apply(&node.ns, &node.run_dir, place, services)?;
         }
@@ -205,14 +252,14 @@ impl Rig {
     }
 }
 
-fn end(pod: &Pod) -> End {
+fn end(pod: &Pod, family: Family) -> End {
     End {
         ns: pod.ns.clone(),
-        ip: pod.ip,
+        ip: pod.address(family),
     }
 }
 
-fn of_nodes(mode: Mode, pods: [&Pod; 2], held: Held, body: Body) -> Rig {
+fn of_nodes((mode, family): (Mode, Family), pods: [&Pod; 2], held: Held, body: Body) -> Rig {
     let lab = match &body {
         Body::Lab(lab) => lab,
         Body::Agents(cluster) => &cluster.lab,
@@ -220,27 +267,34 @@ fn of_nodes(mode: Mode, pods: [&Pod; 2], held: Held, body: Body) -> Rig {
     let cable = [lab.node(0).ns.clone(), lab.node(1).ns.clone()];
     Rig {
         mode,
-        client: end(pods[0]),
-        server: end(pods[1]),
+        family,
+        client: end(pods[0], family),
+        server: end(pods[1], family),
         cable: cable.map(|ns| (ns, "eth0")),
         _held: held,
         body,
     }
 }
 
-fn direct(mode: Mode) -> anyhow::Result<Rig> {
+fn direct(mode: Mode, family: Family) -> anyhow::Result<Rig> {
     let lab = Lab::new(LabOptions {
         nodes: 0,
+        families: family.into(),
         ..LabOptions::default()
     })?;
     let (a, b) = (lab.extra("a")?, lab.extra("b")?);
-    cable(&a, &b, POD_MTU)?;
-    let ips = [Ipv4Addr::new(10, 244, 1, 2), Ipv4Addr::new(10, 244, 1, 3)];
+    cable(&a, &b, pod_mtu(family))?;
+    let subnet: Prefix = match family {
+        Family::V4 => "10.244.1.0/24".parse()?,
+        Family::V6 => "fd00:10:244:1::/64".parse()?,
+    };
+    let ips = [subnet.host(2), subnet.host(3)];
     for (ns, ip) in [&a, &b].into_iter().zip(ips) {
-        ns.ip(&format!("addr add {ip}/24 dev eth0"))?;
+        ns.ip(&format!("addr add {ip}/{} dev eth0", subnet.prefix_len()))?;
     }
     Ok(Rig {
         mode,
+        family,
         client: End {
             ns: a.clone(),
             ip: ips[0],
@@ -269,71 +323,85 @@ fn cable(a: &Netns, b: &Netns, mtu: u32) -> anyhow::Result<()> {
 }
 
 /// Two nodes with one cable between them instead of the lab's switch.
-fn two_nodes() -> anyhow::Result<Lab> {
-    let lab = Lab::new(LabOptions::default())?;
+fn two_nodes(family: Family) -> anyhow::Result<Lab> {
+    let lab = Lab::new(LabOptions {
+        families: family.into(),
+        ..LabOptions::default()
+    })?;
     let (a, b) = (lab.node(0), lab.node(1));
     for node in [a, b] {
         node.ns.ip("link del eth0")?;
     }
     cable(&a.ns, &b.ns, UPLINK_MTU)?;
     for (node, other) in [(a, b), (b, a)] {
+        let (address, other) = (node.address(family), other.address(family));
+        let (len, rest) = match family {
+            Family::V4 => (24, "brd +"),
+            Family::V6 => (64, "nodad"),
+        };
         node.ns
-            .ip(&format!("addr add {}/24 brd + dev eth0", node.ip))?;
-        node.ns.ip(&format!("route add default via {}", other.ip))?;
+            .ip(&format!("addr add {address}/{len} {rest} dev eth0"))?;
+        let flag = family.flag();
+        node.ns
+            .ip(&format!("{flag} route add default via {other}"))?;
     }
     Ok(lab)
 }
 
-fn two_pods(lab: &Lab) -> anyhow::Result<[Pod; 2]> {
+fn two_pods(lab: &Lab, family: Family) -> anyhow::Result<[Pod; 2]> {
     let pod = |node: usize| {
         let node = lab.node(node);
-        node.add_pod(node.subnet, 2, POD_MTU)
+        node.add_pod(node.subnet_of(family), 2, pod_mtu(family))
     };
     Ok([pod(0)?, pod(1)?])
 }
 
-fn host_gw(mode: Mode) -> anyhow::Result<Rig> {
-    let lab = two_nodes()?;
-    let pods = two_pods(&lab)?;
+fn host_gw(mode: Mode, family: Family) -> anyhow::Result<Rig> {
+    let lab = two_nodes(family)?;
+    let pods = two_pods(&lab, family)?;
     for (from, to) in [(0, 1), (1, 0)] {
         let (from, to) = (lab.node(from), lab.node(to));
-        from.ns
-            .ip(&format!("route add {} via {} dev eth0", to.subnet, to.ip))?;
+        from.ns.ip(&format!(
+            "{} route add {} via {} dev eth0",
+            family.flag(),
+            to.subnet_of(family),
+            to.address(family)
+        ))?;
     }
     Ok(of_nodes(
-        mode,
+        (mode, family),
         [&pods[0], &pods[1]],
         Held::default(),
         Body::Lab(lab),
     ))
 }
 
-fn kernel_vxlan(mode: Mode) -> anyhow::Result<Rig> {
-    let lab = two_nodes()?;
-    let pods = two_pods(&lab)?;
+fn kernel_vxlan(mode: Mode, family: Family) -> anyhow::Result<Rig> {
+    let lab = two_nodes(family)?;
+    let pods = two_pods(&lab, family)?;
     let (a, b) = (
-        KernelNode::set_up(lab.node(0))?,
-        KernelNode::set_up(lab.node(1))?,
+        KernelNode::set_up_family(lab.node(0), family)?,
+        KernelNode::set_up_family(lab.node(1), family)?,
     );
     a.connect(&b)?;
     Ok(of_nodes(
-        mode,
+        (mode, family),
         [&pods[0], &pods[1]],
         Held::default(),
         Body::Lab(lab),
     ))
 }
 
-fn without_overlay(mode: Mode) -> anyhow::Result<Rig> {
-    let lab = two_nodes()?;
-    let pods = two_pods(&lab)?;
+fn without_overlay(mode: Mode, family: Family) -> anyhow::Result<Rig> {
+    let lab = two_nodes(family)?;
+    let pods = two_pods(&lab, family)?;
     let attach = |own: usize, other: usize| {
         Programs::attach(&no_overlay::Node {
             ns: &lab.node(own).ns,
             host_if: &pods[own].host_if,
-            pod_ip: pods[own].ip,
+            pod_ip: pods[own].address(family),
             pod_mac: pods[own].mac,
-            remote_ip: pods[other].ip,
+            remote_ip: pods[other].address(family),
             remote_mac: no_overlay::mac_of(&lab.node(other).ns, "eth0")?,
         })
     };
@@ -342,7 +410,12 @@ fn without_overlay(mode: Mode) -> anyhow::Result<Rig> {
         _programs: Some(programs),
         ..Held::default()
     };
-    Ok(of_nodes(mode, [&pods[0], &pods[1]], held, Body::Lab(lab)))
+    Ok(of_nodes(
+        (mode, family),
+        [&pods[0], &pods[1]],
+        held,
+        Body::Lab(lab),
+    ))
 }
 
 fn agents(
@@ -352,6 +425,7 @@ fn agents(
     fast_path: Option<&str>,
     base: bool,
 ) -> anyhow::Result<Rig> {
+    let (family, backend) = (plan.family, plan.backend);
     let binary = if base {
         let given = plan.base_agent.clone();
         Some(given.context("this mode needs --guard BASE_AGENT")?)
@@ -369,15 +443,15 @@ fn agents(
             .map(|choice| format!("--bpf-fast-path={choice}"))
             .into_iter()
             .collect(),
-        net_conf: format!(
-            r#"{{"Network":"{}","SubnetLen":24,"Backend":{{"Type":"vxlan"}}}}"#,
-            plan.network
-        ),
+        net_conf: cluster::net_conf(family.into(), [plan.network.as_str(); 2], backend, false),
+        families: family.into(),
+        backend,
+        pod_mtu: Some(pod_mtu(family)),
         strangers: plan.strangers.clone(),
         datapath: datapath.into(),
         ..cluster::Options::default()
     };
-    let cluster = Cluster::start_in(two_nodes()?, &options, &|_| {})?;
+    let cluster = Cluster::start_in(two_nodes(family)?, &options, &|_| {})?;
     let [a, b] = cluster.pods.as_slice() else {
         bail!("{} pods instead of two", cluster.pods.len());
     };
@@ -391,7 +465,7 @@ fn agents(
         }
     }
     Ok(of_nodes(
-        mode,
+        (mode, family),
         [&a, &b],
         Held::default(),
         Body::Agents(Box::new(cluster)),
@@ -411,11 +485,12 @@ fn has_programs(ns: &Netns, device: &str) -> anyhow::Result<()> {
 
 fn flanneld(mode: Mode, plan: &Plan) -> anyhow::Result<Rig> {
     let program = plan.flanneld.as_deref().context("no --flanneld")?;
-    let lab = two_nodes()?;
+    let family = plan.family;
+    let lab = two_nodes(family)?;
     let etcd = Etcd::start(Some(&lab.node(0).ns), lab.node(0).ip)?;
     etcd.put(
         &format!("{FLANNEL_PREFIX}/config"),
-        &format!(r#"{{"Network":"{NETWORK}","Backend":{{"Type":"vxlan"}}}}"#),
+        &cluster::net_conf(family.into(), cluster::NETWORKS, Backend::Vxlan, false),
     )?;
     let start = |node: usize| start_flanneld(&lab, node, program, &etcd.endpoint());
     let (mut first, mut second) = (start(0)?, start(1)?);
@@ -424,7 +499,7 @@ fn flanneld(mode: Mode, plan: &Plan) -> anyhow::Result<Rig> {
     let pod = |node: usize| -> anyhow::Result<Pod> {
         let node = lab.node(node);
         let env = cluster::read_env(&node.run_dir.join("subnet.env"))?;
-        node.add_pod(env.subnet, 2, env.mtu)
+        node.add_pod_in(&env.subnets, 2, env.mtu)
     };
     let pods = [pod(0)?, pod(1)?];
     let what = "flanneld connects the pods";
@@ -437,7 +512,12 @@ fn flanneld(mode: Mode, plan: &Plan) -> anyhow::Result<Rig> {
         _daemons: Some(([first, second], etcd)),
         ..Held::default()
     };
-    Ok(of_nodes(mode, [&pods[0], &pods[1]], held, Body::Lab(lab)))
+    Ok(of_nodes(
+        (mode, family),
+        [&pods[0], &pods[1]],
+        held,
+        Body::Lab(lab),
+    ))
 }
 
 fn start_flanneld(

@@ -6,9 +6,10 @@ use anyhow::Context as _;
 
 use crate::{
     check_stop,
+    cluster::Backend,
     meter::Meter,
     mode::Mode,
-    result::Samples,
+    result::{BASES, BASES_HOST_GW, Samples},
     rig::{Plan, Rig, Wire},
     stats,
     workload::{Kind, Load, Workload},
@@ -33,6 +34,8 @@ pub struct Pace {
 pub struct Session {
     rigs: Vec<Rig>,
     wire: Wire,
+    /// What the others are compared with.
+    bases: [&'static str; 2],
     /// All values so far.
     pub samples: Samples,
     /// What did not work.
@@ -46,7 +49,7 @@ impl Session {
         for mode in modes {
             check_stop()?;
             meter.stage(&format!("building {}", mode.name));
-            rigs.push(Rig::build(*mode, plan)?);
+            rigs.push(Rig::build(*mode, &plan.for_mode(mode))?);
         }
         for rig in &rigs {
             rig.set_wire(Wire::SuperPackets)?;
@@ -54,6 +57,10 @@ impl Session {
         Ok(Self {
             rigs,
             wire: Wire::SuperPackets,
+            bases: match plan.backend {
+                Backend::HostGw => BASES_HOST_GW,
+                Backend::Vxlan | Backend::Wireguard => BASES,
+            },
             samples: Samples::default(),
             failures: Vec::new(),
         })
@@ -131,7 +138,7 @@ impl Session {
         let kernel = self
             .rigs
             .iter()
-            .find(|rig| rig.mode.name == crate::result::BASES[0])
+            .find(|rig| self.bases.contains(&rig.mode.name))
             .or(self.rigs.first())
             .context("no mode")?;
         let mut rates: Vec<f64> = self

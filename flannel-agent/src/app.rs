@@ -2,24 +2,28 @@
 //!
 //! Nothing on the node is changed before all that can be checked has been checked, and nothing is taken away at the end.
 
+mod alloc;
 mod ascent;
 mod cluster;
 mod error;
 mod follow;
+mod former;
 mod leasing;
 mod session;
+mod wireguard;
 
-use std::{path::Path, time::Duration};
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use flannel_core::{
-    addr::VtepMac,
-    config::{ConfigError, NetConf},
+    addr::{Family, VtepMac},
+    config::{BackendKind, ConfigError, NetConf},
     iface::{self, Note, Selection, Uplink},
     lease::SubnetKey,
     mark,
     plan::{Desired, ObservedKind},
     subnet_env,
 };
+use ipnet::IpNet;
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -89,15 +93,12 @@ async fn live(
         }
     }
     let args = &args;
-    let Selection { uplink, notes } = find_uplink(args, &net).await?;
-    for note in notes {
-        match note {
-            Note::Info(text) => tracing::info!("{}", one_line(&text)),
-            Note::Warning(text) => tracing::warn!("{text}"),
-        }
+    // Most networks are of IPv4: then it is known before the configuration, which may have to be waited for.
+    let early = find_uplink(args, &net, &[Family::V4]).await;
+    if let Ok(Selection { uplink, notes }) = &early {
+        announce_uplink(args, uplink, notes);
+        board.settle(Part::Uplink);
     }
-    announce_uplink(args, &uplink);
-    board.settle(Part::Uplink);
     let (store, text, conf) = match opened {
         Some(opened) => opened,
         None => match cancel.run_until_cancelled(open(args, &board)).await {
@@ -105,8 +106,18 @@ async fn live(
             None => return Ok(()),
         },
     };
+    let families = conf.families();
+    let uplink = if families == [Family::V4] {
+        early?.uplink
+    } else {
+        let Selection { uplink, notes } = find_uplink(args, &net, &families).await?;
+        announce_uplink(args, &uplink, &notes);
+        board.settle(Part::Uplink);
+        uplink
+    };
     let mut setting = Setting { conf, uplink };
-    let (origin, name) = (store.describe(), setting.check(&store.describe())?.device);
+    let origin = store.describe();
+    let checked = setting.check(&origin)?;
     for warning in setting.warnings() {
         tracing::warn!("{warning}");
     }
@@ -114,24 +125,46 @@ async fn live(
         return Err(StartError::NoPrivilege);
     }
     bridge_netfilter::ensure(&setting.conf).await;
+    match setting.conf.backend.kind {
+        BackendKind::Vxlan | BackendKind::HostGw => {}
+        kind @ (BackendKind::Alloc | BackendKind::Wireguard) => {
+            let node = Node {
+                args,
+                net,
+                origin,
+                macs: BTreeMap::new(),
+                board,
+                metrics,
+            };
+            let store = (store, text);
+            return if kind == BackendKind::Alloc {
+                Box::pin(alloc::run(&node, &setting, store, &cancel)).await
+            } else {
+                Box::pin(wireguard::live(node, store, setting, pulse, cancel)).await
+            };
+        }
+    }
     let identity = setting.identity();
-    let Some(mac) = cancel
-        .run_until_cancelled(choose_mac(&net, &store, &name, &identity))
-        .await
-        .transpose()?
-    else {
-        return Ok(());
-    };
+    let mut macs = BTreeMap::new();
+    for (family, checked) in families.iter().zip(&checked) {
+        let choosing = choose_mac(&net, &store, (&checked.device, *family), &identity);
+        match cancel.run_until_cancelled(choosing).await.transpose()? {
+            Some(mac) => macs.insert(*family, mac),
+            None => return Ok(()),
+        };
+    }
     let node = Node {
         args,
         net,
         origin,
-        mac,
+        macs,
         board,
+        metrics: metrics.clone(),
     };
     let mut up = node.bring_up(&setting, None).await?;
+    former::retire(&node.net, &args.subnet_file, &setting).await;
     let previous = previous_subnet(&args.subnet_file);
-    let offer = setting.offer(mac, previous);
+    let offer = setting.offer(&node.macs, previous);
     let (conf_store, attending) = (store.twin(), store.twin());
     let Some(leasing) = Leasing::start(store, offer, &node.board, &cancel).await? else {
         return Ok(());
@@ -146,7 +179,7 @@ async fn live(
         leasing.views(),
         &cancel,
     );
-    let mut ready = Readiness::new(
+    let ready = Readiness::new(
         args.subnet_file.clone(),
         args.firewall.ip_masq,
         node.board.clone(),
@@ -154,7 +187,7 @@ async fn live(
         metrics,
     );
     let calls = cni_socket::serve(&args.cni_socket(), node.board.clone(), cancel.clone());
-    let mut calls = Calls::new(calls);
+    let mut calls = Calls::split(calls, families.len());
     let mut first = true;
     let mut ascent = Ascent::default();
     loop {
@@ -162,7 +195,7 @@ async fn live(
         let session = node.session(
             &setting,
             up,
-            (&mut ready, &mut calls),
+            (&ready, &mut calls),
             sources,
             &mut ascent,
             &cancel,
@@ -207,10 +240,20 @@ async fn open(args: &Args, board: &Board) -> Result<(Store, String, NetConf), St
 
 /// Points the desired state at this node's own subnet.
 pub(crate) fn set_own(desired: &mut Desired, key: &SubnetKey) {
-    desired.own = key.v4.map(ipnet::IpNet::V4).into_iter().collect();
-    desired.tunnel.address = key
-        .v4
-        .and_then(|subnet| ipnet::Ipv4Net::new(subnet.network(), 32).ok());
+    let network = desired.network();
+    let own = network.and_then(|network| own_of(key, Family::of_net(&network)));
+    desired.own = own.into_iter().collect();
+    if let Some(tunnel) = &mut desired.tunnel {
+        tunnel.address = own.map(|subnet| IpNet::from(subnet.network()));
+    }
+}
+
+/// The subnet of a family.
+pub(crate) fn own_of(key: &SubnetKey, family: Family) -> Option<IpNet> {
+    match family {
+        Family::V4 => key.v4.map(IpNet::V4),
+        Family::V6 => key.v6.map(IpNet::V6),
+    }
 }
 
 /// Sets the node up for the newest setting. What was in place goes on carrying traffic until that has worked. `None` when cancelled.
@@ -220,12 +263,12 @@ async fn set_up_again(
     settings: &mut watch::Receiver<Setting>,
     leasing: &Leasing,
     cancel: &CancellationToken,
-) -> Option<Up> {
+) -> Option<Vec<Up>> {
     let mut said = None;
     loop {
         let newest = settings.borrow_and_update().clone();
         if newest.uplink != setting.uplink {
-            announce_uplink(node.args, &newest.uplink);
+            announce_uplink(node.args, &newest.uplink, &[]);
         }
         *setting = newest;
         match cancel
@@ -233,7 +276,7 @@ async fn set_up_again(
             .await?
         {
             Ok(up) => {
-                leasing.offer(setting.offer(node.mac, None));
+                leasing.offer(setting.offer(&node.macs, None));
                 return Some(up);
             }
             Err(error) => {
@@ -254,20 +297,30 @@ async fn set_up_again(
 }
 
 /// Which interface the flags ask for, among those that are there now, and how it was found.
-pub(crate) async fn find_uplink(args: &Args, net: &Netlink) -> Result<Selection, StartError> {
+pub(crate) async fn find_uplink(
+    args: &Args,
+    net: &Netlink,
+    families: &[Family],
+) -> Result<Selection, StartError> {
     let wanted = args.wanted();
     let found = net.uplinks(&wanted).await?;
     Ok(iface::choose(
         &found.links,
         &found.routes,
         &wanted,
-        true,
-        false,
+        families.contains(&Family::V4),
+        families.contains(&Family::V6),
     )?)
 }
 
 /// Says which uplink it is, in upstream's lines.
-fn announce_uplink(args: &Args, uplink: &Uplink) {
+fn announce_uplink(args: &Args, uplink: &Uplink, notes: &[Note]) {
+    for note in notes {
+        match note {
+            Note::Info(text) => tracing::info!("{}", one_line(text)),
+            Note::Warning(text) => tracing::warn!("{text}"),
+        }
+    }
     let mut lines = uplink.announcement(&args.wanted()).into_iter();
     tracing::info!(
         mtu = uplink.mtu,
@@ -333,12 +386,12 @@ async fn net_conf(store: &Store, board: &Board) -> Result<(String, NetConf), Sta
 async fn choose_mac(
     net: &Netlink,
     store: &Store,
-    name: &str,
+    (name, family): (&str, Family),
     identity: &flannel_core::acquire::Identity,
 ) -> Result<VtepMac, StartError> {
     let stand_in = mark::stand_in(name).map(|(name, _)| name);
     for name in std::iter::once(name).chain(stand_in.as_deref()) {
-        if let Some(device) = net.device(name).await?
+        if let Some(device) = net.device(name, family).await?
             && matches!(
                 device.kind,
                 ObservedKind::Vxlan { .. } | ObservedKind::Veth { .. }
@@ -361,7 +414,8 @@ async fn choose_mac(
         }
         sleep(STORE_RETRY).await;
     };
-    if let Some(data) = stored.and_then(|lease| lease.attrs.v4) {
+    let stored = stored.and_then(|lease| lease.attrs.vxlan(family));
+    if let Some(data) = stored {
         tracing::info!(mac = %data.mac, "the new device takes the MAC address of the stored lease");
         return Ok(data.mac);
     }
@@ -382,5 +436,6 @@ fn previous_subnet(subnet_file: &Path) -> Option<SubnetKey> {
     for warning in &previous.warnings {
         tracing::warn!(file = %subnet_file.display(), "error reading subnet: {warning}");
     }
-    previous.subnet.map(SubnetKey::from_v4)
+    let (v4, v6) = (previous.subnet, previous.ipv6_subnet);
+    (v4.is_some() || v6.is_some()).then_some(SubnetKey { v4, v6 })
 }

@@ -38,7 +38,7 @@ pub(crate) struct Call {
 }
 
 /// Which of the two.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum News {
     Come(Report),
     Go(Report),

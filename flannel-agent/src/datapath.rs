@@ -1,14 +1,16 @@
 //! Choosing the rung: what the flags ask for, what this process may do, what this kernel can.
 
 use flannel_core::{
-    addr::IfIndex,
+    addr::{Family, IfIndex, Vni},
     check::Wants,
     config::NetConf,
     distribution::{self, Refusal},
     features::{Attach, Course, Feature, Findings, Rung as Step, Wishes, climb},
     iface::Uplink,
+    mark::Overlay,
     plan::{Gate, Hook, Settings},
 };
+use ipnet::IpNet;
 
 use crate::{
     app::StartError,
@@ -39,20 +41,26 @@ pub(crate) enum Rung {
 
 /// Loads the eBPF half where the flags, the privileges and the kernel allow it. With `--datapath=auto` every obstacle ends in the
 /// kernel's device; with `bpf` it is an error.
-pub(crate) fn choose(args: &Args, conf: &NetConf, ethernet: bool) -> Result<Rung, StartError> {
+pub(crate) fn choose(
+    args: &Args,
+    conf: &NetConf,
+    family: Family,
+    ethernet: bool,
+) -> Result<Rung, StartError> {
     const KERNEL: &str = "--datapath=kernel";
     let kernel = args.datapath == DatapathChoice::Kernel;
     let findings = features::at_start(&args.subnet_file, kernel.then_some(KERNEL));
     if kernel {
         return Ok(Rung::Kernel(KERNEL.into()));
     }
-    let obstacle = match obstacle(conf, ethernet).or_else(|| impossible(args, conf, &findings)) {
-        Some(reason) => reason,
-        None => match load(args, conf, &findings) {
-            Ok(bpf) => return Ok(Rung::Bpf(Box::new(bpf))),
-            Err(error) => format!("eBPF cannot be used: {}", explain(&error)),
-        },
-    };
+    let obstacle =
+        match obstacle(conf, family, ethernet).or_else(|| impossible(args, conf, &findings)) {
+            Some(reason) => reason,
+            None => match load(args, conf, family, &findings) {
+                Ok(bpf) => return Ok(Rung::Bpf(Box::new(bpf))),
+                Err(error) => format!("eBPF cannot be used: {}", explain(&error)),
+            },
+        };
     if args.datapath == DatapathChoice::Bpf {
         return Err(StartError::NoBpf {
             flag: "--datapath=bpf",
@@ -69,15 +77,16 @@ pub(crate) fn settings(
     uplink: &Uplink,
     alone: bool,
 ) -> Option<Settings> {
-    let family = conf.ipv4.as_ref()?;
+    let family = bpf.family();
+    let (network, subnet_len) = conf.range(family)?;
     let (min, max) = local_port_range();
     let room = bpf.room();
     Some(Settings {
-        network: family.network,
-        subnet_len: family.subnet_len,
+        network,
+        subnet_len,
         vni: conf.backend.vxlan.vni.get(),
         port: conf.backend.vxlan.port,
-        local: uplink.local_v4()?,
+        local: uplink.local(family)?,
         uplink: uplink.index,
         source_port_min: min,
         source_port_span: bpf.port_span(max.saturating_sub(min)),
@@ -89,12 +98,13 @@ pub(crate) fn settings(
         xdp: false,
         gate: Gate::default(),
         ring_shift: bpf.ring_shift(),
+        routed: false,
         own_index: None,
         tunnel: None,
     })
 }
 
-fn obstacle(conf: &NetConf, ethernet: bool) -> Option<String> {
+fn obstacle(conf: &NetConf, family: Family, ethernet: bool) -> Option<String> {
     if let Some(reason) = Capabilities::effective().missing_for_bpf() {
         return Some(reason.into());
     }
@@ -113,18 +123,14 @@ fn obstacle(conf: &NetConf, ethernet: bool) -> Option<String> {
             "the backend's Learning is on, which only the kernel's device implements".into(),
         );
     }
-    let family = conf.ipv4.as_ref()?;
-    let count = 1u32.checked_shl(u32::from(
-        family
-            .subnet_len
-            .saturating_sub(family.network.prefix_len()),
-    ));
-    count.is_none_or(|count| count > MAX_SUBNETS).then(|| {
-        format!(
-            "network {} has more than {MAX_SUBNETS} subnets of length {}: too many for a map",
-            family.network, family.subnet_len
-        )
-    })
+    let (network, subnet_len) = conf.range(family)?;
+    subnet_count(network, subnet_len)
+        .is_none_or(|count| count > MAX_SUBNETS)
+        .then(|| {
+            format!(
+                "network {network} has more than {MAX_SUBNETS} subnets of length {subnet_len}: too many for a map"
+            )
+        })
 }
 
 /// What the flags ask for.
@@ -169,10 +175,10 @@ fn explain(error: &BpfError) -> String {
 
 /// Loads with as many flows as were asked for, or with fewer where the kernel has no room for them: a small table of flows is a
 /// smaller loss than all of eBPF.
-fn load(args: &Args, conf: &NetConf, findings: &Findings) -> Result<Bpf, BpfError> {
+fn load(args: &Args, conf: &NetConf, family: Family, findings: &Findings) -> Result<Bpf, BpfError> {
     let mut flow_entries = args.bpf_flow_entries;
     loop {
-        match load_with(args, conf, findings, flow_entries) {
+        match load_with(args, conf, family, findings, flow_entries) {
             // Before Linux 5.11 a limit of locked memory is told as EPERM.
             Err(error)
                 if matches!(
@@ -203,6 +209,7 @@ fn load(args: &Args, conf: &NetConf, findings: &Findings) -> Result<Bpf, BpfErro
 fn load_with(
     args: &Args,
     conf: &NetConf,
+    family: Family,
     findings: &Findings,
     flow_entries: u32,
 ) -> Result<Bpf, BpfError> {
@@ -215,17 +222,13 @@ fn load_with(
         AttachChoice::Tcx => AttachMode::Tcx,
         AttachChoice::Clsact => AttachMode::Clsact,
     };
-    let subnet_count = conf.ipv4.as_ref().map_or(1, |family| {
-        1u32.checked_shl(u32::from(
-            family
-                .subnet_len
-                .saturating_sub(family.network.prefix_len()),
-        ))
-        .unwrap_or(1)
-    });
+    let subnets = conf
+        .range(family)
+        .and_then(|(network, len)| subnet_count(network, len));
+    let vni = conf.backend.vxlan.vni;
     let options = LoadOptions {
-        instance: Instance::of(conf.backend.vxlan.vni)?,
-        subnet_count,
+        instance: Instance::of(Overlay { family, vni })?,
+        subnet_count: subnets.unwrap_or(1),
         attach,
         flow_entries,
         last_port: findings.has(Feature::LastPort),
@@ -237,6 +240,11 @@ fn load_with(
         bpf.forbid_gate(reason);
     }
     Ok(bpf)
+}
+
+/// How many subnets a network has; `None` if they are more than can be counted.
+fn subnet_count(network: IpNet, subnet_len: u8) -> Option<u32> {
+    1u32.checked_shl(subnet_len.saturating_sub(network.prefix_len()).into())
 }
 
 /// Says that there is no eBPF, and why: a warning, unless it was asked for.
@@ -256,16 +264,46 @@ pub(crate) fn announce_kernel(args: &Args, reason: &str) {
 ///
 /// `state` is the one about to be written; the file still holds the earlier one.
 pub(crate) async fn retire(net: &Netlink, state: &State) {
-    let earlier = State::read(&state.subnet_file).ok().flatten();
+    let earlier = if state.second {
+        State::read_second(&state.subnet_file)
+    } else {
+        State::read(&state.subnet_file)
+    };
+    let earlier = earlier.ok().flatten();
+    let overlay = state.overlay();
     let old_uplink = earlier.map(|earlier| earlier.uplink_index);
     let old_uplink = old_uplink.filter(|index| *index != state.uplink_index);
     if let Some(index) = old_uplink {
-        retire_filter(net, Hook::FromWire, index).await;
+        retire_filter(net, Hook::FromWire, index, overlay).await;
+        retire_filter(net, Hook::ToLink, index, overlay).await;
     }
     if state.datapath.mode == Mode::Bpf {
         return;
     }
-    match Instance::of(state.vni) {
+    retire_programs(net, overlay, state.uplink_index).await;
+    if let Ok(Some(index)) = net.index(&state.device).await {
+        retire_filter(net, Hook::ToOverlay, index, overlay).await;
+        retire_filter(net, Hook::FromOverlay, index, overlay).await;
+    }
+    if !state.second {
+        retire_headroom(net, state.vni).await;
+    }
+}
+
+/// Takes the port away that gives pods' packets room for outer headers.
+pub(crate) async fn retire_headroom(net: &Netlink, vni: Vni) {
+    let Ok(Some(there)) = net.headroom(vni).await else {
+        return;
+    };
+    match net.delete_device(there.index).await {
+        Ok(()) => tracing::info!("removed the headroom device of an earlier run"),
+        Err(error) => tracing::warn!(error = chain(&error), "remove the headroom device"),
+    }
+}
+
+/// Detaches an overlay's programs and removes its maps, with its filters at pods and on this uplink: no pin holds those.
+pub(crate) async fn retire_programs(net: &Netlink, overlay: Overlay, uplink: IfIndex) {
+    match Instance::of(overlay) {
         Ok(instance) if instance.dir().exists() => {
             let pod_hooks = instance.pod_hooks();
             match instance.remove() {
@@ -278,7 +316,7 @@ pub(crate) async fn retire(net: &Netlink, state: &State) {
                 ),
             }
             for (hook, index) in pod_hooks {
-                retire_filter(net, hook, index).await;
+                retire_filter(net, hook, index, overlay).await;
             }
         }
         Ok(_) => {}
@@ -286,25 +324,16 @@ pub(crate) async fn retire(net: &Netlink, state: &State) {
             tracing::debug!(error = chain(&error), "look for programs of an earlier run");
         }
     }
-    retire_filter(net, Hook::FromWire, state.uplink_index).await;
-    if let Ok(Some(index)) = net.index(&state.device).await {
-        retire_filter(net, Hook::ToOverlay, index).await;
-        retire_filter(net, Hook::FromOverlay, index).await;
-    }
-    if let Ok(Some(there)) = net.headroom(state.vni).await {
-        match net.delete_device(there.index).await {
-            Ok(()) => tracing::info!("removed the headroom device of an earlier run"),
-            Err(error) => tracing::warn!(error = chain(&error), "remove the headroom device"),
-        }
-    }
+    retire_filter(net, Hook::FromWire, uplink, overlay).await;
+    retire_filter(net, Hook::ToLink, uplink, overlay).await;
 }
 
-async fn retire_filter(net: &Netlink, hook: Hook, index: IfIndex) {
+async fn retire_filter(net: &Netlink, hook: Hook, index: IfIndex, overlay: Overlay) {
     // No filter, or no such interface any more.
-    let Ok(Some(_program)) = net.filter_program(hook, index).await else {
+    let Ok(Some(_program)) = net.filter_program(hook, index, overlay).await else {
         return;
     };
-    match bpf::delete_filter(hook, index) {
+    match bpf::delete_filter(hook, index, overlay) {
         Ok(()) => {
             tracing::info!(%hook, ifindex = index.get(), "detached the tc filter of an earlier run");
         }

@@ -1,13 +1,13 @@
 //! Bringing up the tunnel device: the kernel's vxlan device, or a veth pair where there is none and eBPF can do without.
 
-use std::{collections::BTreeSet, net::Ipv4Addr};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use flannel_core::{
     config::NetConf,
     distribution::Feature,
     iface::Uplink,
-    mark,
-    plan::{Desired, DeviceKind, ObservedKind, Tunnel},
+    mark::Overlay,
+    plan::{Desired, DeviceKind, Direct, ObservedKind, Tunnel},
 };
 
 use crate::{
@@ -27,34 +27,56 @@ pub(crate) struct Site<'a> {
     pub(crate) conf: &'a NetConf,
     pub(crate) uplink: &'a Uplink,
     pub(crate) net: &'a Netlink,
-    pub(crate) local: Ipv4Addr,
+    pub(crate) overlay: Overlay,
+    pub(crate) local: IpAddr,
 }
 
 /// A node whose device is there, or can be made at any time.
 #[derive(Debug)]
 pub(crate) struct Up {
+    /// Whether the device is of this start.
+    made: bool,
     pub(crate) dataplane: Dataplane,
     pub(crate) desired: Desired,
     pub(crate) path: Datapath,
 }
 
+impl Up {
+    /// Takes back what this start has made, because the node cannot be as it is to be.
+    pub(crate) async fn take_back(self) {
+        let name = self.desired.tunnel.as_ref().map(|tunnel| &tunnel.name);
+        let name = name.filter(|_| self.made);
+        if let Err(error) = self.dataplane.take_back(name).await {
+            tracing::warn!(error = chain(&error), "take back what this start has made");
+        }
+    }
+}
+
 impl Site<'_> {
     /// Creates or adopts the device. On an error nothing of this start is left on the node.
-    pub(crate) async fn bring_up(&self, rung: Rung, mut tunnel: Tunnel) -> Result<Up, StartError> {
-        let refused = match self.refused(&rung, &tunnel).await {
-            Ok(refused) => refused,
-            Err(error) => {
-                if let Rung::Bpf(bpf) = rung {
-                    bpf.discard();
+    pub(crate) async fn bring_up(
+        &self,
+        rung: Rung,
+        mut tunnel: Option<Tunnel>,
+    ) -> Result<Up, StartError> {
+        let (mut there, mut refused) = (true, None);
+        if let Some(tunnel) = &tunnel {
+            there = self.net.index(&tunnel.name).await?.is_some();
+            refused = match self.refused(&rung, tunnel).await {
+                Ok(refused) => refused,
+                Err(error) => {
+                    if let Rung::Bpf(bpf) = rung {
+                        bpf.discard();
+                    }
+                    return Err(error);
                 }
-                return Err(error);
-            }
-        };
+            };
+        }
         let (bpf, reason) = match rung {
             Rung::Bpf(bpf) => (Some(*bpf), None),
             Rung::Kernel(reason) => (None, Some(reason)),
         };
-        if let Some((vxlan, peer)) = &refused {
+        if let (Some((vxlan, peer)), Some(tunnel)) = (&refused, &mut tunnel) {
             tracing::warn!(
                 reason = vxlan,
                 "no kernel vxlan device: eBPF carries the overlay alone"
@@ -81,21 +103,39 @@ impl Site<'_> {
                 }
                 (None, None) => "eBPF is permitted and works".into(),
             },
-            device: if alone { "veth" } else { "vxlan" }.into(),
+            device: match &tunnel {
+                Some(_) if alone => "veth",
+                Some(_) => "vxlan",
+                None => "none",
+            }
+            .into(),
             attach: bpf
                 .as_ref()
                 .map(|bpf| bpf.attach_mode().as_str().to_owned()),
             xdp: None,
         };
+        let range = self.conf.range(self.overlay.family);
+        let routes = tunnel.is_none() || self.conf.backend.vxlan.direct_routing;
+        let direct = range.filter(|_| routes).map(|(network, _)| Direct {
+            uplink: self.uplink.index,
+            network,
+        });
         let desired = Desired {
             tunnel,
+            direct,
             own: BTreeSet::new(),
             peers: None,
             bpf: settings,
             pods: None,
         };
         Ok(Up {
-            dataplane: Dataplane::new(self.net.clone(), bpf, self.local, &self.args.cni_cache_dir),
+            made: !there && !alone,
+            dataplane: Dataplane::new(
+                self.net.clone(),
+                bpf,
+                (self.overlay, self.local),
+                &self.args.cni_cache_dir,
+            ),
             desired,
             path,
         })
@@ -116,7 +156,7 @@ impl Site<'_> {
         let Some(vxlan) = vxlan else { return Ok(None) };
         match rung {
             Rung::Bpf(_) => {
-                let peer = mark::peer_device_name(self.conf.backend.vxlan.vni)?;
+                let peer = self.overlay.far_end()?;
                 Ok(Some((vxlan, peer)))
             }
             Rung::Kernel(reason) if forced => Err(StartError::NoBpf {
@@ -132,7 +172,7 @@ impl Site<'_> {
 
     /// Whether the kernel makes vxlan devices: `None` if it does (one is there then), else why not.
     async fn try_vxlan(&self, tunnel: &Tunnel) -> Result<Option<String>, StartError> {
-        if let Some(device) = self.net.device(&tunnel.name).await? {
+        if let Some(device) = self.net.device(&tunnel.name, self.overlay.family).await? {
             if self.args.bpf_device == DeviceChoice::Auto
                 && matches!(device.kind, ObservedKind::Veth { .. })
             {

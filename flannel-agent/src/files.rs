@@ -24,6 +24,16 @@ pub(crate) fn replace(path: &Path, text: &str) -> Result<(), FileError> {
     attempt(path, text).map_err(|source| error(path, source))
 }
 
+/// Removes a file of ours that says nothing true any more, if there is one.
+pub(crate) fn forget(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::debug!(path = %path.display(), %error, "remove a file");
+        }
+        _ => {}
+    }
+}
+
 /// Finds out whether [`replace`] would work, leaving neither file nor directory behind.
 pub(crate) fn check_writable(path: &Path) -> Result<(), FileError> {
     let probe = || -> io::Result<()> {

@@ -36,3 +36,4 @@ mod program;
 mod reconcile;
 pub mod state;
 mod telemetry;
+pub mod wireguard;

@@ -17,7 +17,8 @@ use std::{
 };
 
 use flannel_core::{
-    addr::IfIndex,
+    addr::{Family, IfIndex},
+    config::BackendKind,
     farewell::Farewell,
     plan::{Desired, Op, PeerProblem, Plan, peers_of, plan},
 };
@@ -28,7 +29,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    app::set_own,
+    app::{own_of, set_own},
     dataplane::{
         Dataplane, PodNews, Scope, bpf,
         netlink::{self, Change},
@@ -68,7 +69,7 @@ pub(crate) struct Loop<'a> {
     desired: Desired,
     views: watch::Receiver<View>,
     state: State,
-    ready: &'a mut Readiness,
+    ready: Readiness,
     calls: &'a mut Calls,
     /// What was last said about trouble, so that each trouble is one line.
     said: BTreeSet<String>,
@@ -97,7 +98,7 @@ impl<'a> Loop<'a> {
         desired: Desired,
         views: watch::Receiver<View>,
         state: State,
-        (ready, calls): (&'a mut Readiness, &'a mut Calls),
+        (ready, calls): (Readiness, &'a mut Calls),
         (gate, xdp): (Gatekeeper, XdpKeeper),
         may_fall: bool,
     ) -> Self {
@@ -129,11 +130,12 @@ impl<'a> Loop<'a> {
     /// Runs until cancelled, or until it cannot be gone on with like this.
     pub(crate) async fn run(mut self, cancel: CancellationToken) -> Option<Fall> {
         let mut fall = None;
+        let family = self.dataplane.family();
         // Watch first, look second: what changes in between is not lost.
         let watcher = self
             .notify
             .take()
-            .map(|out| tokio::spawn(watch_kernel(out)));
+            .map(|out| tokio::spawn(watch_kernel(out, family)));
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut last_full = Instant::now();
@@ -255,7 +257,9 @@ impl<'a> Loop<'a> {
         };
         match change {
             Change::Link(link) => {
-                link.name.as_deref() == Some(&self.desired.tunnel.name) || interesting(&link.index)
+                let tunnel = self.desired.tunnel.as_ref();
+                tunnel.is_some_and(|tunnel| link.name.as_ref() == Some(&tunnel.name))
+                    || interesting(&link.index)
             }
             Change::Address(index) => interesting(index),
             Change::Neighbour(neighbour) => interesting(&neighbour.index),
@@ -268,13 +272,18 @@ impl<'a> Loop<'a> {
         let view = self.views.borrow_and_update().clone();
         if let Some(own) = &view.own {
             set_own(&mut self.desired, &own.key);
-            self.state.subnet = own.key.v4;
+            self.state.subnet = own_of(&own.key, self.dataplane.family());
         }
         self.state.store_connected = view.connected;
         let (Some(own), Some(snapshot)) = (&view.own, &view.snapshot) else {
             return;
         };
-        let (peers, problems) = peers_of(&snapshot.leases, &own.key);
+        let kind = match self.desired.tunnel {
+            Some(_) => BackendKind::Vxlan,
+            None => BackendKind::HostGw,
+        };
+        let family = self.dataplane.family();
+        let (peers, problems) = peers_of(&snapshot.leases, &own.key, family, kind);
         for problem in &problems {
             if !self.peer_problems.contains(problem) {
                 tracing::warn!("{problem}: ignored");
@@ -398,9 +407,21 @@ impl<'a> Loop<'a> {
             if veth.is_some_and(|veth| given_up.contains(&veth)) {
                 continue;
             }
-            let applied = self.dataplane.apply(op, &self.desired.tunnel.kind).await;
+            let kind = self.desired.tunnel.as_ref().map(|tunnel| &tunnel.kind);
+            let applied = self.dataplane.apply(op, kind).await;
             self.ready.metrics().changed(op, applied.is_ok());
             match (applied, veth) {
+                (Ok(()), _)
+                    if matches!(
+                        op,
+                        Op::PutLinkRoute {
+                            replaces: Some(_),
+                            ..
+                        }
+                    ) =>
+                {
+                    tracing::warn!("{op}, which was not ours");
+                }
                 (Ok(()), _) => tracing::info!("{op}"),
                 // It went before we heard of it.
                 (Err(_), Some(veth)) if bpf::interface_name(veth).is_none() => {
@@ -414,7 +435,7 @@ impl<'a> Loop<'a> {
                 // The way without it is open.
                 (Err(error), None) if self.xdp.is_refused(op, &error) => {}
                 (Err(error), None) => {
-                    self.falling.note(op, &error, &self.desired.tunnel.kind);
+                    self.falling.note(op, &error, kind);
                     self.ready
                         .fault(troubles, format!("{op}: {}", chain(&error)));
                     return false;
@@ -442,7 +463,7 @@ impl<'a> Loop<'a> {
         if self.state_written.as_ref() == Some(&self.state) {
             return;
         }
-        let path = State::path(&self.state.subnet_file);
+        let path = self.state.own_path();
         match serde_json::to_string_pretty(&self.state) {
             Ok(text) => {
                 if let Err(error) = files::replace(&path, &text) {
@@ -473,9 +494,9 @@ async fn at(due: Option<Instant>) {
 }
 
 /// Keeps a notification socket open.
-async fn watch_kernel(out: mpsc::Sender<Change>) {
+async fn watch_kernel(out: mpsc::Sender<Change>, family: Family) {
     while !out.is_closed() {
-        match netlink::watch(out.clone()).await {
+        match netlink::watch(out.clone(), family).await {
             Ok(()) => return,
             Err(error) => tracing::warn!(
                 error = chain(&error),

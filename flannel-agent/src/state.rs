@@ -1,25 +1,33 @@
 //! What the daemon leaves for `status` and `cleanup`: a small file beside `subnet.env`, written whenever it changes. It
 //! describes choices (which uplink, which rung and why); what the kernel really has is read from the kernel.
 
+mod bare;
+
 use std::{
     collections::BTreeMap,
     fs, io,
-    net::Ipv4Addr,
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
 use flannel_core::{
-    addr::{IfIndex, Vni, VtepMac},
+    addr::{Family, IfIndex, Vni, VtepMac},
+    config::BackendKind,
     fastpath::Choice,
     features::{Course, Findings, Ladder, Wishes, climb},
-    plan::GateMode,
+    mark::Overlay,
+    plan::{GateMode, Hook},
     xdp,
 };
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+
+pub(crate) use bare::{Bare, BareFile};
 
 /// Name of the file, in the directory of `subnet.env`.
 const FILE: &str = "flannel-agent.json";
+/// The same for the overlay of IPv6 beside one of IPv4.
+const SECOND_FILE: &str = "flannel-agent-v6.json";
 
 /// The daemon's choices.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +38,12 @@ pub struct State {
     pub pid: u32,
     /// Network identifier.
     pub vni: Vni,
+    /// What it carries.
+    #[serde(default = "v4")]
+    pub family: Family,
+    /// Whether it is the second overlay of this node.
+    #[serde(skip)]
+    pub second: bool,
     /// Name of the tunnel device.
     pub device: String,
     /// Name of the uplink.
@@ -37,13 +51,13 @@ pub struct State {
     /// Index of the uplink.
     pub uplink_index: IfIndex,
     /// Address that other nodes send to.
-    pub public_ip: Ipv4Addr,
+    pub public_ip: IpAddr,
     /// MAC address of the tunnel device, as published.
     pub vtep_mac: VtepMac,
     /// The cluster network.
-    pub network: Ipv4Net,
+    pub network: IpNet,
     /// This node's subnet.
-    pub subnet: Option<Ipv4Net>,
+    pub subnet: Option<IpNet>,
     /// MTU of pods, in bytes.
     pub mtu: u32,
     /// The rung in use.
@@ -98,7 +112,7 @@ pub struct Datapath {
     pub mode: Mode,
     /// Why it is this one.
     pub reason: String,
-    /// `vxlan` or `veth`.
+    /// `vxlan` or `veth`; `none` where packets are routed to all peers.
     pub device: String,
     /// `tcx` or `clsact`; `None` without eBPF.
     pub attach: Option<String>,
@@ -139,15 +153,80 @@ impl Mode {
     }
 }
 
+const fn v4() -> Family {
+    Family::V4
+}
+
 impl State {
-    /// Where the state of the agent with this `subnet.env` is.
+    /// Where the state of the agent with this `subnet.env` is: of its only overlay, or that of IPv4.
     pub fn path(subnet_file: &Path) -> PathBuf {
         subnet_file.with_file_name(FILE)
     }
 
+    /// The same of the overlay of IPv6 beside that.
+    pub fn second_path(subnet_file: &Path) -> PathBuf {
+        subnet_file.with_file_name(SECOND_FILE)
+    }
+
+    /// Where this one is.
+    pub fn own_path(&self) -> PathBuf {
+        if self.second {
+            Self::second_path(&self.subnet_file)
+        } else {
+            Self::path(&self.subnet_file)
+        }
+    }
+
+    /// The overlay.
+    pub const fn overlay(&self) -> Overlay {
+        let (family, vni) = (self.family, self.vni);
+        Overlay { family, vni }
+    }
+
+    /// Whether it has a tunnel device. Without one all peers are routed to.
+    pub fn is_tunnelled(&self) -> bool {
+        self.datapath.device != "none"
+    }
+
+    /// The backend.
+    pub fn backend(&self) -> BackendKind {
+        if self.is_tunnelled() {
+            BackendKind::Vxlan
+        } else {
+            BackendKind::HostGw
+        }
+    }
+
+    /// The hooks that must have a program for eBPF to carry packets both ways.
+    pub fn base_hooks(&self) -> &'static [Hook] {
+        let gated = |fast: &FastPath| fast.mode != GateMode::Off;
+        if self.datapath.mode != Mode::Bpf {
+            &[]
+        } else if self.is_tunnelled() {
+            &Hook::BASE
+        } else if self.fast_path.as_ref().is_some_and(gated) {
+            &[Hook::FromWire]
+        } else {
+            &[]
+        }
+    }
+
     /// Reads it; `None` if there is none. One that does not parse is of another version: as good as none.
     pub fn read(subnet_file: &Path) -> io::Result<Option<Self>> {
-        match fs::read_to_string(Self::path(subnet_file)) {
+        Self::read_at(&Self::path(subnet_file))
+    }
+
+    /// The same of the overlay of IPv6 beside one of IPv4.
+    pub fn read_second(subnet_file: &Path) -> io::Result<Option<Self>> {
+        let read = Self::read_at(&Self::second_path(subnet_file))?;
+        Ok(read.map(|state| Self {
+            second: true,
+            ..state
+        }))
+    }
+
+    fn read_at(path: &Path) -> io::Result<Option<Self>> {
+        match fs::read_to_string(path) {
             Ok(text) => Ok(serde_json::from_str(&text).ok()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -181,10 +260,15 @@ impl State {
 
     /// Whether the process that wrote it still runs.
     pub fn is_running(&self) -> bool {
-        // The name guards against a process number that was used again. In a manifest of flannel's the program has flannel's name.
-        // In a container of its own a command may have the number that the agent had in its container.
-        self.pid != std::process::id()
-            && fs::read_to_string(format!("/proc/{}/comm", self.pid))
-                .is_ok_and(|comm| comm.starts_with("flannel"))
+        is_agent(self.pid)
     }
+}
+
+/// Whether a process is an agent, and not this one.
+fn is_agent(pid: u32) -> bool {
+    // The name guards against a process number that was used again. In a manifest of flannel's the program has flannel's name.
+    // In a container of its own a command may have the number that the agent had in its container.
+    pid != std::process::id()
+        && fs::read_to_string(format!("/proc/{pid}/comm"))
+            .is_ok_and(|comm| comm.starts_with("flannel"))
 }

@@ -17,5 +17,9 @@ mod garbage;
 mod gate;
 #[path = "bpf_testrun/kernel.rs"]
 mod kernel;
+#[path = "rig/lacking.rs"]
+mod lacking;
+#[path = "bpf_testrun/link.rs"]
+mod link;
 #[path = "bpf_testrun/xdp.rs"]
 mod xdp;

@@ -306,19 +306,14 @@ fn another_namespace_is_everywhere() {
 fn what_the_agent_cannot_do_is_refused() {
     for (given, needle) in [
         (
-            json!({"flannel": {"backend": "wireguard"}}),
-            "flannel.backend=wireguard",
+            json!({"flannel": {"backend": "udp"}}),
+            "flannel.backend=udp",
         ),
+        (json!({"podCidr": ""}), "podCidr and podCidrv6 are empty"),
         (
-            json!({"flannel": {"backend": "host-gw"}}),
-            "backend vxlan alone",
+            json!({"flannel": {"backend": "host-gw", "directRouting": true}}),
+            "directRouting",
         ),
-        (json!({"podCidr": ""}), "podCidr is empty"),
-        (
-            json!({"podCidrv6": "fd00:10:244::/48"}),
-            "IPv6 is not carried",
-        ),
-        (json!({"flannel": {"directRouting": true}}), "directRouting"),
         (json!({"flannel": {"macPrefix": "0E-2A"}}), "Windows"),
         (json!({"flannel": {"psk": "x"}}), "wireguard"),
         (json!({"flannel": {"tunnelMode": "auto"}}), "wireguard"),
@@ -336,6 +331,50 @@ fn what_the_agent_cannot_do_is_refused() {
         ),
     ] {
         refused(&given, needle);
+    }
+}
+
+/// The agent's own reader takes what the chart makes of the values.
+#[test]
+fn every_backend_and_family_makes_a_configuration() {
+    use flannel_core::config::{BackendKind, NetConf};
+    let key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+    for (given, kind, families) in [
+        (json!({}), BackendKind::Vxlan, 1),
+        (
+            json!({"podCidrv6": "fd00:10:244::/48", "flannel": {"directRouting": true, "backendPort": 4789}}),
+            BackendKind::Vxlan,
+            2,
+        ),
+        (
+            json!({"podCidr": "", "podCidrv6": "fd00:10:244::/48", "flannel": {"backend": "host-gw"}}),
+            BackendKind::HostGw,
+            1,
+        ),
+        (
+            json!({"podCidrv6": "fd00:10:244::/48", "flannel": {
+                "backend": "wireguard", "backendPort": 51_000, "backendPortv6": 51_001, "psk": key,
+                "tunnelMode": "separate", "keepaliveInterval": 25, "mtu": 1500,
+            }}),
+            BackendKind::Wireguard,
+            2,
+        ),
+        (
+            json!({"flannel": {"backend": "alloc"}}),
+            BackendKind::Alloc,
+            1,
+        ),
+    ] {
+        let text = net_conf(&rendered(&given)).to_string();
+        let conf = NetConf::parse_assigned(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        assert_eq!(conf.backend.kind, kind, "{text}");
+        assert_eq!(conf.families().len(), families, "{text}");
+        let direct = given["flannel"]["directRouting"] == true;
+        assert_eq!(conf.backend.vxlan.direct_routing, direct, "{text}");
+        if kind == BackendKind::Wireguard {
+            let wireguard = &conf.backend.wireguard;
+            assert_eq!((wireguard.port, wireguard.port_v6), (51_000, 51_001));
+        }
     }
 }
 

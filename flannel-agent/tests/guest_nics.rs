@@ -117,7 +117,12 @@ fn stream_both_ways(rig: &Rig) {
     let before: Vec<u64> = (0..2).map(|node| unsent(rig.ns(node), "eth0")).collect();
     for (from, to) in [(0, 1), (1, 0)] {
         let (client, server) = (rig.pod(from), rig.pod(to));
-        let done = matrix::transfer(&server.ns, server.ip, &client.ns, Amount::Bytes(STREAM));
+        let done = matrix::transfer(
+            &server.ns,
+            server.ip.into(),
+            &client.ns,
+            Amount::Bytes(STREAM),
+        );
         done.unwrap_or_else(|error| panic!("from node {from}: {error:#}"));
     }
     let now: Vec<u64> = (0..2).map(|node| unsent(rig.ns(node), "eth0")).collect();
@@ -134,7 +139,13 @@ fn stream_both_ways(rig: &Rig) {
 fn longest_received(rig: &Rig, node: usize) -> u32 {
     let (server, client) = (rig.pod(node), rig.pod(1 - node));
     let seen = Capture::start(&server.ns, "eth0", "tcp and greater 500").expect("a capture");
-    matrix::transfer(&server.ns, server.ip, &client.ns, Amount::Bytes(STREAM)).expect("a stream");
+    matrix::transfer(
+        &server.ns,
+        server.ip.into(),
+        &client.ns,
+        Amount::Bytes(STREAM),
+    )
+    .expect("a stream");
     let seen = seen.stop().expect("stop the capture");
     let lengths = seen.packets.iter().map(|packet| packet.wire_len);
     lengths.max().expect("packets")

@@ -10,7 +10,10 @@ use std::{
 };
 
 use flannel_agent::leases::{DirOptions, ErrorKind, Outcome, Store, StoreConfig};
-use lease_rig::{Agent, CONF, FIVE, Log, PATIENCE, attrs, key, offer, snapshot, with_previous};
+use flannel_core::config::BackendKind;
+use lease_rig::{
+    Agent, CONF, FIVE, Log, PATIENCE, attrs, dual, key, offer, snapshot, v6_only, with_previous,
+};
 use tempfile::TempDir;
 use tokio::{task::JoinSet, time::timeout};
 
@@ -93,6 +96,30 @@ async fn files_hold_what_etcd_would_hold() {
     let moved = store.acquire(&offer(12, FIVE)).await.unwrap();
     assert_eq!(moved.outcome, Outcome::New);
     assert_eq!(shared.names(), [moved.lease.key.to_string()]);
+}
+
+#[tokio::test]
+async fn files_of_both_families_and_of_every_backend() {
+    for kind in BackendKind::ALL {
+        let shared = Shared::new();
+        let store = Store::open(&shared.config()).await.unwrap();
+        let name = "10.5.6.0-24&fd05:0:0:13::-64";
+        let wanted = with_previous(dual(1, kind), name);
+        let held = store.acquire(&wanted).await.unwrap();
+        assert_eq!(shared.names(), [name], "{kind}");
+        assert_eq!(text(&shared.file(name)), wanted.attrs.to_json());
+        let stored = store.own_stored(&wanted.identity).await.unwrap();
+        assert_eq!(stored, Some(held.lease), "{kind}");
+        let mut keys = BTreeSet::new();
+        for node in 2..=4 {
+            let offer = v6_only(node, kind);
+            let held = store.acquire(&offer).await.unwrap();
+            assert_eq!(store.acquire(&offer).await.unwrap().lease, held.lease);
+            assert_eq!(held.lease.key.v4, None);
+            keys.insert(held.lease.key);
+        }
+        assert_eq!((keys.len(), shared.names().len()), (3, 4), "{kind}");
+    }
 }
 
 #[tokio::test]

@@ -7,6 +7,8 @@ mod lease_rig;
 mod condition;
 #[path = "leases_kube/credentials.rs"]
 mod credentials;
+#[path = "leases_kube/families.rs"]
+mod families;
 #[path = "leases_kube/offline.rs"]
 mod offline;
 #[path = "leases_kube/own.rs"]

@@ -1,5 +1,7 @@
 //! `flannel-agent check` on nodes of a lab: with the daemon up, down and never started, and with one thing broken at a time.
 
+#[path = "netns_check/families.rs"]
+mod families;
 #[path = "netns_check/faults.rs"]
 mod faults;
 #[path = "netns_check/firewall.rs"]

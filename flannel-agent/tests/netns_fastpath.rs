@@ -3,15 +3,10 @@
 
 mod rig;
 
-use std::{
-    fs,
-    net::{Ipv4Addr, SocketAddrV4},
-    os::unix::fs::PermissionsExt as _,
-    path::PathBuf,
-};
+use std::{fs, net::SocketAddr, os::unix::fs::PermissionsExt as _, path::PathBuf};
 
 use flannel_testkit::{
-    Netns, eventually, privileged,
+    Family, Netns, Prefix, eventually, privileged,
     services::{Flavour, HostPort, Policy, Service, Services, Transport},
 };
 use rig::{DEVICE, PATIENCE, Rig, agent_binary};
@@ -48,47 +43,66 @@ fn nft(ns: &Netns, ruleset: &str) {
         .unwrap_or_else(|error| panic!("{ruleset}: {error:#}"));
 }
 
-#[test]
-fn rules_for_every_packet_switch_auto_off() {
+/// The programs that list and make rules of a family, by variant.
+fn iptables(family: Family, variant: &str) -> String {
+    match family {
+        Family::V4 => format!("iptables-{variant}"),
+        Family::V6 => format!("ip6tables-{variant}"),
+    }
+}
+
+fn rules_for_every_packet(family: Family) {
     if !privileged() {
         return;
     }
-    let rig = Rig::start(1, &[]);
+    let rig = Rig::start_of(family.into(), 1, &[]);
     let ns = rig.ns(0);
+    let (legacy, compat) = (iptables(family, "legacy"), iptables(family, "nft"));
+    let (word, elsewhere) = match family {
+        Family::V4 => ("ip", "192.0.2.0/24"),
+        Family::V6 => ("ip6", "2001:db8::/32"),
+    };
     let fast = wait_for(&rig, "established", &["nothing on this node"]);
     assert_eq!(fast["wanted"], "auto");
-    exec(
-        ns,
-        "iptables-legacy -A FORWARD -m quota --quota 1000000 -j ACCEPT",
-    );
-    wait_for(
-        &rig,
-        "off",
-        &["quota", "iptables-legacy table filter", "chain FORWARD"],
-    );
-    exec(
-        ns,
-        "iptables-legacy -R FORWARD 1 -m limit --limit 100/sec -j ACCEPT",
-    );
-    wait_for(&rig, "off", &["limit", "iptables-legacy table filter"]);
-    exec(ns, "iptables-nft -t mangle -A FORWARD -j DSCP --set-dscp 8");
-    exec(ns, "iptables-legacy -F FORWARD");
-    wait_for(&rig, "off", &["DSCP", "iptables-nft table mangle"]);
+    let quota = "-A FORWARD -m quota --quota 1000000 -j ACCEPT";
+    exec(ns, &format!("{legacy} {quota}"));
+    let table = format!("{legacy} table filter");
+    wait_for(&rig, "off", &["quota", &table, "chain FORWARD"]);
+    let limit = "-R FORWARD 1 -m limit --limit 100/sec -j ACCEPT";
+    exec(ns, &format!("{legacy} {limit}"));
+    wait_for(&rig, "off", &["limit", &table]);
+    let mark = "-t mangle -A FORWARD -j DSCP --set-dscp 8";
+    exec(ns, &format!("{compat} {mark}"));
+    exec(ns, &format!("{legacy} -F FORWARD"));
+    let table = format!("{compat} table mangle");
+    wait_for(&rig, "off", &["DSCP", &table]);
     nft(
         ns,
         "add table inet acct; add counter inet acct pods; \
          add chain inet acct f { type filter hook forward priority 0; }; \
          add rule inet acct f counter name pods",
     );
-    exec(ns, "iptables-nft -t mangle -F");
+    exec(ns, &format!("{compat} -t mangle -F"));
     wait_for(&rig, "off", &["counter", "nft table inet acct"]);
     // What only names other devices and networks is nobody's business.
     nft(
         ns,
-        "flush chain inet acct f; add rule inet acct f iifname docker0 counter name pods; \
-         add rule inet acct f ip daddr 192.0.2.0/24 counter name pods",
+        &format!(
+            "flush chain inet acct f; add rule inet acct f iifname docker0 counter name pods; \
+             add rule inet acct f {word} daddr {elsewhere} counter name pods"
+        ),
     );
     wait_for(&rig, "established", &["nothing on this node"]);
+}
+
+#[test]
+fn rules_for_every_packet_switch_auto_off() {
+    rules_for_every_packet(Family::V4);
+}
+
+#[test]
+fn rules_for_every_packet_of_ipv6_switch_auto_off() {
+    rules_for_every_packet(Family::V6);
 }
 
 #[test]
@@ -122,37 +136,51 @@ fn syn_stands_back_where_pods_are_filtered() {
     wait_for(&rig, "established", &["nf_conntrack_tcp_loose"]);
 }
 
+/// Services, and a rule that shows that theirs were read.
+fn services(family: Family, flavour: Flavour) {
+    let rig = Rig::start_of(family.into(), 1, &["--bpf-fast-path=syn"]);
+    let backend = SocketAddr::new(rig.pod(0).address(family), 8080);
+    let (address, network) = match family {
+        Family::V4 => ("10.96.0.80:80", "10.244.0.0/16"),
+        Family::V6 => ("[fd00:10:96::80]:80", "fd00:10:244::/48"),
+    };
+    let service = Service::tcp("web", address.parse().unwrap(), &[backend])
+        .with_node_port(30080, Policy::Cluster)
+        .with_affinity();
+    let host_port = HostPort {
+        transport: Transport::Tcp,
+        port: 8081,
+        backend,
+    };
+    let network: Prefix = network.parse().unwrap();
+    let services = Services::install(rig.node(0), flavour, network, &[service], &[host_port]);
+    let _services = services.unwrap();
+    // The rules are there before the one that shows that they were read.
+    nft(
+        rig.ns(0),
+        "add table inet fw; add chain inet fw f { type filter hook forward priority 0; }; \
+         add rule inet fw f tcp dport 23 drop",
+    );
+    let fast = wait_for(&rig, "established", &["nft table inet fw"]);
+    let reason = fast["reason"].as_str().unwrap_or_default();
+    assert!(!reason.contains("more)"), "{flavour:?}: {reason}");
+    nft(rig.ns(0), "delete table inet fw");
+    wait_for(&rig, "syn", &["asked for"]);
+}
+
 #[test]
 fn services_of_kube_proxy_leave_syn_possible() {
-    if !privileged() {
-        return;
+    if privileged() {
+        for flavour in Flavour::ALL {
+            services(Family::V4, flavour);
+        }
     }
-    for flavour in Flavour::ALL {
-        let rig = Rig::start(1, &["--bpf-fast-path=syn"]);
-        let backend = SocketAddrV4::new(rig.pod(0).ip, 8080);
-        let address = SocketAddrV4::new(Ipv4Addr::new(10, 96, 0, 80), 80);
-        let service = Service::tcp("web", address, &[backend])
-            .with_node_port(30080, Policy::Cluster)
-            .with_affinity();
-        let host_port = HostPort {
-            transport: Transport::Tcp,
-            port: 8081,
-            backend,
-        };
-        let network = "10.244.0.0/16".parse().unwrap();
-        let services = Services::install(rig.node(0), flavour, network, &[service], &[host_port]);
-        let _services = services.unwrap();
-        // The rules are there before the one that shows that they were read.
-        nft(
-            rig.ns(0),
-            "add table inet fw; add chain inet fw f { type filter hook forward priority 0; }; \
-             add rule inet fw f tcp dport 23 drop",
-        );
-        let fast = wait_for(&rig, "established", &["nft table inet fw"]);
-        let reason = fast["reason"].as_str().unwrap_or_default();
-        assert!(!reason.contains("more)"), "{flavour:?}: {reason}");
-        nft(rig.ns(0), "delete table inet fw");
-        wait_for(&rig, "syn", &["asked for"]);
+}
+
+#[test]
+fn services_of_ipv6_leave_syn_possible() {
+    if privileged() {
+        services(Family::V6, Flavour::Nftables);
     }
 }
 

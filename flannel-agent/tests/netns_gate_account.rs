@@ -5,7 +5,7 @@ mod rig;
 
 use anyhow::{Context as _, ensure};
 use flannel_testkit::{
-    Capture, Netns,
+    Capture, Family, Netns,
     services::{Flavour, iptables_program},
     traffic::{TcpPair, UdpEnd, Way},
     try_eventually,
@@ -83,7 +83,11 @@ impl Rule {
 }
 
 fn iptables(ns: &Netns, line: &str) -> anyhow::Result<String> {
-    ns.exec([iptables_program()].into_iter().chain(line.split(' ')))
+    ns.exec(
+        [iptables_program(Family::V4)]
+            .into_iter()
+            .chain(line.split(' ')),
+    )
 }
 
 /// A connection and datagrams, as many as are wanted, of which the server has got each.

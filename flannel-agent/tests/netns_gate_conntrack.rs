@@ -4,12 +4,14 @@ mod gate_rig;
 mod rig;
 
 use std::{
-    net::SocketAddrV4,
+    net::SocketAddr,
+    sync::atomic::{AtomicU16, Ordering},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
 use flannel_testkit::{
+    Family,
     conntrack::{self, Entry},
     services::Flavour,
     traffic::{TcpPair, TcpServer, Way},
@@ -18,7 +20,7 @@ use flannel_testkit::{
 use gate_rig::{
     DNS, Gate, Mode, Vip,
     Who::{A, A2, B},
-    cases::{Case, in_all_modes},
+    cases::{Case, in_all_modes, over_ipv6},
 };
 
 /// How long the tables may take to say what is expected.
@@ -45,6 +47,7 @@ const CASES: &[Case] = &[
 ];
 
 in_all_modes!(CASES);
+over_ipv6!(CASES);
 
 /// A RST after more than half the sequence space: connection tracking would call it old.
 #[test]
@@ -75,20 +78,20 @@ impl Gate {
     fn tracked(
         &self,
         node: usize,
-        server: SocketAddrV4,
-        client: SocketAddrV4,
+        server: SocketAddr,
+        client: SocketAddr,
     ) -> anyhow::Result<Vec<Entry>> {
-        let mut all = conntrack::list(self.rig.ns(node))?;
+        let mut all = conntrack::list_of(self.rig.ns(node), self.family())?;
         all.retain(|entry| entry.touches(server) && entry.touches(client));
         Ok(all)
     }
 
     /// Nodes 0 and 1 forget whatever ends at `server` within so many seconds. The name of the state may still be another.
-    fn gone_soon(&self, server: SocketAddrV4, seconds: u64) -> anyhow::Result<()> {
+    fn gone_soon(&self, server: SocketAddr, seconds: u64) -> anyhow::Result<()> {
         for node in [0, 1] {
             let what = format!("node {node} is about to forget {server}");
             try_eventually(SOON, &what, || {
-                let mut all = conntrack::list(self.rig.ns(node))?;
+                let mut all = conntrack::list_of(self.rig.ns(node), self.family())?;
                 all.retain(|entry| entry.touches(server) && entry.timeout > seconds);
                 ensure!(all.is_empty(), "{all:?}");
                 Ok(())
@@ -99,10 +102,15 @@ impl Gate {
 }
 
 /// The connections that every case is about: pod to pod, and through a Service; each with its server's address.
+///
+/// The latter has a port of its own, an odd one, which the kernel gives nobody (`inet_hash_connect`). The gate is made to forget before
+/// each case what is translated; connection tracking, which does not know direct ones in mode `syn`, would take one's port for its own.
 fn both(gate: &Gate, server: &TcpServer) -> anyhow::Result<Vec<TcpPair>> {
-    [server.address, Vip::Remote.address()]
-        .iter()
-        .map(|to| TcpPair::connect(gate.ns(A), *to, &[server]))
+    static NEXT: AtomicU16 = AtomicU16::new(33_001);
+    let port = NEXT.fetch_add(2, Ordering::Relaxed);
+    [(server.address, 0), (gate.vip(Vip::Remote), port)]
+        .into_iter()
+        .map(|(to, port)| TcpPair::connect_from(gate.ns(A), port, to, &[server]))
         .collect()
 }
 
@@ -115,10 +123,16 @@ fn promote_all(gate: &Gate, pairs: &mut [TcpPair]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn unharmed(pairs: &[TcpPair]) -> anyhow::Result<()> {
+fn unharmed(gate: &Gate, pairs: &[TcpPair]) -> anyhow::Result<()> {
     for pair in pairs {
         let again = pair.lost_segments()?;
-        ensure!(again == 0, "{again} segments of {} sent again", pair.local);
+        let told = || gate.ns(B).exec(["nstat", "-as"]).unwrap_or_default();
+        ensure!(
+            again == 0,
+            "{again} segments of {} sent again; the server's pod counted {}",
+            pair.local,
+            told()
+        );
     }
     Ok(())
 }
@@ -144,7 +158,7 @@ fn idle(gate: &mut Gate) -> anyhow::Result<()> {
     for pair in &mut pairs {
         pair.exchange(100).context("with new agents")?;
     }
-    unharmed(&pairs)
+    unharmed(gate, &pairs)
 }
 
 fn back_to_the_stack(gate: &mut Gate) -> anyhow::Result<()> {
@@ -173,7 +187,7 @@ fn back_to_the_stack(gate: &mut Gate) -> anyhow::Result<()> {
                     .with_context(|| format!("after {up} bytes up and {down} down"))?;
             }
             if up.max(down) < 1 << 20 {
-                unharmed(&pairs)?;
+                unharmed(gate, &pairs)?;
             }
             for pair in pairs {
                 pair.close()?;
@@ -304,7 +318,7 @@ fn closed_after_flush(gate: &mut Gate) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn forget(gate: &Gate, protocol: &str, client: SocketAddrV4) -> anyhow::Result<()> {
+fn forget(gate: &Gate, protocol: &str, client: SocketAddr) -> anyhow::Result<()> {
     for node in 0..3 {
         conntrack::delete(gate.rig.ns(node), protocol, client)?;
     }
@@ -319,7 +333,7 @@ fn tuple_reuse(gate: &mut Gate) -> anyhow::Result<()> {
         let local = direct.local;
         direct.reset()?;
         forget(gate, "tcp", local)?;
-        let to = Vip::Remote.address();
+        let to = gate.vip(Vip::Remote);
         let mut pair = TcpPair::connect_from(gate.ns(A), port, to, &[&server])
             .with_context(|| format!("port {port}"))?;
         for _ in 0..5 {
@@ -333,13 +347,13 @@ fn tuple_reuse(gate: &mut Gate) -> anyhow::Result<()> {
 fn tuple_reuse_alive(gate: &mut Gate) -> anyhow::Result<()> {
     let server = gate.serve(B);
     // In mode `syn` the gate stands back only for pairs that it has seen translated.
-    TcpPair::connect(gate.ns(A), Vip::Remote.address(), &[&server])?.close()?;
+    TcpPair::connect(gate.ns(A), gate.vip(Vip::Remote), &[&server])?.close()?;
     for port in 41_000..41_005 {
         let mut direct = TcpPair::connect_from(gate.ns(A), port, server.address, &[&server])?;
         for _ in 0..5 {
             direct.exchange(500)?;
         }
-        let to = Vip::Remote.address();
+        let to = gate.vip(Vip::Remote);
         let mut pair = TcpPair::connect_from(gate.ns(A), port, to, &[&server])
             .with_context(|| format!("port {port}"))?;
         for _ in 0..5 {
@@ -364,7 +378,7 @@ fn tuple_reuse_udp(gate: &mut Gate) -> anyhow::Result<()> {
         forget(gate, "udp", client.address)?;
         for _ in 0..5 {
             client
-                .ask(Vip::RemoteUdp.address(), &[&server], 100)
+                .ask(gate.vip(Vip::RemoteUdp), &[&server], 100)
                 .with_context(|| format!("port {port}"))?;
         }
     }
@@ -372,6 +386,10 @@ fn tuple_reuse_udp(gate: &mut Gate) -> anyhow::Result<()> {
 }
 
 fn udp_lifetime(gate: &mut Gate) -> anyhow::Result<()> {
+    // It takes its time, and the families share timeouts and leases.
+    if gate.family() == Family::V6 {
+        return Ok(());
+    }
     let timeouts = [
         ("net/netfilter/nf_conntrack_udp_timeout", "1"),
         ("net/netfilter/nf_conntrack_udp_timeout_stream", "2"),
@@ -416,7 +434,7 @@ fn udp_lifetime(gate: &mut Gate) -> anyhow::Result<()> {
 
 fn udp_services(gate: &mut Gate) -> anyhow::Result<()> {
     let server = gate.udp(B, DNS);
-    let vip = Vip::RemoteUdp.address();
+    let vip = gate.vip(Vip::RemoteUdp);
     let client = gate.udp(A, 0);
     for _ in 0..300 {
         client.ask(vip, &[&server], 64)?;
@@ -435,7 +453,8 @@ fn udp_services(gate: &mut Gate) -> anyhow::Result<()> {
 
 fn one_way_udp(gate: &mut Gate) -> anyhow::Result<()> {
     let server = gate.udp(B, DNS);
-    let client = gate.udp(A, 0);
+    // No port that connection tracking still has of a translated client, and would change: none that the kernel gives.
+    let client = gate.udp(A, 20_001);
     let before = [gate.fast(0), gate.fast(1)];
     for mark in 0..100 {
         client.send(server.address, mark, 200)?;

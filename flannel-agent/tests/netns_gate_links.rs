@@ -5,7 +5,7 @@ mod rig;
 
 use anyhow::{Context as _, ensure};
 use flannel_testkit::{
-    Capture, Direction, LabOptions, Node, Offloads, Pod,
+    Capture, Direction, Family, LabOptions, Node, Offloads, Pod,
     services::{Flavour, iptables_program},
     set_socket_option,
     traffic::{self, Amount, TcpPair, TcpServer, UdpEnd},
@@ -24,8 +24,8 @@ fn usual(gate: &Gate) -> anyhow::Result<()> {
     for target in [
         server.address,
         near.address,
-        Vip::Remote.address(),
-        Vip::Local.address(),
+        gate.vip(Vip::Remote),
+        gate.vip(Vip::Local),
     ] {
         let mut pair = TcpPair::connect(gate.ns(A), target, &[&server, &near])?;
         for bytes in [1, 1000, 60_000, 2 << 20, 1] {
@@ -37,7 +37,7 @@ fn usual(gate: &Gate) -> anyhow::Result<()> {
     let client = gate.udp(A, 0);
     for bytes in [1, 1000, 1372, 1373, 1422, 1423, 5000] {
         client.ask(names.address, &[&names], bytes)?;
-        client.ask(Vip::RemoteUdp.address(), &[&names], bytes)?;
+        client.ask(gate.vip(Vip::RemoteUdp), &[&names], bytes)?;
     }
     drop((server, near));
     traffic::tcp_transfer(gate.ns(B), gate.ip(B), gate.ns(A), Amount::Bytes(20 << 20))?;
@@ -223,7 +223,7 @@ fn forwards(gate: &Gate) -> anyhow::Result<()> {
     router.ip("link set inner up")?;
     nested.ip("addr add 172.30.0.2/24 dev eth0")?;
     // An address of the pods' own network, which the pod answers for.
-    let routed = gate.rig.node(1).subnet.host(77);
+    let routed = gate.subnet(1).host(77);
     nested.ip(&format!("addr add {routed}/32 dev eth0"))?;
     nested.ip("link set eth0 up")?;
     nested.ip("route add default via 172.30.0.1")?;
@@ -235,7 +235,11 @@ fn forwards(gate: &Gate) -> anyhow::Result<()> {
     for protocol in ["tcp", "udp"] {
         let line = format!("-t nat -A PREROUTING -i eth0 -p {protocol} -j DNAT --to 172.30.0.2");
         let line = line.replace("-j", &format!("-d {} -j", gate.ip(B)));
-        router.exec([iptables_program()].into_iter().chain(line.split(' ')))?;
+        router.exec(
+            [iptables_program(Family::V4)]
+                .into_iter()
+                .chain(line.split(' ')),
+        )?;
     }
     let seen = Capture::start_directed(&nested, "eth0", "greater 1465", Direction::In)?;
     let inside = "172.30.0.2".parse()?;
@@ -245,7 +249,7 @@ fn forwards(gate: &Gate) -> anyhow::Result<()> {
         let server = TcpServer::listen(&nested, behind, 8081)?;
         let names = UdpEnd::bind(&nested, behind, DNS)?;
         let to = if translated { gate.ip(B) } else { routed };
-        let target = std::net::SocketAddrV4::new(to, 8081);
+        let target = std::net::SocketAddr::new(to, 8081);
         let mut pair = TcpPair::connect(gate.ns(from), target, &[&server]).with_context(what)?;
         let fast = || gate.fast(0).encap + gate.fast(1).local;
         let before = fast();
@@ -264,7 +268,7 @@ fn forwards(gate: &Gate) -> anyhow::Result<()> {
         ensure!(again < 1_500, "{}: {again} segments sent again", what());
         pair.close()?;
         let client = gate.udp(from, 0);
-        let target = std::net::SocketAddrV4::new(to, DNS);
+        let target = std::net::SocketAddr::new(to, DNS);
         for bytes in [1, 100, 1422, 5000] {
             client.ask(target, &[&names], bytes).with_context(what)?;
         }

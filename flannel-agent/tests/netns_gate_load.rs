@@ -3,7 +3,7 @@
 mod gate_rig;
 mod rig;
 
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 
 use anyhow::{Context as _, ensure};
 use flannel_testkit::{
@@ -71,7 +71,7 @@ fn hundred_thousand(mode: Mode, flavour: Flavour) {
     let gate = Gate::with([mode; 3], flavour, extra);
     gate.clear_nattuples();
     let server = gate.serve(B);
-    let mut idle: Vec<TcpPair> = [server.address, Vip::Remote.address()]
+    let mut idle: Vec<TcpPair> = [server.address, gate.vip(Vip::Remote)]
         .iter()
         .map(|to| gate.connect_to(A, *to, &[&server]))
         .collect();
@@ -100,7 +100,7 @@ fn hundred_thousand(mode: Mode, flavour: Flavour) {
     gate.assert_no_invalid("at the end");
 }
 
-fn idle_goes_on(mut pair: TcpPair, server: SocketAddrV4) -> anyhow::Result<()> {
+fn idle_goes_on(mut pair: TcpPair, server: SocketAddr) -> anyhow::Result<()> {
     pair.exchange(60_000)
         .with_context(|| format!("a silent connection to {server}"))?;
     let again = pair.lost_segments()?;

@@ -4,7 +4,7 @@ mod gate_rig;
 mod rig;
 
 use std::{
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -13,14 +13,14 @@ use std::{
 };
 
 use flannel_testkit::{
-    Netns, Pod, RawSocket, eventually,
+    Family, Netns, Pod, RawSocket, eventually,
     json::link,
-    packet::{Inner, L4},
+    packet::{Csum, L4, inner_frame},
     services::Flavour,
     traffic::{TcpPair, TcpServer, UdpEnd},
 };
 use gate_rig::{
-    BACKEND, DNS, Gate, LEASE, Mode,
+    BACKEND, DNS, Extra, Gate, LEASE, Mode,
     Who::{A, A2, B},
 };
 use rig::PATIENCE;
@@ -28,12 +28,20 @@ use rig::PATIENCE;
 /// How long a datagram may take that is asked for again and again.
 const SOON: Duration = Duration::from_millis(100);
 
+fn start(mode: Mode, flavour: Flavour, family: Family) -> Gate {
+    let extra = Extra {
+        family,
+        ..Extra::default()
+    };
+    Gate::with([mode; 3], flavour, extra)
+}
+
 /// A pod is replaced by another with its address while nobody tells the gate.
-fn address_reused_unnoticed(mode: Mode, flavour: Flavour) {
+fn address_reused_unnoticed(mode: Mode, flavour: Flavour, family: Family) {
     if !flannel_testkit::privileged() {
         return;
     }
-    let mut gate = Gate::start(mode, flavour);
+    let mut gate = start(mode, flavour, family);
     gate.clear_nattuples();
     let server = gate.serve(B);
     let names = gate.udp(B, DNS);
@@ -50,7 +58,7 @@ fn address_reused_unnoticed(mode: Mode, flavour: Flavour) {
     pair.abandon().unwrap();
 
     let node = gate.rig.node(1);
-    let pod = node.add_pod(node.subnet, 2, 1450).unwrap();
+    let pod = node.add_pod(gate.subnet(1), 2, gate.pod_mtu()).unwrap();
     pod.set_hairpin(true).unwrap();
     gate.replace(B, pod);
     let server = gate.serve(B);
@@ -79,12 +87,17 @@ fn address_reused_unnoticed(mode: Mode, flavour: Flavour) {
 
 #[test]
 fn an_address_is_reused_unnoticed_in_established() {
-    address_reused_unnoticed(Mode::Established, Flavour::Iptables);
+    address_reused_unnoticed(Mode::Established, Flavour::Iptables, Family::V4);
 }
 
 #[test]
 fn an_address_is_reused_unnoticed_in_syn() {
-    address_reused_unnoticed(Mode::Syn, Flavour::Nftables);
+    address_reused_unnoticed(Mode::Syn, Flavour::Nftables, Family::V4);
+}
+
+#[test]
+fn an_address_of_ipv6_is_reused_unnoticed() {
+    address_reused_unnoticed(Mode::Syn, Flavour::Iptables, Family::V6);
 }
 
 /// Sends to some addresses from sockets that stay, whether or not somebody is there.
@@ -94,7 +107,7 @@ struct Knocking {
 }
 
 impl Knocking {
-    fn start(from: &Netns, ip: Ipv4Addr, to: Vec<SocketAddrV4>) -> Knocking {
+    fn start(from: &Netns, ip: IpAddr, to: Vec<SocketAddr>) -> Knocking {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let end = UdpEnd::bind(from, ip, 46_000).unwrap();
@@ -124,8 +137,19 @@ impl Knocking {
     }
 }
 
+/// Packets of IPv6 that reached a namespace and were not for it.
+fn strays_v6(ns: &Netns) -> u64 {
+    let text = ns.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp6").unwrap());
+    let mut lines = text.lines();
+    let value = lines.find_map(|line| line.strip_prefix("Ip6InAddrErrors"));
+    value.unwrap().trim().parse().unwrap()
+}
+
 /// Packets that reached a namespace and were not for it.
-fn strays(ns: &Netns) -> u64 {
+fn strays(ns: &Netns, family: Family) -> u64 {
+    if family == Family::V6 {
+        return strays_v6(ns);
+    }
     let text = ns.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap());
     let mut lines = text.lines().filter(|line| line.starts_with("Ip:"));
     let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
@@ -134,16 +158,15 @@ fn strays(ns: &Netns) -> u64 {
     value.parse().unwrap()
 }
 
-fn churn(mode: Mode, flavour: Flavour, pods: u32) {
+fn churn(mode: Mode, flavour: Flavour, family: Family, pods: u32) {
     if !flannel_testkit::privileged() {
         return;
     }
-    let gate = Gate::start(mode, flavour);
+    let gate = start(mode, flavour, family);
     let node = gate.rig.node(1);
-    let ip = |turn: u32| node.subnet.host(10 + turn % 4);
-    let everyone = (0..4)
-        .map(|turn| SocketAddrV4::new(ip(turn), DNS))
-        .collect();
+    let subnet = gate.subnet(1);
+    let ip = |turn: u32| subnet.host(10 + turn % 4);
+    let everyone = (0..4).map(|turn| SocketAddr::new(ip(turn), DNS)).collect();
     let knocking = Knocking::start(gate.ns(A), gate.ip(A), everyone);
     let client = gate.udp(A, 46_001);
     let mut live: Vec<Pod> = Vec::new();
@@ -151,12 +174,18 @@ fn churn(mode: Mode, flavour: Flavour, pods: u32) {
     for turn in 0..pods {
         if live.len() == 4 {
             let old = live.remove(0);
-            assert_eq!(strays(&old.ns), 0, "packets for others at {}", old.name);
+            assert_eq!(
+                strays(&old.ns, family),
+                0,
+                "packets for others at {}",
+                old.name
+            );
             old.remove().unwrap();
         }
-        let pod = node.add_pod(node.subnet, 10 + turn % 4, 1450).unwrap();
-        let server = TcpServer::listen(&pod.ns, pod.ip, BACKEND).unwrap();
-        let names = UdpEnd::bind(&pod.ns, pod.ip, DNS + 1).unwrap();
+        let pod = node.add_pod(subnet, 10 + turn % 4, gate.pod_mtu()).unwrap();
+        let address = pod.address(family);
+        let server = TcpServer::listen(&pod.ns, address, BACKEND).unwrap();
+        let names = UdpEnd::bind(&pod.ns, address, DNS + 1).unwrap();
         // The same tuple for every owner of the address.
         let port = 47_000 + u16::try_from(turn % 4).unwrap();
         let mut pair = TcpPair::connect_from(gate.ns(A), port, server.address, &[&server])
@@ -174,13 +203,18 @@ fn churn(mode: Mode, flavour: Flavour, pods: u32) {
         live.push(pod);
     }
     for pod in &live {
-        assert_eq!(strays(&pod.ns), 0, "packets for others at {}", pod.name);
+        assert_eq!(
+            strays(&pod.ns, family),
+            0,
+            "packets for others at {}",
+            pod.name
+        );
     }
     let now = gate.fast(0);
     assert!(now.encap > before.encap, "{before:?}, then {now:?}");
     assert!(knocking.stop() > u64::from(pods));
     for pod in live {
-        let ip = pod.ip;
+        let ip = pod.address(family);
         pod.remove().unwrap();
         eventually(PATIENCE, "the gate forgets the pod", || {
             let known = gate.known_pods(1);
@@ -196,12 +230,17 @@ fn churn(mode: Mode, flavour: Flavour, pods: u32) {
 
 #[test]
 fn two_hundred_pods_share_four_addresses() {
-    churn(Mode::Established, Flavour::Nftables, 200);
+    churn(Mode::Established, Flavour::Nftables, Family::V4, 200);
 }
 
 #[test]
 fn pods_share_addresses_in_syn() {
-    churn(Mode::Syn, Flavour::Iptables, 60);
+    churn(Mode::Syn, Flavour::Iptables, Family::V4, 60);
+}
+
+#[test]
+fn pods_share_addresses_of_ipv6() {
+    churn(Mode::Established, Flavour::Iptables, Family::V6, 30);
 }
 
 /// The stack may carry what a pod sends in another's name; the fast path must not.
@@ -210,8 +249,12 @@ fn a_pod_that_spoofs_is_not_carried() {
     if !flannel_testkit::privileged() {
         return;
     }
-    for mode in [Mode::Established, Mode::Syn] {
-        let gate = Gate::start(mode, Flavour::Iptables);
+    for (mode, family) in [
+        (Mode::Established, Family::V4),
+        (Mode::Syn, Family::V4),
+        (Mode::Established, Family::V6),
+    ] {
+        let gate = start(mode, Flavour::Iptables, family);
         let names = gate.udp(B, DNS);
         let near = gate.udp(A2, DNS);
         let client = gate.udp(A, 48_000);
@@ -223,12 +266,14 @@ fn a_pod_that_spoofs_is_not_carried() {
         let gateway = mac(text.as_str().unwrap());
         let liar = gate.pod(A2);
         let socket = RawSocket::open(&liar.ns, "eth0").unwrap();
-        let frame = |src: Ipv4Addr, dst: SocketAddrV4, to: [u8; 6]| {
-            let mut frame = Inner::udp(src, *dst.ip(), dst.port(), &[0; 100]);
-            if let L4::Udp { src_port, .. } = &mut frame.l4 {
-                *src_port = 48_000;
-            }
-            frame.with_macs(liar.mac, to).bytes()
+        let frame = |src: IpAddr, dst: SocketAddr, to: [u8; 6]| {
+            let l4 = L4::Udp {
+                src_port: 48_000,
+                dst_port: dst.port(),
+                csum: Csum::Right,
+                data: vec![0; 100],
+            };
+            inner_frame([src, dst.ip()], [liar.mac, to], l4)
         };
         let before = gate.fast(0);
         for _ in 0..50 {

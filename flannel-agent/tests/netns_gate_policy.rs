@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use flannel_common::flow::mode;
 use flannel_testkit::{
-    Netns,
+    Family, Netns,
     queue::QueueAgent,
     services::{Flavour, iptables_program},
     traffic::{self, Amount, TcpPair, TcpServer, UdpEnd, Way},
     try_eventually,
 };
 use gate_rig::{
-    DNS, Gate, LEASE, Mode, Vip,
+    DNS, Extra, Gate, LEASE, Mode, Vip,
     Who::{A, A2, B},
-    cases::{Case, in_all_modes},
+    cases::{Case, in_all_modes, run_over_ipv6, run_with},
 };
 
 /// How long a packet may take before it counts as dropped.
@@ -35,6 +35,42 @@ const CASES: &[Case] = &[
 
 in_all_modes!(CASES);
 
+#[test]
+fn established_with_nftables_over_ipv6() {
+    let cases = [CASES[0], CASES[2], CASES[3]];
+    run_over_ipv6(Mode::Established, Flavour::Nftables, &cases);
+}
+
+/// Peers that are routed to instead of tunnelled: what the stack sends to them is witnessed on the uplink, whose programs look at all of
+/// the host's traffic.
+fn routed_to(mode: Mode, flavour: Flavour, family: Family, backend: &str) {
+    let extra = Extra {
+        family,
+        routed_by: Some(backend),
+        ..Extra::default()
+    };
+    // By a rule that is noticed, and over IPv6 by one that is not.
+    let cases = if (mode, family) == (Mode::Established, Family::V6) {
+        &CASES[..2]
+    } else {
+        &CASES[..1]
+    };
+    run_with(mode, flavour, extra, cases);
+}
+
+#[test]
+fn peers_on_the_link() {
+    let backend = r#"{"Type":"vxlan","DirectRouting":true}"#;
+    routed_to(Mode::Established, Flavour::Iptables, Family::V4, backend);
+    routed_to(Mode::Syn, Flavour::Iptables, Family::V6, backend);
+}
+
+#[test]
+fn peers_of_host_gw() {
+    let backend = r#"{"Type":"host-gw"}"#;
+    routed_to(Mode::Established, Flavour::Nftables, Family::V6, backend);
+}
+
 /// Without the gate nothing that others put in the way has any effect: the tests see it.
 #[test]
 fn without_the_gate_a_drop_rule_does_nothing() {
@@ -50,7 +86,7 @@ fn without_the_gate_a_drop_rule_does_nothing() {
             gate.force_mode(node, mode::UNGATED);
         }
         let mut running = Running::start(&gate, &server, &udp).unwrap();
-        let rule = Dropping::put(gate.rig.ns(1), flavour, gate.ip(B)).unwrap();
+        let rule = Dropping::put(&gate, 1).unwrap();
         let new = blocked(&gate, &server, &udp);
         assert!(new.is_err(), "{flavour:?}: new connections are blocked");
         let old = running.stops(Duration::from_secs(1));
@@ -60,36 +96,46 @@ fn without_the_gate_a_drop_rule_does_nothing() {
 }
 
 /// A rule of somebody else's.
-struct Dropping<'a> {
-    ns: &'a Netns,
+struct Dropping {
+    ns: Netns,
     flavour: Flavour,
+    family: Family,
 }
 
-impl<'a> Dropping<'a> {
-    /// Drops everything that is forwarded to `ip`.
-    fn put(
-        ns: &'a Netns,
-        flavour: Flavour,
-        ip: std::net::Ipv4Addr,
-    ) -> anyhow::Result<Dropping<'a>> {
-        match flavour {
+impl Dropping {
+    /// Drops everything that a node forwards to `B`.
+    fn put(gate: &Gate, node: usize) -> anyhow::Result<Dropping> {
+        let (ns, family) = (gate.rig.ns(node).clone(), gate.family());
+        let ip = gate.ip(B).to_string();
+        match gate.flavour {
             Flavour::Iptables => {
-                let ip = ip.to_string();
-                ns.exec([iptables_program(), "-I", "FORWARD", "-d", &ip, "-j", "DROP"])?;
+                let program = iptables_program(family);
+                ns.exec([program, "-I", "FORWARD", "-d", &ip, "-j", "DROP"])?;
             }
             Flavour::Nftables => {
+                let word = match family {
+                    Family::V4 => "ip",
+                    Family::V6 => "ip6",
+                };
                 let rule = format!(
-                    "table inet stranger {{ chain forward {{ type filter hook forward priority -10; ip daddr {ip} counter drop; }}; }}"
+                    "table inet stranger {{ chain forward {{ type filter hook forward priority -10; {word} daddr {ip} counter drop; }}; }}"
                 );
                 ns.exec(["nft", &rule])?;
             }
         }
-        Ok(Dropping { ns, flavour })
+        Ok(Dropping {
+            ns,
+            flavour: gate.flavour,
+            family,
+        })
     }
 
     fn remove(self) -> anyhow::Result<()> {
         match self.flavour {
-            Flavour::Iptables => self.ns.exec([iptables_program(), "-D", "FORWARD", "1"])?,
+            Flavour::Iptables => {
+                self.ns
+                    .exec([iptables_program(self.family), "-D", "FORWARD", "1"])?
+            }
             Flavour::Nftables => self.ns.exec(["nft", "delete table inet stranger"])?,
         };
         Ok(())
@@ -180,7 +226,7 @@ fn drop_rule(gate: &mut Gate) -> anyhow::Result<()> {
     };
     for node in nodes.iter().copied() {
         let mut running = Running::start(gate, &server, &udp)?;
-        let rule = Dropping::put(gate.rig.ns(node), gate.flavour, gate.ip(B))?;
+        let rule = Dropping::put(gate, node)?;
         let start = Instant::now();
         if gate.modes[node] == Mode::Syn {
             // It admits without asking anybody, until the agent sees that somebody wants to be asked.
@@ -213,7 +259,7 @@ fn drop_rule_unnoticed(gate: &mut Gate) -> anyhow::Result<()> {
     gate.set_lease(lease);
     for node in [0, 1] {
         let mut running = Running::start(gate, &server, &udp)?;
-        let rule = Dropping::put(gate.rig.ns(node), gate.flavour, gate.ip(B))?;
+        let rule = Dropping::put(gate, node)?;
         blocked(gate, &server, &udp).context("at once")?;
         running
             .stops(lease + ARRIVES * 2)
@@ -237,14 +283,13 @@ fn queue_agent(gate: &mut Gate) -> anyhow::Result<()> {
     // nftables without this statement is common among kernels: the rule is made by iptables in either case.
     let rule = ["FORWARD", "-d", &ip, "-j", "NFQUEUE", "--queue-num", "7"];
     let agent = QueueAgent::start(gate.rig.ns(1), 7)?;
-    gate.rig
-        .ns(1)
-        .exec([iptables_program(), "-I"].iter().chain(&rule))?;
+    let program = iptables_program(gate.family());
+    gate.rig.ns(1).exec([program, "-I"].iter().chain(&rule))?;
     let mut pair = TcpPair::connect(gate.ns(A), server.address, &[&server])?;
     for _ in 0..5 {
         pair.exchange(100)?;
     }
-    let mut through = TcpPair::connect(gate.ns(A), Vip::Remote.address(), &[&server])?;
+    let mut through = TcpPair::connect(gate.ns(A), gate.vip(Vip::Remote), &[&server])?;
     through.exchange(100)?;
     let client = gate.udp(A, 0);
     for _ in 0..5 {
@@ -270,9 +315,7 @@ fn queue_agent(gate: &mut Gate) -> anyhow::Result<()> {
     }
     let left = (NOTICED.max(LEASE) + ARRIVES * 2).saturating_sub(start.elapsed());
     running.stops(left)?;
-    gate.rig
-        .ns(1)
-        .exec([iptables_program(), "-D"].iter().chain(&rule))?;
+    gate.rig.ns(1).exec([program, "-D"].iter().chain(&rule))?;
     running.goes_on(gate, &server)?;
     try_eventually(Duration::from_secs(10), "the Service's goes on", || {
         for way in [Way::Up, Way::Down] {
@@ -289,7 +332,7 @@ fn foreign_programs(gate: &mut Gate) -> anyhow::Result<()> {
     let places = [
         (0, gate.pod(A).host_if.clone()),
         (1, gate.pod(B).host_if.clone()),
-        (1, rig::DEVICE.to_owned()),
+        (1, gate.rig.device()),
     ];
     for (node, device) in &places {
         let ns = gate.rig.ns(*node);
@@ -305,7 +348,7 @@ fn foreign_programs(gate: &mut Gate) -> anyhow::Result<()> {
     let server = gate.serve(B);
     let near = gate.serve(A2);
     let udp = gate.udp(B, DNS);
-    for target in [server.address, near.address, Vip::Remote.address()] {
+    for target in [server.address, near.address, gate.vip(Vip::Remote)] {
         let mut pair = TcpPair::connect(gate.ns(A), target, &[&server, &near])?;
         for bytes in [1, 1000, 60_000, 1] {
             pair.exchange(bytes)?;
@@ -315,7 +358,7 @@ fn foreign_programs(gate: &mut Gate) -> anyhow::Result<()> {
     let client = gate.udp(A, 0);
     for _ in 0..20 {
         client.ask(udp.address, &[&udp], 100)?;
-        client.ask(Vip::RemoteUdp.address(), &[&udp], 100)?;
+        client.ask(gate.vip(Vip::RemoteUdp), &[&udp], 100)?;
     }
     for (node, device) in &places {
         let ns = gate.rig.ns(*node);

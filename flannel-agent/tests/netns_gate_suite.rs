@@ -4,11 +4,14 @@
 mod gate_rig;
 mod rig;
 
-use std::{net::SocketAddrV4, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use flannel_common::flow::mode;
 use flannel_testkit::{
-    Netns, privileged,
+    Family, Netns, privileged,
     services::Flavour,
     traffic::{self, TcpPair, TcpServer, UdpEnd},
 };
@@ -56,7 +59,7 @@ impl<'a> Suite<'a> {
     }
 
     /// Connects, talks for a while and closes. Gives who answered, and the client's address as the server saw it.
-    fn talk(&self, from: &Netns, to: SocketAddrV4) -> anyhow::Result<(Who, SocketAddrV4)> {
+    fn talk(&self, from: &Netns, to: SocketAddr) -> anyhow::Result<(Who, SocketAddr)> {
         let mut pair = TcpPair::connect(from, to, &self.all())?;
         converse(&mut pair)?;
         let seen = (self.servers[pair.by].0, pair.seen);
@@ -65,7 +68,7 @@ impl<'a> Suite<'a> {
     }
 
     /// Like [`Suite::talk`], answered by `by`.
-    fn reach(&self, from: &Netns, to: SocketAddrV4, by: Who) -> anyhow::Result<SocketAddrV4> {
+    fn reach(&self, from: &Netns, to: SocketAddr, by: Who) -> anyhow::Result<SocketAddr> {
         let (who, seen) = self.talk(from, to)?;
         anyhow::ensure!(who == by, "{to} was answered by {who:?} instead of {by:?}");
         Ok(seen)
@@ -99,14 +102,14 @@ const CASES: &[(&str, Case)] = &[
         let gate = suite.gate;
         for to in [B, C] {
             let seen = suite.reach(gate.ns(A), suite.server(to).address, to)?;
-            same(*seen.ip(), gate.ip(A))?;
+            same(seen.ip(), gate.ip(A))?;
         }
         Ok(())
     }),
     ("pods of one node, TCP", |suite| {
         let gate = suite.gate;
         let seen = suite.reach(gate.ns(A), suite.server(A2).address, A2)?;
-        same(*seen.ip(), gate.ip(A))?;
+        same(seen.ip(), gate.ip(A))?;
         suite.reach(gate.ns(A2), suite.server(A).address, A)?;
         Ok(())
     }),
@@ -158,8 +161,13 @@ const CASES: &[(&str, Case)] = &[
     ("pod to its own node and to others", |suite| {
         let gate = suite.gate;
         for node in 0..3 {
-            let subnet = gate.rig.node(node).subnet;
-            for ip in [gate.rig.node(node).ip, subnet.host(0), subnet.gateway()] {
+            let subnet = gate.subnet(node);
+            let mut addresses = vec![gate.node_ip(node), subnet.gateway()];
+            // Of IPv6 it is any router's of the pods' link too, and those answer by another address (RFC 4443, 2.2).
+            if gate.family() == Family::V4 {
+                addresses.push(subnet.host(0));
+            }
+            for ip in addresses {
                 traffic::ping_once(gate.ns(A), ip, ECHO)?;
                 let server = TcpServer::listen(gate.rig.ns(node), ip, 0)?;
                 let mut pair = TcpPair::connect(gate.ns(A), server.address, &[&server])?;
@@ -175,11 +183,11 @@ const CASES: &[(&str, Case)] = &[
     ),
     (
         "pod to a remote node's bridge address, translated there",
-        |suite| mapped_port(suite, suite.gate.rig.node(1).subnet.gateway()),
+        |suite| mapped_port(suite, suite.gate.subnet(1).gateway()),
     ),
     ("host port from outside", |suite| {
         let gate = suite.gate;
-        let to = SocketAddrV4::new(gate.rig.node(1).ip, HOST_PORT);
+        let to = SocketAddr::new(gate.node_ip(1), HOST_PORT);
         for from in [&gate.outside, gate.ns(A), gate.ns(B2), gate.rig.ns(2)] {
             let mut pair = TcpPair::connect(from, to, &[&suite.mapped])?;
             converse(&mut pair)?;
@@ -188,22 +196,22 @@ const CASES: &[(&str, Case)] = &[
         Ok(())
     }),
     ("cluster IP of a remote backend", |suite| {
-        let seen = suite.reach(suite.gate.ns(A), Vip::Remote.address(), B)?;
-        same(*seen.ip(), suite.gate.ip(A))
+        let seen = suite.reach(suite.gate.ns(A), suite.gate.vip(Vip::Remote), B)?;
+        same(seen.ip(), suite.gate.ip(A))
     }),
     ("cluster IP of a backend on the same node", |suite| {
-        let seen = suite.reach(suite.gate.ns(A), Vip::Local.address(), A2)?;
-        same(*seen.ip(), suite.gate.ip(A))
+        let seen = suite.reach(suite.gate.ns(A), suite.gate.vip(Vip::Local), A2)?;
+        same(seen.ip(), suite.gate.ip(A))
     }),
     ("cluster IP of the client itself", |suite| {
-        let seen = suite.reach(suite.gate.ns(A), Vip::Own.address(), A)?;
-        anyhow::ensure!(*seen.ip() != suite.gate.ip(A), "not masqueraded");
+        let seen = suite.reach(suite.gate.ns(A), suite.gate.vip(Vip::Own), A)?;
+        anyhow::ensure!(seen.ip() != suite.gate.ip(A), "not masqueraded");
         Ok(())
     }),
     ("cluster IP of any backend, 30 times", |suite| {
         let mut answered = Vec::new();
         for _ in 0..30 {
-            answered.push(suite.talk(suite.gate.ns(A), Vip::Random.address())?.0);
+            answered.push(suite.talk(suite.gate.ns(A), suite.gate.vip(Vip::Random))?.0);
         }
         for who in [A2, B, C] {
             anyhow::ensure!(answered.contains(&who), "{who:?} is not among {answered:?}");
@@ -212,7 +220,7 @@ const CASES: &[(&str, Case)] = &[
     }),
     ("node to cluster IP", |suite| {
         for node in 0..3 {
-            suite.reach(suite.gate.rig.ns(node), Vip::Remote.address(), B)?;
+            suite.reach(suite.gate.rig.ns(node), suite.gate.vip(Vip::Remote), B)?;
         }
         Ok(())
     }),
@@ -227,31 +235,31 @@ const CASES: &[(&str, Case)] = &[
     }),
     ("node port from a pod through a third node", |suite| {
         suite.reach(suite.gate.ns(A), node_port(suite, 2), B)?;
-        let to = SocketAddrV4::new(suite.gate.tunnel_ip(2), NODE_PORT);
+        let to = SocketAddr::new(suite.gate.tunnel_ip(2), NODE_PORT);
         suite.reach(suite.gate.ns(A), to, B)?;
         Ok(())
     }),
     ("local node port from outside", |suite| {
-        let to = SocketAddrV4::new(suite.gate.rig.node(1).ip, LOCAL_NODE_PORT);
+        let to = SocketAddr::new(suite.gate.node_ip(1), LOCAL_NODE_PORT);
         let seen = suite.reach(&suite.gate.outside, to, B)?;
-        same(*seen.ip(), [192, 168, 77, 200].into())
+        same(seen.ip(), suite.gate.outside_ip())
     }),
     (
         "local node port from a pod, whose address is kept",
         |suite| {
-            let to = SocketAddrV4::new(suite.gate.tunnel_ip(1), LOCAL_NODE_PORT);
+            let to = SocketAddr::new(suite.gate.tunnel_ip(1), LOCAL_NODE_PORT);
             for _ in 0..21 {
                 let seen = suite.reach(suite.gate.ns(A), to, B)?;
-                same(*seen.ip(), suite.gate.ip(A))?;
+                same(seen.ip(), suite.gate.ip(A))?;
             }
             Ok(())
         },
     ),
     ("session affinity", |suite| {
         for from in [A, B2] {
-            let (first, _) = suite.talk(suite.gate.ns(from), Vip::Sticky.address())?;
+            let (first, _) = suite.talk(suite.gate.ns(from), suite.gate.vip(Vip::Sticky))?;
             for _ in 0..8 {
-                suite.reach(suite.gate.ns(from), Vip::Sticky.address(), first)?;
+                suite.reach(suite.gate.ns(from), suite.gate.vip(Vip::Sticky), first)?;
             }
         }
         Ok(())
@@ -260,8 +268,8 @@ const CASES: &[(&str, Case)] = &[
         let servers: Vec<&UdpEnd> = suite.names.iter().map(|(_, end)| end).collect();
         for _ in 0..40 {
             let client = suite.gate.udp(A, 0);
-            client.ask(Vip::Dns.address(), &servers, 60)?;
-            client.ask(Vip::Dns.address(), &servers, 400)?;
+            client.ask(suite.gate.vip(Vip::Dns), &servers, 60)?;
+            client.ask(suite.gate.vip(Vip::Dns), &servers, 400)?;
         }
         Ok(())
     }),
@@ -281,22 +289,22 @@ const CASES: &[(&str, Case)] = &[
     }),
 ];
 
-fn mapped_port(suite: &Suite<'_>, ip: std::net::Ipv4Addr) -> anyhow::Result<()> {
-    let to = SocketAddrV4::new(ip, HOST_PORT);
+fn mapped_port(suite: &Suite<'_>, ip: IpAddr) -> anyhow::Result<()> {
+    let to = SocketAddr::new(ip, HOST_PORT);
     for _ in 0..3 {
         let mut pair = TcpPair::connect(suite.gate.ns(A), to, &[&suite.mapped])?;
         converse(&mut pair)?;
-        same(*pair.seen.ip(), suite.gate.ip(A))?;
+        same(pair.seen.ip(), suite.gate.ip(A))?;
         pair.close()?;
     }
     Ok(())
 }
 
-fn node_port(suite: &Suite<'_>, node: usize) -> SocketAddrV4 {
-    SocketAddrV4::new(suite.gate.rig.node(node).ip, NODE_PORT)
+fn node_port(suite: &Suite<'_>, node: usize) -> SocketAddr {
+    SocketAddr::new(suite.gate.node_ip(node), NODE_PORT)
 }
 
-fn same(have: std::net::Ipv4Addr, want: std::net::Ipv4Addr) -> anyhow::Result<()> {
+fn same(have: IpAddr, want: IpAddr) -> anyhow::Result<()> {
     anyhow::ensure!(have == want, "seen as {have} instead of {want}");
     Ok(())
 }
@@ -317,11 +325,15 @@ fn holds(gate: &Gate) {
     }
 }
 
-fn suite(mode: Mode, flavour: Flavour) {
+fn suite(mode: Mode, flavour: Flavour, family: Family) {
     if !privileged() {
         return;
     }
-    let gate = Gate::start(mode, flavour);
+    let extra = Extra {
+        family,
+        ..Extra::default()
+    };
+    let gate = Gate::with([mode; 3], flavour, extra);
     gate.clear_nattuples();
     holds(&gate);
     for node in 0..3 {
@@ -344,32 +356,37 @@ fn suite(mode: Mode, flavour: Flavour) {
 
 #[test]
 fn off_with_iptables() {
-    suite(Mode::Off, Flavour::Iptables);
+    suite(Mode::Off, Flavour::Iptables, Family::V4);
 }
 
 #[test]
 fn off_with_nftables() {
-    suite(Mode::Off, Flavour::Nftables);
+    suite(Mode::Off, Flavour::Nftables, Family::V4);
 }
 
 #[test]
 fn established_with_iptables() {
-    suite(Mode::Established, Flavour::Iptables);
+    suite(Mode::Established, Flavour::Iptables, Family::V4);
 }
 
 #[test]
 fn established_with_nftables() {
-    suite(Mode::Established, Flavour::Nftables);
+    suite(Mode::Established, Flavour::Nftables, Family::V4);
 }
 
 #[test]
 fn syn_with_iptables() {
-    suite(Mode::Syn, Flavour::Iptables);
+    suite(Mode::Syn, Flavour::Iptables, Family::V4);
 }
 
 #[test]
 fn syn_with_nftables() {
-    suite(Mode::Syn, Flavour::Nftables);
+    suite(Mode::Syn, Flavour::Nftables, Family::V4);
+}
+
+#[test]
+fn syn_with_iptables_over_ipv6() {
+    suite(Mode::Syn, Flavour::Iptables, Family::V6);
 }
 
 fn mixed(modes: [Mode; 3], flavour: Flavour) {
@@ -392,25 +409,31 @@ fn nodes_in_different_modes() {
 
 /// With flannel's own masquerade rules, as most clusters have them. Forwarded node ports that lead to another node's pod then have the
 /// address of the node's tunnel device, whoever masquerades.
-#[test]
-fn nodes_that_masquerade() {
+fn masquerading(mode: Mode, flavour: Flavour, family: Family) {
     if !privileged() {
         return;
     }
-    for (mode, flavour) in [
-        (Mode::Off, Flavour::Iptables),
-        (Mode::Auto, Flavour::Iptables),
-        (Mode::Auto, Flavour::Nftables),
-    ] {
-        let extra = Extra {
-            flags: &["--ip-masq"],
-            ..Extra::default()
-        };
-        let gate = Gate::with([mode; 3], flavour, extra);
-        holds(&gate);
-        let fast = gate.fast(0);
-        assert_eq!(fast.all() > 20, mode == Mode::Auto, "{fast:?}");
-    }
+    let extra = Extra {
+        flags: &["--ip-masq"],
+        family,
+        ..Extra::default()
+    };
+    let gate = Gate::with([mode; 3], flavour, extra);
+    holds(&gate);
+    let fast = gate.fast(0);
+    assert_eq!(fast.all() > 20, mode == Mode::Auto, "{fast:?}");
+}
+
+#[test]
+fn nodes_that_masquerade() {
+    masquerading(Mode::Off, Flavour::Iptables, Family::V4);
+    masquerading(Mode::Auto, Flavour::Iptables, Family::V4);
+    masquerading(Mode::Auto, Flavour::Nftables, Family::V4);
+}
+
+#[test]
+fn nodes_that_masquerade_over_ipv6() {
+    masquerading(Mode::Auto, Flavour::Nftables, Family::V6);
 }
 
 /// Without the gate everything that is translated behind the bypass fails: the suite sees it.

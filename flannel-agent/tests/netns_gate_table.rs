@@ -37,8 +37,8 @@ impl Live {
             for (target, by) in [
                 (far.address, far),
                 (near.address, near),
-                (Vip::Remote.address(), far),
-                (Vip::Local.address(), near),
+                (gate.vip(Vip::Remote), far),
+                (gate.vip(Vip::Local), near),
             ] {
                 pairs.push(gate.connect_to(A, target, &[by]));
             }
@@ -216,7 +216,7 @@ fn flows_older_than_the_gate() {
             for pair in &mut live.pairs {
                 pair.exchange(100)?;
             }
-            let known = conntrack::list(gate.rig.ns(0))?;
+            let known = conntrack::list_of(gate.rig.ns(0), gate.family())?;
             let is_known = |pair: &TcpPair| known.iter().any(|entry| entry.touches(pair.local));
             let missing = live.pairs.iter().filter(|pair| !is_known(pair)).count();
             ensure!(missing == 0, "{missing} connections are unknown");
@@ -247,7 +247,7 @@ fn eviction(mode: Mode, flavour: Flavour) {
     }
     gate.clear_nattuples();
     let server = gate.serve(B);
-    let vip = Vip::Remote.address();
+    let vip = gate.vip(Vip::Remote);
     let mut idle = gate.connect_to(A, vip, &[&server]);
     gate.promote(&mut idle, &[1]).unwrap();
     let mut pairs = Vec::new();

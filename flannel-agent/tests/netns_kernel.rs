@@ -1,15 +1,19 @@
 //! What depends on the kernel: what it can do, what the agent makes of that, and that the overlay works in every way there is.
 //!
-//! Kernels other than the newest are described by the environment: `FLANNEL_TEST_LACKS` names, between commas, what this one does
-//! not have (see [`LACKING`]). `FLANNEL_TEST_KEEP` names a directory for facts and for the verifier's accounts.
+//! What a kernel lacks is known from the environment ([`lacking`]). `FLANNEL_TEST_KEEP` names a directory for facts and for the verifier's
+//! accounts.
 
 #[path = "rig/confined.rs"]
 mod confined;
+#[path = "rig/lacking.rs"]
+mod lacking;
 #[path = "netns_kernel/overlay.rs"]
 mod overlay;
 mod rig;
 #[path = "netns_kernel/rung.rs"]
 mod rung;
+#[path = "netns_kernel/stack.rs"]
+mod stack;
 #[path = "netns_kernel/verifier.rs"]
 mod verifier;
 mod wire_rig;
@@ -17,28 +21,15 @@ mod wire_rig;
 use std::{env, fs, io::Write as _, path::PathBuf};
 
 use flannel_agent::dataplane::bpf::{AttachMode, Bpf, Instance, LoadOptions};
-use flannel_core::addr::Vni;
+use flannel_core::{addr::Vni, mark::Overlay};
 use flannel_testkit::privileged;
+use lacking::lacks;
 use nix::sys::resource::{Resource, setrlimit};
 
-/// What a kernel may lack: attachment by tcx, a flag of `bpf_skb_adjust_room`, the helpers of `flannel_common::map::helper_flags`, the
-/// classifier, vxlan devices, `bpf(2)`.
-const LACKING: [&str; 6] = ["tcx", "l2_eth", "helpers", "cls_bpf", "vxlan", "bpf"];
 /// `BPF_F_ADJ_ROOM_ENCAP_L2_ETH` in `include/uapi/linux/bpf.h`.
 const ENCAP_L2_ETH: u32 = 1 << 6;
 /// An identifier that no other test uses.
 const VNI: u32 = 4242;
-
-/// Whether this kernel is said to lack something.
-fn lacks(what: &str) -> bool {
-    let all = env::var("FLANNEL_TEST_LACKS").unwrap_or_default();
-    let mut words = all.split(',').filter(|word| !word.is_empty());
-    assert!(
-        words.clone().all(|word| LACKING.contains(&word)),
-        "FLANNEL_TEST_LACKS={all}"
-    );
-    words.any(|word| word == what)
-}
 
 /// Keeps a file, where somebody wants it.
 fn keep(name: &str, text: &str) {
@@ -69,7 +60,8 @@ fn the_kernel_can_what_is_known_of_it() {
     raise_memlock();
     let attach = AttachMode::detect();
     let bpf = Bpf::load(&LoadOptions {
-        instance: Instance::of(Vni::try_from(VNI).expect("a VNI")).expect("an instance"),
+        instance: Instance::of(Overlay::v4(Vni::try_from(VNI).expect("a VNI")))
+            .expect("an instance"),
         subnet_count: 256,
         attach,
         flow_entries: 1024,

@@ -136,6 +136,85 @@ fn nftables_rules_are_upstreams_to_the_byte() {
 }
 
 #[test]
+fn a_node_with_one_family_has_no_rules_of_the_other() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    for variant in VARIANTS {
+        let ns = lab.extra(&format!("six{}", variant.backend)).unwrap();
+        variant.make_preferred(&ns);
+        let alone = Wanted {
+            v4: None,
+            ..wanted()
+        };
+        let kept = Kept::start(&ns, alone.clone());
+        assert_eq!(kept.lacking(), None);
+        let four = variant.save(&ns, 4);
+        assert!(!four.contains("FLANNEL"), "{variant:?}: {four}");
+        assert_eq!(
+            tables_of(&variant.save(&ns, 6)),
+            tables_of(SAVED_V6),
+            "{variant:?}"
+        );
+        kept.stop();
+        let kept = Kept::start(
+            &ns,
+            Wanted {
+                nftables: true,
+                ..alone
+            },
+        );
+        let listed = ns
+            .exec(["nft", "list", "table", "ip", "flannel-ipv4"])
+            .unwrap();
+        assert_eq!(
+            listed,
+            "table ip flannel-ipv4 {\n\tcomment \"rules for flannel-ipv4\"\n}\n"
+        );
+        assert!(LISTED.ends_with(&flannels(&ns)[listed.len()..]));
+        kept.stop();
+    }
+}
+
+#[test]
+fn a_family_that_the_node_has_no_longer_loses_its_rules() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    for variant in VARIANTS {
+        let ns = lab.extra(&format!("gone{}", variant.backend)).unwrap();
+        variant.make_preferred(&ns);
+        let before = Wanted {
+            blackhole: true,
+            ..wanted()
+        };
+        Kept::start(&ns, before.clone()).stop();
+        let v6 = before.v6.expect("both families");
+        let kept = Kept::start(
+            &ns,
+            Wanted {
+                v6: None,
+                given_up: Some((v6.network.into(), v6.subnet.into())),
+                ..before
+            },
+        );
+        assert_eq!(kept.lacking(), None);
+        assert_eq!(
+            tables_of(&variant.save(&ns, 4)),
+            tables_of(SAVED_V4),
+            "{variant:?}"
+        );
+        let six = variant.save(&ns, 6);
+        assert!(!six.contains("FLANNEL"), "{variant:?}: {six}");
+        assert_eq!(ns.ip("-6 route show type blackhole").unwrap(), "");
+        assert_ne!(ns.ip("route show type blackhole").unwrap(), "");
+        kept.stop();
+    }
+}
+
+#[test]
 fn the_correct_nftables_rules_are_what_the_kernel_takes() {
     if !privileged() {
         return;

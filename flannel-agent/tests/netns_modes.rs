@@ -40,18 +40,19 @@ const BPF_KILLS: Confinement<'static> = Confinement {
     no_vxlan: false,
 };
 
-/// Sizes around every edge: one byte, the largest unfragmented datagram, one more, many fragments.
-const SIZES: [usize; 6] = [1, 1400, 1422, 1423, 9000, 60_000];
+/// Sizes around every edge: one byte, the largest unfragmented datagram of IPv6 and of IPv4, one more, many fragments.
+const SIZES: [usize; 8] = [1, 1382, 1383, 1400, 1422, 1423, 9000, 60_000];
 
 /// Ping, datagrams of all sizes and streams in both directions between the first pods of two nodes.
 #[track_caller]
 fn exchange(rig: &Rig, a: usize, b: usize) {
     for (from, to) in [(a, b), (b, a)] {
         let (client, server) = (rig.pod(from), rig.pod(to));
-        let stats = traffic::ping(&client.ns, server.ip, 20, Duration::from_millis(5))
+        let to_ip = server.address(rig.family());
+        let stats = traffic::ping(&client.ns, to_ip, 20, Duration::from_millis(5))
             .unwrap_or_else(|error| panic!("ping from {from} to {to}: {error:#}"));
         assert_eq!(stats.lost, 0, "ping from {from} to {to}: {stats:?}");
-        traffic::udp_echo(&server.ns, server.ip, &client.ns, &SIZES)
+        traffic::udp_echo(&server.ns, to_ip, &client.ns, &SIZES)
             .unwrap_or_else(|error| panic!("UDP from {from} to {to}: {error:#}"));
         stream(rig, from, to, Amount::Bytes(20 << 20));
     }
@@ -61,14 +62,15 @@ fn exchange(rig: &Rig, a: usize, b: usize) {
 #[track_caller]
 fn stream(rig: &Rig, from: usize, to: usize, amount: Amount) -> TcpStats {
     let (client, server) = (rig.pod(from), rig.pod(to));
-    traffic::tcp_transfer(&server.ns, server.ip, &client.ns, amount)
+    let ip = server.address(rig.family());
+    traffic::tcp_transfer(&server.ns, ip, &client.ns, amount)
         .unwrap_or_else(|error| panic!("TCP from {from} to {to}: {error:#}"))
 }
 
 /// The kind of the node's tunnel device, as `ip` has it.
 #[track_caller]
 fn device_kind(rig: &Rig, node: usize) -> String {
-    let link = link(rig.ns(node), DEVICE).expect("the tunnel device");
+    let link = link(rig.ns(node), &rig.device()).expect("the tunnel device");
     link["linkinfo"]["info_kind"]
         .as_str()
         .expect("a kind")

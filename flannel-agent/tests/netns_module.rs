@@ -15,13 +15,13 @@ use std::{
 };
 
 use flannel_testkit::{
-    Confinement, eventually,
+    Confinement, Families, Family, LabOptions, eventually,
     json::link,
     patience, privileged,
     traffic::{FloodPing, TcpFlow},
 };
 use rig::{
-    DEVICE, PATIENCE, Rig, agent_binary,
+    PATIENCE, Rig, agent_binary,
     hooks::{Hooks, hooks},
 };
 
@@ -47,10 +47,12 @@ impl Traffic {
         let (a, b) = (rig.pod(0), rig.pod(1));
         let ping = |ns, ip| FloodPing::start(ns, ip, patience(EVERY)).expect("a flood");
         let stream = |from: &flannel_testkit::Pod, to: &flannel_testkit::Pod| {
-            TcpFlow::start_paced(&to.ns, to.ip, &from.ns, RATE).expect("a stream")
+            TcpFlow::start_paced(&to.ns, to.address(rig.family()), &from.ns, RATE)
+                .expect("a stream")
         };
+        let [to_a, to_b] = [a, b].map(|pod| pod.address(rig.family()));
         Traffic {
-            pings: vec![ping(&a.ns, b.ip), ping(&b.ns, a.ip), ping(rig.ns(0), b.ip)],
+            pings: vec![ping(&a.ns, to_b), ping(&b.ns, to_a), ping(rig.ns(0), to_b)],
             streams: vec![stream(a, b), stream(b, a)],
         }
     }
@@ -81,7 +83,11 @@ impl Traffic {
 
 /// Two nodes with a pod each that know each other; node 0 is confined.
 fn two_nodes(flags: &[&str], confinement: &Confinement<'_>) -> Rig {
-    let mut rig = Rig::new(2);
+    two_nodes_of(Families::V4, flags, confinement)
+}
+
+fn two_nodes_of(families: Families, flags: &[&str], confinement: &Confinement<'_>) -> Rig {
+    let mut rig = Rig::of(families, LabOptions::default());
     rig.start_confined(0, flags, confinement);
     rig.start_agent(1, &[SLOW]);
     for node in 0..2 {
@@ -105,11 +111,17 @@ fn wait_device(rig: &Rig, kind: &str, mode: &str, within: Duration) {
         within,
         &format!("the device is a {kind}, the mode is {mode}"),
         || {
-            let device = link(rig.ns(0), DEVICE).map_err(|error| format!("{error:#}"))?;
-            let status = rig.status(0);
+            let device = link(rig.ns(0), &rig.device()).map_err(|error| format!("{error:#}"))?;
+            let both = rig.status(0);
+            let second = &both["ipv6"];
+            let is_second = rig.family() == Family::V6 && !second.is_null();
+            let status = if is_second { second } else { &both };
+            let stand_in = match rig.family() {
+                Family::V4 => ["flannelt.1", "flannelu.1"],
+                Family::V6 => ["flannelt6.1", "flannelu6.1"],
+            };
             let is = device["linkinfo"]["info_kind"] == kind
-                && link(rig.ns(0), "flannelt.1").is_err()
-                && link(rig.ns(0), "flannelu.1").is_err()
+                && stand_in.iter().all(|name| link(rig.ns(0), name).is_err())
                 && status["datapath"]["mode"] == mode
                 && status["device"]["kind"] == kind
                 && status["problems"].as_array().is_some_and(Vec::is_empty);
@@ -121,14 +133,18 @@ fn wait_device(rig: &Rig, kind: &str, mode: &str, within: Duration) {
     );
 }
 
-fn the_device_changes_under_traffic(attach: &str) {
+fn the_device_changes_under_traffic(family: Family, attach: &str) {
     if !privileged() {
         return;
     }
     let flags = [SLOW, attach];
-    let mut rig = two_nodes(&flags, &Confinement::NO_VXLAN);
+    let mut rig = two_nodes_of(family.into(), &flags, &Confinement::NO_VXLAN);
     wait_device(&rig, "veth", "bpf", PATIENCE);
-    let mac = link(rig.ns(0), DEVICE).expect("the device")["address"].clone();
+    let address = |rig: &Rig| {
+        let device = link(rig.ns(0), &rig.device()).expect("the device");
+        device["address"].clone()
+    };
+    let mac = address(&rig);
     let traffic = Traffic::start(&rig);
     for (kind, flags, confinement) in [
         ("vxlan", &flags[..], &Confinement::FREE),
@@ -141,19 +157,29 @@ fn the_device_changes_under_traffic(attach: &str) {
     ] {
         restart(&mut rig, flags, confinement);
         wait_device(&rig, kind, "bpf", PATIENCE);
-        assert_eq!(link(rig.ns(0), DEVICE).expect("the device")["address"], mac);
+        assert_eq!(address(&rig), mac);
     }
     traffic.assert_untouched();
 }
 
 #[test]
 fn the_device_changes_its_kind_without_a_gap_with_tcx() {
-    the_device_changes_under_traffic("--bpf-attach=tcx");
+    the_device_changes_under_traffic(Family::V4, "--bpf-attach=tcx");
 }
 
 #[test]
 fn the_device_changes_its_kind_without_a_gap_with_clsact() {
-    the_device_changes_under_traffic("--bpf-attach=clsact");
+    the_device_changes_under_traffic(Family::V4, "--bpf-attach=clsact");
+}
+
+#[test]
+fn the_device_of_ipv6_changes_its_kind_without_a_gap_with_tcx() {
+    the_device_changes_under_traffic(Family::V6, "--bpf-attach=tcx");
+}
+
+#[test]
+fn the_device_of_ipv6_changes_its_kind_without_a_gap_with_clsact() {
+    the_device_changes_under_traffic(Family::V6, "--bpf-attach=clsact");
 }
 
 #[test]
@@ -180,12 +206,21 @@ fn a_device_type_that_comes_while_running_is_taken_up_and_given_up_again() {
     if !privileged() {
         return;
     }
-    let mut rig = two_nodes(&[SLOW], &Confinement::NO_VXLAN);
-    wait_device(&rig, "veth", "bpf", PATIENCE);
-    let traffic = Traffic::start(&rig);
+    let mut rig = two_nodes_of(Families::Dual, &[SLOW], &Confinement::NO_VXLAN);
+    let both = [Family::V6, Family::V4];
+    let traffic = both.map(|family| {
+        rig.look_at(family);
+        wait_device(&rig, "veth", "bpf", PATIENCE);
+        Traffic::start(&rig)
+    });
     rig.agent(0).know_vxlan(true);
-    wait_device(&rig, "vxlan", "bpf", NOTICED);
-    traffic.assert_untouched();
+    for family in both {
+        rig.look_at(family);
+        wait_device(&rig, "vxlan", "bpf", NOTICED);
+    }
+    for traffic in traffic {
+        traffic.assert_untouched();
+    }
 
     // Somebody deletes the device, and the kernel makes no other: what is left carries on.
     rig.agent(0).know_vxlan(false);

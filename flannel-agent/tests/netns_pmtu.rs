@@ -7,13 +7,13 @@ mod ecn;
 mod icmp;
 mod rig;
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use flannel_testkit::{
-    Capture, Direction, LabOptions, Offloads, eventually, privileged,
-    traffic::{self, Amount, TcpStats},
+    Capture, Direction, Family, Lab, LabOptions, Offloads, eventually, privileged,
+    traffic::{self, Amount, TcpFlow, TcpStats},
 };
-use rig::{NET_CONF, PATIENCE, Rig, list};
+use rig::{PATIENCE, Rig, list};
 
 /// Who carries the packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +29,19 @@ enum Carrier {
 }
 
 impl Carrier {
-    const ALL: [Self; 4] = [Self::Kernel, Self::Bpf, Self::Around, Self::BpfAlone];
+    /// Those of a family: IPv6 needs the kernel's device.
+    fn all(family: Family) -> &'static [Self] {
+        const ALL: [Carrier; 4] = [
+            Carrier::Kernel,
+            Carrier::Bpf,
+            Carrier::Around,
+            Carrier::BpfAlone,
+        ];
+        match family {
+            Family::V4 => &ALL,
+            Family::V6 => &ALL[..3],
+        }
+    }
 
     fn flags(self) -> &'static [&'static str] {
         match self {
@@ -41,14 +53,23 @@ impl Carrier {
     }
 }
 
-/// Two nodes without offloads, so that what is captured is what a wire would carry.
-fn two_nodes(carrier: Carrier) -> Rig {
+/// Bytes in the largest packet that fits into a tunnel over a path, behind a UDP or an ICMP header.
+fn payload(family: Family, path_mtu: u32) -> usize {
+    (path_mtu - family.overhead()) as usize - family.header() - 8
+}
+
+fn lab(family: Family) -> Rig {
     let options = LabOptions {
         nodes: 2,
         offloads: Offloads::Off,
         ..LabOptions::default()
     };
-    let mut rig = Rig::with(options, NET_CONF);
+    Rig::of(family.into(), options)
+}
+
+/// Two nodes without offloads, so that what is captured is what a wire would carry.
+fn two_nodes(family: Family, carrier: Carrier) -> Rig {
+    let mut rig = lab(family);
     rig.start_all(carrier.flags());
     rig
 }
@@ -73,7 +94,8 @@ impl Narrowing {
                     .set_sysctl(&key, "0")
                     .expect("no redirects");
             }
-            let line = format!("route add {}/32 via 192.168.77.1 dev eth0", rig.node(1).ip);
+            let (peer, via) = (rig.node(1).address(rig.family()), gateway(rig));
+            let line = format!("route add {peer} via {via} dev eth0");
             rig.ns(0).ip(&line).expect("a route");
         }
     }
@@ -87,13 +109,20 @@ impl Narrowing {
     }
 
     fn set(self, rig: &Rig, mtu: &str) {
-        let (ns, peer) = (rig.ns(0), rig.node(1).ip);
+        let (ns, peer) = (rig.ns(0), rig.node(1).address(rig.family()));
         let line = match self {
             Self::Route => {
-                format!("route change 192.168.77.0/24 dev eth0 src 192.168.77.11 mtu {mtu}")
+                let link = match rig.family() {
+                    Family::V4 => "192.168.77.0/24 dev eth0 src 192.168.77.11",
+                    Family::V6 => "fd77::/64 dev eth0 proto kernel metric 256",
+                };
+                format!("route change {link} mtu {mtu}")
             }
             Self::Gateway => {
-                format!("route change {peer}/32 via 192.168.77.1 dev eth0 mtu {mtu}")
+                format!(
+                    "route change {peer} via {} dev eth0 mtu {mtu}",
+                    gateway(rig)
+                )
             }
             Self::Device => format!("link set eth0 mtu {mtu}"),
         };
@@ -103,6 +132,10 @@ impl Narrowing {
             rig.ns(1).ip(&line).expect("change the other end");
         }
     }
+}
+
+fn gateway(rig: &Rig) -> IpAddr {
+    Lab::gateway(rig.family())
 }
 
 /// Waits until the agent of node 0 knows that the path has this MTU.
@@ -137,55 +170,58 @@ fn wait_sent(rig: &Rig, more: u64) {
     });
 }
 
+/// Waits until the tunnel device of a node has the MTU for this path.
+#[track_caller]
+fn wait_tunnel_mtu(rig: &Rig, node: usize, path: u32) {
+    let want = path - rig.family().overhead();
+    eventually(PATIENCE, &format!("the tunnel's MTU is {want}"), || {
+        let device = flannel_testkit::json::link(rig.ns(node), &rig.device());
+        let mtu = device.map_err(|error| format!("{error:#}"))?["mtu"].clone();
+        (mtu == want).then_some(()).ok_or(mtu.to_string())
+    });
+}
+
 /// Makes the path narrow while a stream runs over it, and wide again, and gives the account of the stream.
 fn stream_over_a_path_that_narrows(rig: &Rig, carrier: Carrier, narrowing: Narrowing) -> TcpStats {
     narrowing.before(rig);
     let (client, server) = (rig.pod(0).clone(), rig.pod(1).clone());
-    let stats = std::thread::scope(|scope| {
-        let stream = scope.spawn(|| {
-            let time = Amount::For(Duration::from_secs(3));
-            traffic::tcp_transfer(&server.ns, server.ip, &client.ns, time)
-        });
-        wait_sent(rig, 4 << 20);
-        narrowing.narrow(rig);
-        wait_path_mtu(rig, carrier, 1400);
-        // 14 bytes of Ethernet header and 1400 of packet are the most that may pass.
-        let capture = Capture::start_directed(
-            rig.lab().underlay(),
-            &rig.node(0).port,
-            "ip and greater 1415",
-            Direction::In,
-        )
-        .expect("a capture");
-        let before = carried(rig, carrier);
-        wait_sent(rig, 4 << 20);
-        let large = capture.stop().expect("the capture");
-        assert_eq!(
-            large.packets.iter().map(|p| p.wire_len).max(),
-            None,
-            "{carrier:?} {narrowing:?}: too large for the path"
-        );
-        // Without the kernel's device only eBPF can have carried them.
-        let now = carried(rig, carrier);
-        assert!(
-            carrier != Carrier::BpfAlone || now > before + 50,
-            "{before} {now}"
-        );
-        let stats = stream.join().expect("the stream's thread");
-        stats.unwrap_or_else(|error| panic!("{carrier:?} {narrowing:?}: {error:#}"))
-    });
+    let stream = TcpFlow::start(&server.ns, server.address(rig.family()), &client.ns);
+    let stream = stream.expect("a stream");
+    wait_sent(rig, 4 << 20);
+    narrowing.narrow(rig);
+    wait_path_mtu(rig, carrier, 1400);
+    if narrowing == Narrowing::Device {
+        wait_tunnel_mtu(rig, 0, 1400);
+    }
+    // 14 bytes of Ethernet header and 1400 of packet are the most that may pass.
+    let (wire, port) = (rig.lab().underlay(), &rig.node(0).port);
+    let capture = Capture::start_directed(wire, port, "greater 1415", Direction::In);
+    let capture = capture.expect("a capture");
+    let before = carried(rig, carrier);
+    wait_sent(rig, 4 << 20);
+    let large = capture.stop().expect("the capture");
+    assert_eq!(
+        large.packets.iter().map(|p| p.wire_len).max(),
+        None,
+        "{carrier:?} {narrowing:?}: too large for the path"
+    );
+    // Without the kernel's device only eBPF can have carried them.
+    let now = carried(rig, carrier);
+    assert!(
+        carrier != Carrier::BpfAlone || now > before + 50,
+        "{before} {now}"
+    );
+    let stats = stream.stop();
+    let stats = stats.unwrap_or_else(|error| panic!("{carrier:?} {narrowing:?}: {error:#}"));
     narrowing.widen(rig);
     wait_path_mtu(rig, carrier, 1500);
     for node in 0..2 {
-        eventually(PATIENCE, "the tunnel is wide again", || {
-            let device = flannel_testkit::json::link(rig.ns(node), rig::DEVICE);
-            let mtu = device.map_err(|error| format!("{error:#}"))?["mtu"].clone();
-            (mtu == 1450).then_some(()).ok_or(mtu.to_string())
-        });
+        wait_tunnel_mtu(rig, node, 1500);
     }
     // Hosts remember a narrow path for ten minutes.
     for ns in [rig.ns(0), &client.ns] {
-        ns.ip("route flush cache").expect("forget");
+        let flag = rig.family().flag();
+        ns.ip(&format!("{flag} route flush cache")).expect("forget");
     }
     stats
 }
@@ -197,29 +233,36 @@ fn carried(rig: &Rig, carrier: Carrier) -> u64 {
     rig.counters(0).encap
 }
 
-#[test]
-fn a_stream_survives_a_path_that_narrows() {
+fn streams(family: Family) {
     if !privileged() {
         return;
     }
-    for carrier in Carrier::ALL {
+    for carrier in Carrier::all(family).iter().copied() {
         // However it narrows, the programs of the fast path learn it from the same map.
-        let ways = if carrier == Carrier::Around { 1 } else { 3 };
+        let ways = match (family, carrier) {
+            (Family::V4, Carrier::Around) | (Family::V6, _) => 1,
+            _ => 3,
+        };
         for narrowing in Narrowing::ALL.into_iter().take(ways) {
-            let rig = two_nodes(carrier);
+            let rig = two_nodes(family, carrier);
             let stats = stream_over_a_path_that_narrows(&rig, carrier, narrowing);
             eprintln!("{carrier:?} {narrowing:?}: {stats:?}");
             // The kernel's device cuts outer packets in two instead of telling the sender: a router does not go by what it learnt
-            // of a path (`ip_forward_use_pmtu`). Without it the route says so: 1400 less the tunnel's 50, an IPv4 header, and a
+            // of a path (`ip_forward_use_pmtu`). Without it the route says so: 1400 less the tunnel's overhead, an IP header, and a
             // TCP header with timestamps.
-            // The MTU of the uplink itself is followed: the tunnel's device says so to everybody.
-            let told = carrier == Carrier::BpfAlone || narrowing == Narrowing::Device;
-            let mss = if told { 1298 } else { 1398 };
-            assert_eq!(stats.mss, mss, "{carrier:?} {narrowing:?}");
+            // The MTU of the uplink itself is followed: the tunnel's device says so to everybody. Of IPv6 no router cuts anything, and
+            // each tells what it knows.
+            let told = carrier == Carrier::BpfAlone
+                || narrowing == Narrowing::Device
+                || family == Family::V6;
+            let mtu = if told { 1400 } else { 1500 };
+            let mss = payload(family, mtu) + 8 - 32;
+            assert_eq!(stats.mss as usize, mss, "{carrier:?} {narrowing:?}");
             // Wide again: the largest packet passes whole, by the same way as before.
             let before = carried(&rig, carrier);
-            let pods = (rig.pod(0), rig.pod(1));
-            traffic::ping_sized(&pods.0.ns, pods.1.ip, 1422, true, Duration::from_secs(2))
+            let (from, to) = (&rig.pod(0).ns, rig.pod(1).address(family));
+            let largest = payload(family, 1500);
+            traffic::ping_sized(from, to, largest, true, Duration::from_secs(2))
                 .unwrap_or_else(|error| panic!("{carrier:?} {narrowing:?}: {error:#}"));
             let now = carried(&rig, carrier);
             assert!(carrier == Carrier::Kernel || now > before, "{before} {now}");
@@ -228,27 +271,49 @@ fn a_stream_survives_a_path_that_narrows() {
 }
 
 #[test]
-fn datagrams_of_all_sizes_cross_a_narrow_path() {
+fn a_stream_survives_a_path_that_narrows() {
+    streams(Family::V4);
+}
+
+#[test]
+fn a_stream_over_ipv6_survives_a_path_that_narrows() {
+    streams(Family::V6);
+}
+
+fn datagrams(family: Family) {
     if !privileged() {
         return;
     }
-    for carrier in Carrier::ALL {
-        let rig = two_nodes(carrier);
+    for carrier in Carrier::all(family).iter().copied() {
+        let rig = two_nodes(family, carrier);
         Narrowing::Route.narrow(&rig);
         wait_path_mtu(&rig, carrier, 1400);
         let pods = (rig.pod(0), rig.pod(1));
+        let (narrow, wide) = (payload(family, 1400), payload(family, 1500));
         // The first one that is too large, and must not be cut, teaches the sender.
-        let lesson = traffic::udp_echo(&pods.1.ns, pods.1.ip, &pods.0.ns, &[1422]);
-        assert_eq!(
-            lesson.is_err(),
-            carrier == Carrier::BpfAlone,
-            "{carrier:?}: {lesson:?}"
-        );
-        let sizes = [1, 1322, 1323, 1400, 1422, 1423, 9000, 60_000];
+        let lesson = traffic::udp_echo(&pods.1.ns, pods.1.address(family), &pods.0.ns, &[wide]);
+        let lost = carrier == Carrier::BpfAlone || family == Family::V6;
+        assert_eq!(lesson.is_err(), lost, "{carrier:?}: {lesson:?}");
+        if family == Family::V6 {
+            // It teaches the node, which tells the sender of the second one.
+            eventually(PATIENCE, "the sender knows the path", || {
+                let limit = Duration::from_millis(500);
+                let (from, to) = (&pods.0.ns, pods.1.address(family));
+                traffic::ping_sized(from, to, wide, false, limit).map(drop)
+            });
+        }
+        let sizes = [1, narrow, narrow + 1, 1400, wide, wide + 1, 9000, 60_000];
         for (server, client) in [(pods.1, pods.0), (pods.0, pods.1)] {
-            traffic::udp_echo(&server.ns, server.ip, &client.ns, &sizes)
+            traffic::udp_echo(&server.ns, server.address(family), &client.ns, &sizes)
                 .unwrap_or_else(|error| panic!("{carrier:?}: {error:#}"));
         }
+    }
+}
+
+#[test]
+fn datagrams_of_all_sizes_cross_a_narrow_path() {
+    for family in Family::ALL {
+        datagrams(family);
     }
 }
 
@@ -259,12 +324,7 @@ fn ebpf_alone_receives_outer_fragments() {
     if !privileged() {
         return;
     }
-    let options = LabOptions {
-        nodes: 2,
-        offloads: Offloads::Off,
-        ..LabOptions::default()
-    };
-    let mut rig = Rig::with(options, NET_CONF);
+    let mut rig = lab(Family::V4);
     for (node, carrier) in [(0, Carrier::Kernel), (1, Carrier::BpfAlone)] {
         rig.start_agent(node, carrier.flags());
     }
@@ -275,15 +335,7 @@ fn ebpf_alone_receives_outer_fragments() {
     rig.wait_converged();
     Narrowing::Route.narrow(&rig);
     let (sender, receiver) = (rig.pod(0), rig.pod(1));
-    eventually(
-        PATIENCE,
-        "somebody listens for what the stack puts together",
-        || {
-            let sockets = rig.ns(1).exec(["ss", "-Huln", "sport", "=", "8472"]);
-            let sockets = sockets.map_err(|error| format!("{error:#}"))?;
-            (!sockets.trim().is_empty()).then_some(()).ok_or(sockets)
-        },
-    );
+    rig.wait_fragments_heard(1);
     let capture =
         Capture::start(rig.ns(1), "eth0", "udp or (ip[6:2] & 0x3fff != 0)").expect("capture");
     let sizes = [1, 1351, 1400, 1422];

@@ -5,11 +5,13 @@ mod rig;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
 };
 
 use aya::programs::TcAttachType;
-use flannel_testkit::{Pod, eventually, json::bridge_json, mac_text, privileged, traffic};
+use flannel_testkit::{
+    Family, LabOptions, Pod, eventually, json::bridge_json, mac_text, privileged, traffic,
+};
 use rig::{PATIENCE, Rig, hooks, list, text};
 use serde_json::Value;
 
@@ -27,13 +29,18 @@ struct Entry {
     gateway_mac: String,
 }
 
-fn start(attach: &str) -> Rig {
-    Rig::start(2, &[attach, GATE, NO_CACHE])
+fn start(family: Family, attach: &str) -> Rig {
+    Rig::start_of(family.into(), 2, &[attach, GATE, NO_CACHE])
+}
+
+/// The address of a pod of the rig.
+fn ip(rig: &Rig, pod: &Pod) -> IpAddr {
+    pod.address(rig.family())
 }
 
 /// The map `pods`, taken apart by the layout that `flannel-common` documents.
 #[track_caller]
-fn entries(rig: &Rig, node: usize) -> BTreeMap<Ipv4Addr, Entry> {
+fn entries(rig: &Rig, node: usize) -> BTreeMap<IpAddr, Entry> {
     let dump = rig.map_dump(node, "pods");
     let bytes = |value: &Value| -> Vec<u8> {
         let digits = list(value)
@@ -47,7 +54,10 @@ fn entries(rig: &Rig, node: usize) -> BTreeMap<Ipv4Addr, Entry> {
         .iter()
         .map(|entry| {
             let (key, value) = (bytes(&entry["key"]), bytes(&entry["value"]));
-            let key: [u8; 4] = key.try_into().expect("an address");
+            let address = match rig.family() {
+                Family::V4 => IpAddr::from(<[u8; 4]>::try_from(key).expect("an address")),
+                Family::V6 => IpAddr::from(<[u8; 16]>::try_from(key).expect("an address")),
+            };
             let word = |at: usize| u32::from_ne_bytes(value[at..at + 4].try_into().unwrap());
             let mac = |at: usize| mac_text(value[at..at + 6].try_into().unwrap());
             let entry = Entry {
@@ -57,9 +67,14 @@ fn entries(rig: &Rig, node: usize) -> BTreeMap<Ipv4Addr, Entry> {
                 mac: mac(12),
                 gateway_mac: mac(18),
             };
-            (Ipv4Addr::from(key), entry)
+            (address, entry)
         })
         .collect()
+}
+
+/// MTU of the rig's pods.
+fn mtu(rig: &Rig) -> u32 {
+    1500 - rig.family().overhead()
 }
 
 /// What the entry of a pod must be, its generation left aside.
@@ -69,20 +84,20 @@ fn wanted(rig: &Rig, node: usize, pod: &Pod) -> Entry {
     Entry {
         ifindex: ns.ifindex(&pod.host_if).unwrap(),
         generation: 0,
-        mtu: 1450,
+        mtu: mtu(rig),
         mac: mac_text(pod.mac),
         gateway_mac: text(&bridge, "address").unwrap(),
     }
 }
 
 /// Whether the map has exactly these pods, and each veth exactly our two programs.
-fn exactly(rig: &Rig, node: usize, pods: &[&Pod]) -> Result<BTreeMap<Ipv4Addr, Entry>, String> {
+fn exactly(rig: &Rig, node: usize, pods: &[&Pod]) -> Result<BTreeMap<IpAddr, Entry>, String> {
     let found = entries(rig, node);
-    let want: BTreeMap<Ipv4Addr, Entry> = pods
+    let want: BTreeMap<IpAddr, Entry> = pods
         .iter()
-        .map(|pod| (pod.ip, wanted(rig, node, pod)))
+        .map(|pod| (ip(rig, pod), wanted(rig, node, pod)))
         .collect();
-    let plain: BTreeMap<Ipv4Addr, Entry> = found
+    let plain: BTreeMap<IpAddr, Entry> = found
         .iter()
         .map(|(ip, entry)| {
             let generation = 0;
@@ -121,7 +136,7 @@ fn guarded(rig: &Rig, node: usize, pod: &Pod) -> Result<(), String> {
 }
 
 #[track_caller]
-fn settled(rig: &Rig, node: usize, pods: &[&Pod]) -> BTreeMap<Ipv4Addr, Entry> {
+fn settled(rig: &Rig, node: usize, pods: &[&Pod]) -> BTreeMap<IpAddr, Entry> {
     eventually(PATIENCE, "the map has the pods that there are", || {
         exactly(rig, node, pods)
     })
@@ -138,12 +153,12 @@ fn pinned(rig: &Rig, node: usize) -> BTreeSet<String> {
         .collect()
 }
 
-fn life(attach: &str) {
-    let mut rig = start(attach);
+fn life(family: Family, attach: &str) {
+    let mut rig = start(family, attach);
     let first = rig.pod(0).clone();
     let before = settled(&rig, 0, &[&first]);
     assert_eq!(
-        hooks::programs(rig.ns(0), rig::DEVICE, TcAttachType::Ingress).len(),
+        hooks::programs(rig.ns(0), &rig.device(), TcAttachType::Ingress).len(),
         1
     );
     // An idle pod: its forwarding entry ages, and its neighbour is forgotten. What the kernel says for the pod (IPv6) would be heard.
@@ -169,10 +184,14 @@ fn life(attach: &str) {
             "master",
         ])
         .unwrap();
-    rig.ns(0).ip("neigh flush dev cni0").unwrap();
+    let flag = family.flag();
+    rig.ns(0)
+        .ip(&format!("{flag} neigh flush dev cni0"))
+        .unwrap();
     let second = rig.add_pod(0);
     let after = settled(&rig, 0, &[&first, &second]);
-    assert_eq!(after[&first.ip], before[&first.ip]);
+    let kept = ip(&rig, &first);
+    assert_eq!(after[&kept], before[&kept]);
     let fdb = bridge_json(rig.ns(0), &["fdb", "show", "br", "cni0"]).unwrap();
     let heard = list(&fdb)
         .iter()
@@ -190,7 +209,7 @@ fn life(attach: &str) {
         ])
         .unwrap();
     // It goes, and another comes with its address.
-    let address = second.ip;
+    let address = ip(&rig, &second);
     let dead = rig.ns(0).ifindex(&second.host_if).unwrap();
     second.remove().unwrap();
     settled(&rig, 0, &[&first]);
@@ -203,15 +222,14 @@ fn life(attach: &str) {
             Ok(())
         }
     });
-    let subnet = rig.node(0).subnet;
-    let number = u32::from(address.octets()[3]);
-    let again = rig.node(0).add_pod(subnet, number, 1450).unwrap();
-    assert_eq!(again.ip, address);
+    let subnet = rig.node(0).subnet_of(family);
+    let again = rig.node(0).add_pod(subnet, 3, mtu(&rig)).unwrap();
+    assert_eq!(ip(&rig, &again), address);
     let now = settled(&rig, 0, &[&first, &again]);
     assert!(now[&address].generation > after[&address].generation);
     assert_ne!(now[&address].ifindex, after[&address].ifindex);
-    assert_eq!(now[&first.ip], before[&first.ip]);
-    traffic::ping_once(&again.ns, rig.pod(1).ip, PATIENCE).unwrap();
+    assert_eq!(now[&kept], before[&kept]);
+    traffic::ping_once(&again.ns, ip(&rig, rig.pod(1)), PATIENCE).unwrap();
     // The next agent goes on where this one has stopped.
     rig.kill_agent(0);
     rig.start_agent(0, &[attach, GATE, NO_CACHE]);
@@ -226,7 +244,7 @@ fn life(attach: &str) {
             exactly(&rig, 0, &[])?,
             at(&rig, 0, &first),
             pinned(&rig, 0),
-            hooks::programs(rig.ns(0), rig::DEVICE, TcAttachType::Ingress),
+            hooks::programs(rig.ns(0), &rig.device(), TcAttachType::Ingress),
         );
         let clean = left.1.concat().is_empty() && left.2.is_empty() && left.3.is_empty();
         if clean {
@@ -241,14 +259,21 @@ fn life(attach: &str) {
 #[test]
 fn pods_come_and_go_by_tcx() {
     if privileged() {
-        life("--bpf-attach=tcx");
+        life(Family::V4, "--bpf-attach=tcx");
+    }
+}
+
+#[test]
+fn pods_of_ipv6_come_and_go() {
+    if privileged() {
+        life(Family::V6, "--bpf-attach=tcx");
     }
 }
 
 #[test]
 fn pods_come_and_go_by_clsact() {
     if privileged() {
-        life("--bpf-attach=clsact");
+        life(Family::V4, "--bpf-attach=clsact");
     }
 }
 
@@ -258,7 +283,7 @@ fn programs_come_back_and_cleanup_takes_them_away() {
         return;
     }
     for attach in ["--bpf-attach=tcx", "--bpf-attach=clsact"] {
-        let mut rig = start(attach);
+        let mut rig = start(Family::V4, attach);
         let pod = rig.pod(0).clone();
         settled(&rig, 0, &[&pod]);
         let before = epoch(&rig);
@@ -306,12 +331,12 @@ fn epoch(rig: &Rig) -> u32 {
 }
 
 /// A pod that has said nothing yet: only the cache knows it.
-#[test]
-fn a_silent_pod_is_known_from_the_cache() {
-    if !privileged() {
-        return;
-    }
-    let mut rig = Rig::new(2);
+fn silent(family: Family) {
+    let options = LabOptions {
+        nodes: 2,
+        ..LabOptions::default()
+    };
+    let mut rig = Rig::of(family.into(), options);
     let cache = rig.node(0).run_dir.join("cni");
     std::fs::create_dir_all(cache.join("results")).unwrap();
     rig.start_all(&[
@@ -334,11 +359,12 @@ fn a_silent_pod_is_known_from_the_cache() {
     inside
         .set_sysctl("net/ipv6/conf/eth0/disable_ipv6", "1")
         .unwrap();
-    let address = rig.node(0).subnet.host(9);
+    let subnet = rig.node(0).subnet_of(family);
+    let (address, len) = (subnet.host(9), subnet.prefix_len());
     let result = serde_json::json!({"kind": "cniCacheV1", "result": {
         "cniVersion": "1.0.0",
         "interfaces": [{"name": "cni0"}, {"name": "vethsilent"}, {"name": "eth0", "mac": "02:00:00:00:77:09", "sandbox": "/run/netns/silent"}],
-        "ips": [{"interface": 2, "address": format!("{address}/24")}],
+        "ips": [{"interface": 2, "address": format!("{address}/{len}")}],
     }});
     std::fs::write(cache.join("results/cbr0-silent-eth0"), result.to_string()).unwrap();
     ns.ip("link set vethsilent master cni0 up").unwrap();
@@ -352,7 +378,17 @@ fn a_silent_pod_is_known_from_the_cache() {
     });
     assert_eq!(found.0.mac, "02:00:00:00:77:09");
     assert_eq!(found.0.ifindex, rig.ns(0).ifindex("vethsilent").unwrap());
-    assert_eq!(found.1[&pod.ip], before[&pod.ip]);
+    let kept = ip(&rig, &pod);
+    assert_eq!(found.1[&kept], before[&kept]);
+}
+
+#[test]
+fn a_silent_pod_is_known_from_the_cache() {
+    if privileged() {
+        for family in Family::ALL {
+            silent(family);
+        }
+    }
 }
 
 #[test]
@@ -360,7 +396,7 @@ fn many_pods_at_speed_leave_the_right_map() {
     if !privileged() {
         return;
     }
-    let rig = start("--bpf-attach=tcx");
+    let rig = start(Family::V4, "--bpf-attach=tcx");
     let first = rig.pod(0).clone();
     settled(&rig, 0, &[&first]);
     let subnet = rig.node(0).subnet;
@@ -378,7 +414,7 @@ fn many_pods_at_speed_leave_the_right_map() {
     pods.push(&first);
     settled(&rig, 0, &pods);
     for pod in pods {
-        traffic::ping_once(&pod.ns, rig.pod(1).ip, PATIENCE).unwrap();
+        traffic::ping_once(&pod.ns, ip(&rig, rig.pod(1)), PATIENCE).unwrap();
     }
     for (_, pod) in alive {
         pod.remove().unwrap();

@@ -10,32 +10,34 @@ mod inner;
 #[path = "netns_receiver/outer.rs"]
 mod outer;
 mod rig;
+#[path = "netns_receiver/v4.rs"]
+mod v4;
+#[path = "netns_receiver/v6.rs"]
+mod v6;
 mod wire_rig;
 
 use std::{
     collections::BTreeMap,
-    net::{Ipv4Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     time::Duration,
 };
 
-use cases::{Case, Outcome, Target};
+use cases::{Case, Outcome, Received, Target};
 use flannel_common::{Direction, counter::CounterId};
 use flannel_testkit::{
-    Capture, LabOptions, Netns, RawSocket, Subnet, capture, eventually, mac_text, privileged,
+    Capture, LabOptions, Netns, Prefix, RawSocket, capture, eventually, mac_text, privileged,
     try_eventually,
 };
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
 };
-use rig::{DEVICE, Rig, list};
-use wire_rig::{mac_of, reasons, vtep_mac};
+use rig::{Rig, list, net_conf};
+use wire_rig::{mac_of, reasons};
 
 /// The underlay carries more than the tunnel does, so that frames can be too large for the one and not for the other.
 const UNDERLAY_MTU: u32 = 2_000;
-const CONF: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","MTU":1500}}"#;
-/// A node that is not there: its lease is, and its packets come from the test.
-const PEER: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 9);
+/// Of a node that is not there: its lease is, and its packets come from the test.
 const PEER_MAC: [u8; 6] = [0x02, 0xfe, 0, 0, 0, 0];
 const LIMIT: Duration = Duration::from_secs(5);
 /// How long the counters may take: a packet is dealt with before the call that sends it returns, unless the machine is busy.
@@ -59,11 +61,17 @@ struct Observed {
 }
 
 /// Sends every case to node 0. `counted` is called for each with its frames on their way.
-fn observe(rig: &Rig, target: &Target, cases: &[Case], mut counted: impl FnMut(&Case)) -> Observed {
+fn observe<A: Received>(
+    rig: &Rig,
+    target: &Target<A>,
+    cases: &[Case],
+    mut counted: impl FnMut(&Case),
+) -> Observed {
     let pod = &rig.pod(0).ns;
-    let device = start(rig.ns(0), DEVICE);
+    let device = start(rig.ns(0), &rig.device());
     let pod_side = start(pod, "eth0");
-    let last = pod.run(|| UdpSocket::bind((target.pod, cases::SENTINEL_PORT)).expect("a socket"));
+    let last: (IpAddr, u16) = (target.pod.into(), cases::SENTINEL_PORT);
+    let last = pod.run(|| UdpSocket::bind(last).expect("a socket"));
     last.set_read_timeout(Some(LIMIT)).expect("a time limit");
     let wire = RawSocket::open(rig.lab().underlay(), &rig.node(0).port).expect("a raw socket");
     for case in cases {
@@ -89,7 +97,7 @@ fn observe(rig: &Rig, target: &Target, cases: &[Case], mut counted: impl FnMut(&
         // The inner source MAC has the number. Without one it is the kernel's own, or a frame of a case that must not arrive.
         let number = match packet.data.get(6..12) {
             Some([0x02, 0xfe, 0, 0, a, b]) => u16::from_be_bytes([*a, *b]),
-            _ => inner_number(&packet.data),
+            _ => A::number(&packet.data),
         };
         observed
             .by_device
@@ -98,7 +106,7 @@ fn observe(rig: &Rig, target: &Target, cases: &[Case], mut counted: impl FnMut(&
             .push(packet.data);
     }
     for packet in by_pod {
-        let number = inner_number(&packet.data);
+        let number = A::number(&packet.data);
         observed.by_pod.entry(number).or_default().push(packet.data);
     }
     // Background: neighbour discovery, and whatever else has no number.
@@ -109,14 +117,6 @@ fn observe(rig: &Rig, target: &Target, cases: &[Case], mut counted: impl FnMut(&
 
 fn start(ns: &Netns, ifname: &str) -> Capture {
     Capture::start_directed(ns, ifname, "", capture::Direction::In).expect("a capture")
-}
-
-/// The identification of an IPv4 packet from the peer's pods, which is the number of its case.
-fn inner_number(frame: &[u8]) -> u16 {
-    match (frame.get(12..14), frame.get(18..20), frame.get(26..29)) {
-        (Some([0x08, 0x00]), Some([a, b]), Some([10, 244, 9])) => u16::from_be_bytes([*a, *b]),
-        _ => 0,
-    }
 }
 
 /// A veth queues packets on the CPU that sends them: on one CPU nothing overtakes the last packet.
@@ -161,21 +161,13 @@ fn check_counts(
 }
 
 /// Sends every case twice: what the stack has let pass the first time goes around it the second time, if it may.
-fn observe_around(rig: &Rig, target: &Target, cases: &[Case]) -> Observed {
+fn observe_around<A: Received>(rig: &Rig, target: &Target<A>, cases: &[Case]) -> Observed {
     eventually(LIMIT, "the gate knows the pod", || {
         let pods = rig.map_dump(0, "pods");
         let known = list(&pods).len() == 1;
         known.then_some(()).ok_or_else(|| format!("{pods}"))
     });
-    eventually(
-        LIMIT,
-        "somebody listens for what the stack puts together",
-        || {
-            let sockets = rig.ns(0).exec(["ss", "-Huln", "sport", "=", "8472"]);
-            let sockets = sockets.map_err(|error| format!("{error:#}"))?;
-            (!sockets.trim().is_empty()).then_some(()).ok_or(sockets)
-        },
-    );
+    rig.wait_fragments_heard(0);
     observe(rig, target, cases, |_| ());
     let before = rig.packets(0, CounterId::FastDecap);
     let observed = observe(rig, target, cases, |_| ());
@@ -186,48 +178,65 @@ fn observe_around(rig: &Rig, target: &Target, cases: &[Case]) -> Observed {
 
 #[test]
 fn every_frame_meets_the_kernels_fate() {
+    meets::<Ipv4Addr>(&[
+        (&["--datapath=bpf", OFF], false),
+        (&["--datapath=bpf", "--bpf-attach=clsact", OFF], false),
+        (&["--datapath=bpf", FAST], false),
+        (&["--datapath=bpf", "--bpf-device=veth", OFF], true),
+        (&["--datapath=bpf", "--bpf-device=veth", FAST], true),
+    ]);
+}
+
+#[test]
+fn every_frame_of_ipv6_meets_the_kernels_fate() {
+    meets::<Ipv6Addr>(&[
+        (&["--datapath=bpf", OFF], false),
+        (&["--datapath=bpf", FAST], false),
+    ]);
+}
+
+/// With each of these flags, and whether eBPF is alone with them.
+fn meets<A: Received>(ways: &[(&[&str], bool)]) {
     if !privileged() {
         return;
     }
     stay_on_one_cpu();
     let options = LabOptions {
         nodes: 1,
+        families: A::FAMILY.into(),
         mtu: UNDERLAY_MTU,
         ..LabOptions::default()
     };
-    let mut rig = Rig::with(options, CONF);
-    rig.put_lease(
-        Subnet::new(Ipv4Addr::new(10, 244, 9, 0), 24),
-        PEER,
-        &mac_text(PEER_MAC),
-    );
+    let conf = net_conf(A::FAMILY.into());
+    let conf = conf.replace(r#""vxlan""#, r#""vxlan","MTU":1500"#);
+    let mut rig = Rig::with(options, &conf);
+    let peers = match A::PEER_POD.into() {
+        IpAddr::V4(pod) => Prefix::new(pod, 24),
+        IpAddr::V6(pod) => Prefix::new(pod, 64),
+    };
+    rig.put_lease_of(peers, A::PEER, &mac_text(PEER_MAC));
     rig.start_agent(0, &["--datapath=kernel"]);
     rig.wait_ready(0);
     let pod = rig.add_pod(0);
-    let target = Target {
-        node: rig.node(0).ip,
+    let device = rig.device();
+    let target = Target::<A> {
+        node: A::at(rig.node(0)),
         node_mac: mac_of(rig.ns(0), "eth0"),
-        vtep_mac: vtep_mac(rig.ns(0)),
-        pod: pod.ip,
-        peer: PEER,
+        vtep_mac: mac_of(rig.ns(0), &device),
+        pod: A::of(&pod),
     };
     // Keeps the pod's kernel from answering with errors.
-    let _sink = (pod.ns).run(|| UdpSocket::bind((pod.ip, cases::PORT)).expect("a socket"));
+    let sink = (target.pod.into(), cases::PORT);
+    let _sink = (pod.ns).run(|| UdpSocket::bind(sink).expect("a socket"));
     let cases = cases::all(&target);
     let by_kernel = observe(&rig, &target, &cases, |_| ());
     let mut failures = Vec::new();
 
-    for (flags, alone) in [
-        (&["--datapath=bpf", OFF][..], false),
-        (&["--datapath=bpf", "--bpf-attach=clsact", OFF], false),
-        (&["--datapath=bpf", FAST], false),
-        (&["--datapath=bpf", "--bpf-device=veth", OFF], true),
-        (&["--datapath=bpf", "--bpf-device=veth", FAST], true),
-    ] {
+    for (flags, alone) in ways.iter().copied() {
         assert_eq!(rig.stop_agent(0), 0);
         if alone {
             rig.ns(0)
-                .ip(&format!("link del {DEVICE}"))
+                .ip(&format!("link del {device}"))
                 .expect("remove the device");
         }
         rig.start_agent(0, flags);

@@ -5,7 +5,7 @@ mod rig;
 use std::{path::Path, time::Duration};
 
 use flannel_testkit::{
-    eventually, privileged,
+    Families, Family, eventually, privileged,
     traffic::{FloodPing, TcpFlow},
 };
 use rig::{
@@ -33,10 +33,11 @@ struct Traffic {
 impl Traffic {
     fn start(rig: &Rig) -> Traffic {
         let (a, b) = (rig.pod(0), rig.pod(1));
+        let [to_a, to_b] = [a, b].map(|pod| pod.address(rig.family()));
         Traffic {
-            ping: FloodPing::start(&a.ns, b.ip, EVERY).unwrap(),
-            back: FloodPing::start(&b.ns, a.ip, EVERY).unwrap(),
-            tcp: TcpFlow::start_paced(&b.ns, b.ip, &a.ns, RATE).unwrap(),
+            ping: FloodPing::start(&a.ns, to_b, EVERY).unwrap(),
+            back: FloodPing::start(&b.ns, to_a, EVERY).unwrap(),
+            tcp: TcpFlow::start_paced(&b.ns, to_b, &a.ns, RATE).unwrap(),
         }
     }
 
@@ -170,6 +171,45 @@ fn crash_and_upgrade_lose_nothing_with_clsact() {
 #[test]
 fn crash_and_upgrade_lose_nothing_with_ebpf_alone() {
     survives(&["--bpf-device=veth"], "tcx");
+}
+
+/// With both families, a crash and an orderly stop, and the traffic of each family goes on.
+#[test]
+fn crash_and_stop_lose_nothing_of_either_family() {
+    if !privileged() {
+        return;
+    }
+    let mut rig = Rig::start_of(Families::Dual, 2, &[]);
+    let mut maps = Vec::new();
+    let mut traffic = Vec::new();
+    for family in Family::ALL {
+        rig.look_at(family);
+        maps.push(map_ids(&rig, 0));
+        traffic.push(Traffic::start(&rig));
+    }
+    let all_carried = |rig: &mut Rig| {
+        for family in Family::ALL {
+            rig.look_at(family);
+            carried_by_bpf(rig, 0, 300);
+        }
+    };
+    all_carried(&mut rig);
+    rig.kill_agent(0);
+    all_carried(&mut rig);
+    rig.start_agent(0, &[]);
+    rig.wait_ready(0);
+    all_carried(&mut rig);
+    assert_eq!(rig.stop_agent(0), 0);
+    all_carried(&mut rig);
+    rig.start_agent(0, &[]);
+    rig.wait_ready(0);
+    all_carried(&mut rig);
+    for (traffic, (family, maps)) in traffic.into_iter().zip(Family::ALL.into_iter().zip(maps)) {
+        rig.look_at(family);
+        rig.wait_converged();
+        assert_eq!(map_ids(&rig, 0), maps, "the maps of {family} are kept");
+        traffic.assert_untouched();
+    }
 }
 
 fn stop_changes_nothing(flags: &[&str]) {

@@ -1,6 +1,8 @@
 //! Native XDP on the uplinks. They are veth pairs here, where it does not pay, but the driver takes it and frames arrive as on hardware: one
 //! by one, with their checksums computed.
 
+#[path = "netns_xdp/both.rs"]
+mod both;
 #[path = "netns_wire/matrix.rs"]
 #[expect(dead_code, reason = "what is on the wire, other tests look at")]
 mod matrix;

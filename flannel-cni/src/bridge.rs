@@ -79,7 +79,7 @@ fn judge(seen: &Seen, networks: &[Ipv4Net], own: Ipv4Net) -> Result<Ipv4Net, Dou
         [old]
             if old.prefix_len() == own.prefix_len()
                 && old.trunc() != own
-                && flannel_core::pods::gateway(old.trunc()) == Some(old)
+                && flannel_core::pods::gateway(old.trunc().into()) == Some(old.into())
                 && networks.iter().any(|network| network.contains(&old)) =>
         {
             Ok(old)

@@ -16,6 +16,15 @@ pub const fn sum(bytes: &[u8], start: u32) -> u32 {
     total
 }
 
+/// Folds a sum of less than 2^32 words of 32 bits, each as it lies in memory, to what [`sum`] and [`fold`] make of the same bytes: in one's
+/// complement neither the width nor the order of the bytes matters before the last step (RFC 1071, section 2).
+#[inline(always)]
+pub const fn fold_words(sum: u64) -> u16 {
+    let halves = (sum & 0xffff_ffff) + (sum >> 32);
+    let quarters = (halves & 0xffff) + (halves >> 16 & 0xffff) + (halves >> 32);
+    fold(quarters as u32).to_be()
+}
+
 /// Folds a sum of at most 65536 words to 16 bits.
 #[inline(always)]
 pub const fn fold(sum: u32) -> u16 {
@@ -64,6 +73,13 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn words_of_any_width_and_order_have_one_sum(words in proptest::collection::vec(any::<u32>(), 1..40)) {
+            let bytes: std::vec::Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+            let wide = fold_words(words.iter().map(|word| u64::from(*word)).sum());
+            prop_assert_eq!(wide, fold(sum(&bytes, 0)));
+        }
+
         #[test]
         fn replacing_a_word_equals_summing_again(mut header in any::<[u8; 20]>(), word in 0usize..10, new in any::<u16>()) {
             prop_assume!(word != 5);

@@ -49,6 +49,12 @@ pub enum CounterId {
     XdpDecap = 9,
     /// Packets that native XDP should have stripped, and that reached the hook behind it whole. Counted while XDP is wanted. A driver that takes the program and never runs it shows here.
     XdpMissed = 10,
+    /// Packets from a pod that bypassed the stack on their way to a node on the same link, without outer headers. Not among
+    /// [`CounterId::FastEncap`].
+    FastRoutedOut = 11,
+    /// Packets from a node on the same link, without outer headers, that bypassed the stack on their way to a pod. Not among
+    /// [`CounterId::FastDecap`].
+    FastRoutedIn = 12,
 }
 
 impl CounterId {
@@ -95,6 +101,10 @@ drop_reasons! {
     TooShort = "too_short",
     /// The inner packet is not IPv4 (ARP, IPv6, anything else).
     NotIpv4 = "not_ipv4",
+    /// The inner packet is not IPv6 (anything else on the tunnel of IPv6).
+    NotIpv6 = "not_ipv6",
+    /// An inner protocol whose checksum says nothing about the outer one, which IPv6 needs: the kernel's device sums up.
+    Protocol = "protocol",
     /// The destination is in no peer's subnet.
     NoPeer = "no_peer",
     /// The inner MAC addresses are not those of this VTEP and the peer's.

@@ -19,14 +19,19 @@ pub enum Way {
     In = 1,
 }
 
-/// Key of the map `flows`: one entry for both directions.
+/// An IPv4 address in network order.
+pub type AddressV4 = [u8; 4];
+/// An IPv6 address in network order.
+pub type AddressV6 = [u8; 16];
+
+/// Key of the map `flows`: one entry for both directions. `A` is [`AddressV4`] or [`AddressV6`]; each family has maps of its own.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct FlowKey {
-    /// Address of the local pod, in network order.
-    pub local: [u8; 4],
-    /// Address of the other pod, in network order.
-    pub remote: [u8; 4],
+pub struct FlowKey<A = AddressV4> {
+    /// Address of the local pod.
+    pub local: A,
+    /// Address of the other pod.
+    pub remote: A,
     /// The local pod's port in network order; for ICMP echo the identifier.
     pub local_port: [u8; 2],
     /// The other pod's port; for ICMP echo the identifier again.
@@ -38,6 +43,7 @@ pub struct FlowKey {
 }
 
 const _: () = assert!(size_of::<FlowKey>() == 16);
+const _: () = assert!(size_of::<FlowKey<AddressV6>>() == 40);
 
 /// Value of the map `flows`.
 #[repr(C)]
@@ -71,35 +77,37 @@ pub mod closing {
 /// What the hook before the stack saw: an entry of the map `ring`, whose number plus one travels in `skb->tc_index`, and of `last`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sighting {
+pub struct Sighting<A = AddressV4> {
     /// The packet's flow.
-    pub key: FlowKey,
+    pub key: FlowKey<A>,
     /// Its [`Way`] plus one; zero for no packet.
     pub way: u32,
 }
 
 const _: () = assert!(size_of::<Sighting>() == 20);
+const _: () = assert!(size_of::<Sighting<AddressV6>>() == 44);
 
 /// The per-CPU entry of the map `last`: the latest sighting, for where somebody overwrites `tc_index`, and the next slot of `ring`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LastSighting {
+pub struct LastSighting<A = AddressV4> {
     /// The latest sighting on this CPU; empty if the latest packet was none to tag.
-    pub sighting: Sighting,
+    pub sighting: Sighting<A>,
     /// Number of sightings so far.
     pub count: u32,
 }
 
 const _: () = assert!(size_of::<LastSighting>() == 24);
+const _: () = assert!(size_of::<LastSighting<AddressV6>>() == 48);
 
 /// Key of the map `nattuples`: two pods between which the stack also translates, at the service's port.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct NatKey {
+pub struct NatKey<A = AddressV4> {
     /// Address of the local pod.
-    pub local: [u8; 4],
+    pub local: A,
     /// Address of the other pod.
-    pub remote: [u8; 4],
+    pub remote: A,
     /// The port that the opening packet goes to.
     pub port: [u8; 2],
     /// IP protocol number.
@@ -109,11 +117,12 @@ pub struct NatKey {
 }
 
 const _: () = assert!(size_of::<NatKey>() == 12);
+const _: () = assert!(size_of::<NatKey<AddressV6>>() == 36);
 
-impl FlowKey {
+impl<A: Copy> FlowKey<A> {
     /// The pair that this packet would open a connection between.
     #[inline(always)]
-    pub const fn pair(&self, way: Way) -> NatKey {
+    pub const fn pair(&self, way: Way) -> NatKey<A> {
         NatKey {
             local: self.local,
             remote: self.remote,
@@ -137,6 +146,8 @@ pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
 /// IP protocol number of ICMP.
 pub const PROTO_ICMP: u8 = 1;
+/// Next header number of `ICMPv6`.
+pub const PROTO_ICMPV6: u8 = 58;
 /// IP protocol number of TCP.
 pub const PROTO_TCP: u8 = 6;
 /// IP protocol number of UDP.

@@ -13,9 +13,14 @@ pub mod counter;
 pub mod ecn;
 pub mod flow;
 pub mod header;
+pub mod header_v6;
 pub mod map;
 mod targets;
 
 pub use counter::{Counter, CounterId, Direction, DropReason, reason_index};
 pub use header::{HEADER_LEN, OVERHEAD_V4, OuterV4};
-pub use map::{Config, LAYOUT_VERSION, NodeId, NodeRecord, PodRecord, config_flags, node_flags};
+pub use header_v6::{OVERHEAD_V6, OuterV6};
+pub use map::{
+    Config, ConfigV6, LAYOUT_VERSION, NodeId, NodeRecord, NodeRecordV6, PodRecord, config_flags,
+    node_flags,
+};

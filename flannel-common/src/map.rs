@@ -1,9 +1,9 @@
 //! Layouts of the map values.
 
-use crate::header::HEADER_LEN;
+use crate::{header, header_v6};
 
 /// Version of every layout in this crate. It is part of the pin path, so an agent never reads another version's maps.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// How many seconds the maps are believed after the agent has last said, in the map `alive`, that it keeps them. Longer than a restart or
 /// an upgrade takes; after that the kernel's tables are followed, which another program may keep by then.
@@ -24,6 +24,8 @@ pub mod config_flags {
     pub const DECAP_GSO: u32 = 1 << 3;
     /// `xdp_decap` may strip the outer headers: `from_wire` is in place to take what it leaves.
     pub const XDP: u32 = 1 << 4;
+    /// Some peers are on the same link and get packets as they are, and so they send them: `from_wire` looks at plain packets too.
+    pub const ROUTED: u32 = 1 << 5;
 }
 
 /// What the programs may call on this kernel: bits of the global `KERNEL_HELPERS`, which is set before loading.
@@ -38,12 +40,15 @@ pub mod helper_flags {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BareMark {
-    /// [`BARE_MAGIC`].
+    /// [`BARE_MAGIC`] or [`BARE_MAGIC_V6`].
     pub magic: u32,
 }
 
-/// Value of [`BareMark::magic`].
+/// Value of [`BareMark::magic`] in the overlay of IPv4.
 pub const BARE_MAGIC: u32 = 0xf1a0_dec0;
+
+/// The same in that of IPv6: each `from_wire` leaves the other's frames to the other.
+pub const BARE_MAGIC_V6: u32 = 0xf1a0_dec6;
 
 /// Bits of [`NodeRecord::flags`].
 pub mod node_flags {
@@ -51,6 +56,8 @@ pub mod node_flags {
     pub const VALID: u32 = 1 << 0;
     /// The outer MAC addresses are those of the current next hop.
     pub const NEXT_HOP: u32 = 1 << 1;
+    /// The peer is on the link: packets of pods go there as they are, with the first Ethernet header of the record.
+    pub const ROUTED: u32 = 1 << 2;
 }
 
 /// The one entry of the array `config`.
@@ -101,12 +108,49 @@ pub struct Config {
 
 const _: () = assert!(size_of::<Config>() == 80);
 
+/// The one entry of the array `config` of the IPv6 programs. Fields are those of [`Config`] where nothing else is said.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the same fields as in `Config`")]
+pub struct ConfigV6 {
+    pub layout: u32,
+    pub flags: u32,
+    /// First address of the cluster network, as two numbers, the upper half first.
+    pub network: [u64; 2],
+    /// Mask of the cluster network's prefix, likewise.
+    pub network_mask: [u64; 2],
+    pub subnet_shift: u32,
+    /// Number of subnets in the network: a power of two.
+    pub subnet_count: u32,
+    pub tunnel_ifindex: u32,
+    pub tunnel_mtu: u32,
+    pub encap_flags: u32,
+    pub decap_flags: u32,
+    pub vni: [u8; 4],
+    pub local: [u8; 16],
+    pub port: [u8; 2],
+    pub own_mac: [u8; 6],
+    pub source_port_min: u16,
+    pub source_port_span: u16,
+    pub mode: u32,
+    pub epoch: u32,
+    pub own_index: u32,
+    pub ring_shift: u32,
+    /// Zero.
+    pub reserved: u32,
+    pub lease: u64,
+}
+
+const _: () = assert!(size_of::<ConfigV6>() == 128);
+
 /// Flags of `bpf_skb_adjust_room` (`include/uapi/linux/bpf.h`) as the maps carry them, see [`room_flags`].
 pub mod room {
     /// `BPF_F_ADJ_ROOM_FIXED_GSO`.
     pub const FIXED_GSO: u32 = 1 << 0;
     /// `BPF_F_ADJ_ROOM_ENCAP_L3_IPV4`.
     pub const ENCAP_L3_IPV4: u32 = 1 << 1;
+    /// `BPF_F_ADJ_ROOM_ENCAP_L3_IPV6`.
+    pub const ENCAP_L3_IPV6: u32 = 1 << 2;
     /// `BPF_F_ADJ_ROOM_ENCAP_L4_UDP`.
     pub const ENCAP_L4_UDP: u32 = 1 << 4;
     /// `BPF_F_ADJ_ROOM_NO_CSUM_RESET`.
@@ -119,6 +163,8 @@ pub mod room {
     pub const ENCAP_L2_14: u32 = 14 << 24;
     /// What every kernel takes for encapsulation.
     pub const ENCAP: u32 = FIXED_GSO | ENCAP_L3_IPV4 | ENCAP_L4_UDP | NO_CSUM_RESET | ENCAP_L2_14;
+    /// The same with an outer IPv6 header.
+    pub const ENCAP_V6: u32 = ENCAP ^ ENCAP_L3_IPV4 ^ ENCAP_L3_IPV6;
     /// What every kernel takes for decapsulation.
     pub const DECAP: u32 = FIXED_GSO | NO_CSUM_RESET;
 }
@@ -135,7 +181,7 @@ pub const fn room_flags(compact: u32) -> u64 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NodeRecord {
     /// Outer Ethernet, IPv4, UDP, VXLAN and inner Ethernet header, see [`crate::OuterV4`].
-    pub header: [u8; HEADER_LEN],
+    pub header: [u8; header::HEADER_LEN],
     /// Interface index of the uplink towards the peer.
     pub ifindex: u32,
     /// [`node_flags`].
@@ -151,11 +197,42 @@ const _: () = assert!(size_of::<NodeRecord>() == 80);
 impl Default for NodeRecord {
     fn default() -> Self {
         Self {
-            header: [0; HEADER_LEN],
+            header: [0; header::HEADER_LEN],
             ifindex: 0,
             flags: 0,
             path_mtu: 0,
             ip_sum: 0,
+        }
+    }
+}
+
+/// One entry of the array `nodes` of the IPv6 programs. Fields are those of [`NodeRecord`] where nothing else is said.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the same fields as in `NodeRecord`")]
+pub struct NodeRecordV6 {
+    /// Outer Ethernet, IPv6, UDP, VXLAN and inner Ethernet header, see [`crate::OuterV6`].
+    pub header: [u8; header_v6::HEADER_LEN],
+    pub ifindex: u32,
+    pub flags: u32,
+    pub path_mtu: u32,
+    /// One's complement sum of what the outer UDP checksum covers and no packet changes, see [`crate::OuterV6::build`].
+    pub udp_sum: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<NodeRecordV6>() == 104);
+
+impl Default for NodeRecordV6 {
+    fn default() -> Self {
+        Self {
+            header: [0; header_v6::HEADER_LEN],
+            ifindex: 0,
+            flags: 0,
+            path_mtu: 0,
+            udp_sum: 0,
+            reserved: 0,
         }
     }
 }
@@ -190,6 +267,40 @@ pub const fn subnet_index(config: &Config, address: [u8; 4]) -> Option<u32> {
     }
 }
 
+/// Index of the subnet that holds the IPv6 `address` in the array `subnets`; `None` outside the network.
+///
+/// In halves of 64 bits: the BPF target has no shifts of 128.
+#[inline(always)]
+pub const fn subnet_index_v6(config: &ConfigV6, address: [u8; 16]) -> Option<u32> {
+    let (high, low) = halves(address);
+    if high & config.network_mask[0] != config.network[0]
+        || low & config.network_mask[1] != config.network[1]
+    {
+        return None;
+    }
+    let shift = config.subnet_shift & 127;
+    let number = if shift >= 64 {
+        high >> (shift - 64)
+    } else if shift == 0 {
+        low
+    } else {
+        low >> shift | high << (64 - shift)
+    };
+    // A configuration that was never written has no subnets.
+    let count = config.subnet_count;
+    if count == 0 {
+        return None;
+    }
+    Some(number as u32 & (count - 1))
+}
+
+/// The halves of an IPv6 address as numbers.
+#[inline(always)]
+pub const fn halves(address: [u8; 16]) -> (u64, u64) {
+    let number = u128::from_be_bytes(address);
+    ((number >> 64) as u64, number as u64)
+}
+
 #[cfg(feature = "user")]
 mod pod {
     // SAFETY: repr(C), made of integers and byte arrays only, without padding (the size asserts above).
@@ -197,15 +308,19 @@ mod pod {
     // SAFETY: as above.
     unsafe impl aya::Pod for super::NodeRecord {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for super::PodRecord {}
+    unsafe impl aya::Pod for super::ConfigV6 {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for crate::flow::FlowKey {}
+    unsafe impl aya::Pod for super::NodeRecordV6 {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::PodRecord {}
+    // SAFETY: as above, with either kind of address.
+    unsafe impl<A: aya::Pod> aya::Pod for crate::flow::FlowKey<A> {}
     // SAFETY: as above.
     unsafe impl aya::Pod for crate::flow::Flow {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for crate::flow::NatKey {}
+    unsafe impl<A: aya::Pod> aya::Pod for crate::flow::NatKey<A> {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for crate::flow::LastSighting {}
+    unsafe impl<A: aya::Pod> aya::Pod for crate::flow::LastSighting<A> {}
     // SAFETY: two u64.
     unsafe impl aya::Pod for crate::counter::Counter {}
 }
@@ -213,6 +328,7 @@ mod pod {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn config() -> Config {
         Config {
@@ -234,6 +350,57 @@ mod tests {
         assert_eq!(subnet_index(&config(), [10, 5, 0, 0]), Some(0));
         assert_eq!(subnet_index(&config(), [10, 5, 3, 9]), Some(3));
         assert_eq!(subnet_index(&config(), [10, 5, 255, 255]), Some(255));
+    }
+
+    fn config_v6(network: u128, prefix: u32, subnet_len: u32) -> ConfigV6 {
+        let mask = u128::MAX.checked_shl(128 - prefix).unwrap_or(0);
+        let halves = |number: u128| [(number >> 64) as u64, number as u64];
+        ConfigV6 {
+            network: halves(network & mask),
+            network_mask: halves(mask),
+            subnet_shift: 128 - subnet_len,
+            subnet_count: 1 << (subnet_len - prefix),
+            ..ConfigV6::default()
+        }
+    }
+
+    proptest! {
+        // In halves as in one: with the subnets' bits above, below and across the middle.
+        #[test]
+        fn ipv6_index_is_that_of_whole_numbers(
+            network in any::<u128>(),
+            prefix in 1u32..=124,
+            bits in 1u32..=20,
+            address in any::<u128>(),
+            inside in any::<bool>(),
+        ) {
+            let subnet_len = (prefix + bits).min(128);
+            let config = config_v6(network, prefix, subnet_len);
+            let mask = u128::MAX << (128 - prefix);
+            let address = if inside { network & mask | address & !mask } else { address };
+            let expected = (address & mask == network & mask)
+                .then(|| (address & !mask).checked_shr(128 - subnet_len).unwrap_or(0) as u32);
+            prop_assert_eq!(subnet_index_v6(&config, address.to_be_bytes()), expected);
+        }
+    }
+
+    #[test]
+    fn ipv6_index_counts_subnets() {
+        let network =
+            u128::from_be_bytes([0xfd, 0, 0x12, 0x34, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        let config = config_v6(network, 48, 64);
+        let address = |subnet: u16, host: u8| {
+            let mut bytes = network.to_be_bytes();
+            bytes[6..8].copy_from_slice(&subnet.to_be_bytes());
+            bytes[15] = host;
+            bytes
+        };
+        assert_eq!(subnet_index_v6(&config, address(0, 0)), Some(0));
+        assert_eq!(subnet_index_v6(&config, address(0xabcd, 9)), Some(0xabcd));
+        let mut other = address(1, 1);
+        other[5] = 1;
+        assert_eq!(subnet_index_v6(&config, other), None);
+        assert_eq!(subnet_index_v6(&ConfigV6::default(), [0; 16]), None);
     }
 
     #[test]

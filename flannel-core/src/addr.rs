@@ -4,9 +4,11 @@
 //! that names the value and the range.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::str::FromStr;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use thiserror::Error;
 
@@ -27,6 +29,57 @@ pub enum AddrError {
     /// The kernel counts interfaces from 1 and keeps the index in a signed 32-bit integer.
     #[error("interface index {0} is out of range: use a value between 1 and 2147483647")]
     IfIndexOutOfRange(u32),
+}
+
+/// An address family. What an overlay carries and what carries it are always of the same one.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// IPv4.
+    #[default]
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The family of an address.
+    pub const fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+
+    /// The family of a subnet.
+    pub const fn of_net(subnet: &IpNet) -> Self {
+        match subnet {
+            IpNet::V4(_) => Self::V4,
+            IpNet::V6(_) => Self::V6,
+        }
+    }
+
+    /// Bits of an address.
+    pub const fn bits(self) -> u8 {
+        match self {
+            Self::V4 => 32,
+            Self::V6 => 128,
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
+    }
 }
 
 /// VXLAN network identifier, 0 to 16777215. Zero is legal, and upstream accepts it.
@@ -211,6 +264,9 @@ impl fmt::Display for Mtu {
 pub struct IfIndex(NonZeroU32);
 
 impl IfIndex {
+    /// The lowest: the loopback's in every network namespace.
+    pub const FIRST: Self = Self(NonZeroU32::MIN);
+
     /// The index as a number, never zero.
     pub const fn get(self) -> u32 {
         self.0.get()

@@ -7,25 +7,24 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use thiserror::Error;
 
-use crate::addr::Vni;
-use crate::fastpath::Choice;
+use crate::addr::Family;
 use crate::json::{Json, Object};
-use crate::lease::VXLAN;
-use crate::mark;
 
+mod backend;
 mod change;
 mod mtu;
 mod range;
 
+pub use backend::{
+    Backend, BackendKind, DEFAULT_PORT, DEFAULT_WIREGUARD_PORT, DEFAULT_WIREGUARD_PORT_V6,
+    UnknownKind, VxlanConf, WireguardConf, WireguardMode,
+};
 pub use change::{Change, change};
-pub use mtu::{OVERHEAD_V4, OVERHEAD_V6, mtu_warnings, tunnel_mtu};
+pub use mtu::{OVERHEAD_V4, OVERHEAD_V6, OVERHEAD_WIREGUARD, mtu_warnings, tunnel_mtu};
 pub(crate) use range::Address;
-
-/// UDP port of flannel's VXLAN where the configuration names none: the kernel's own default, not IANA's 4789.
-pub const DEFAULT_PORT: u16 = 8472;
 
 /// What a configuration was refused for. Each prints as one line with the value and the fix.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -95,13 +94,16 @@ pub enum ConfigError {
         "none defined stack: EnableIPv4 and EnableIPv6 are both false, set one of them to true"
     )]
     NoFamily,
-    /// A backend of upstream's that does not exist here, or no backend at all.
+    /// A backend of upstream's that does not exist here, or no backend at all. Upstream's words first, as they are in its log.
     #[error(
-        "unknown backend type: {kind}: only \"vxlan\" is supported, set Backend.Type to \"vxlan\""
+        "Error fetching backend: unknown backend type: {kind} (supported: {}{instead})",
+        backend::supported()
     )]
     UnknownBackend {
-        /// The type as written; `""` when it is missing.
+        /// The type in lower case; empty when it is missing.
         kind: String,
+        /// What to use in its place.
+        instead: &'static str,
     },
     /// The uplink leaves no room for the tunnel.
     #[error(
@@ -147,38 +149,6 @@ pub struct FamilyConf<N, A> {
     pub max: A,
 }
 
-/// The `Backend` object.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backend {
-    /// The type in lower case: always `vxlan`.
-    pub kind: String,
-    /// The type as written, for the log.
-    pub type_as_written: String,
-    /// The settings of the vxlan backend.
-    pub vxlan: VxlanConf,
-    /// What is wanted of the fast path, where the configuration says: a key that upstream does not know and passes over.
-    pub fast_path: Option<Choice>,
-}
-
-/// The settings of the vxlan backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct VxlanConf {
-    /// Network identifier, also in the device name.
-    pub vni: Vni,
-    /// UDP port of the tunnel.
-    pub port: u16,
-    /// The port as configured, 0 for the default: for the log.
-    pub port_as_written: u16,
-    /// MTU of the underlay in bytes, where it is not to be taken from the uplink. The tunnel's is less.
-    pub mtu: Option<u32>,
-    /// Whether the device carries the group policy extension.
-    pub gbp: bool,
-    /// Whether the device learns MAC addresses from traffic.
-    pub learning: bool,
-    /// Whether peers on the same link are reached by plain routes.
-    pub direct_routing: bool,
-}
-
 type Given4 = range::Given<Ipv4Net, Ipv4Addr>;
 type Given6 = range::Given<Ipv6Net, Ipv6Addr>;
 
@@ -206,18 +176,17 @@ impl NetConf {
             let kind = parsed.kind();
             return Err(ConfigError::NotAnObject { kind });
         };
-        let enable_ipv4 = boolean(&object, "EnableIPv4", true)?;
-        let enable_ipv6 = boolean(&object, "EnableIPv6", false)?;
-        let enable_nftables = boolean(&object, "EnableNFTables", false)?;
+        let flag = |key, default| boolean(&object, key, key, default);
+        let enable_ipv4 = flag("EnableIPv4", true)?;
+        let enable_ipv6 = flag("EnableIPv6", false)?;
+        let enable_nftables = flag("EnableNFTables", false)?;
         let range4 = Given4::read(&object)?;
         let range6 = Given6::read(&object)?;
         if !enable_ipv4 && !enable_ipv6 {
             return Err(ConfigError::NoFamily);
         }
         let mut warnings = Vec::new();
-        let backend = backend(&object, &mut warnings)?;
-        check_device_names(backend.vxlan.vni, enable_ipv4, enable_ipv6)?;
-        mtu::check_explicit(backend.vxlan.mtu, enable_ipv6)?;
+        let backend = backend::read(&object, enable_ipv4, enable_ipv6, &mut warnings)?;
         Ok(NetConf {
             enable_ipv4,
             enable_ipv6,
@@ -231,129 +200,49 @@ impl NetConf {
 }
 
 impl NetConf {
+    /// The families that nodes get subnets of, IPv4 first.
+    pub fn families(&self) -> Vec<Family> {
+        let enabled = [
+            (self.enable_ipv4, Family::V4),
+            (self.enable_ipv6, Family::V6),
+        ];
+        let enabled = enabled.into_iter().filter(|(enabled, _)| *enabled);
+        enabled.map(|(_, family)| family).collect()
+    }
+
+    /// The network of a family, and the prefix length of each node's subnet; `None` while it is not enabled.
+    pub fn range(&self, family: Family) -> Option<(IpNet, u8)> {
+        match family {
+            Family::V4 => self.ipv4.map(|conf| (conf.network.into(), conf.subnet_len)),
+            Family::V6 => self.ipv6.map(|conf| (conf.network.into(), conf.subnet_len)),
+        }
+    }
+
     /// Upstream's log lines about a configuration (upstream: main.go, pkg/backend/vxlan).
-    pub fn announcement(&self) -> [String; 2] {
-        let vxlan = &self.backend.vxlan;
-        [
-            format!(
-                "Found network config - Backend type: {}",
-                self.backend.type_as_written
-            ),
-            format!(
+    pub fn announcement(&self) -> Vec<String> {
+        let backend = &self.backend;
+        let mut lines = vec![format!(
+            "Found network config - Backend type: {}",
+            backend.type_as_written
+        )];
+        if backend.kind == BackendKind::Vxlan {
+            let vxlan = &backend.vxlan;
+            lines.push(format!(
                 "VXLAN config: VNI={} Port={} GBP={} Learning={} DirectRouting={}",
                 vxlan.vni, vxlan.port_as_written, vxlan.gbp, vxlan.learning, vxlan.direct_routing
-            ),
-        ]
-    }
-}
-
-fn backend(object: &Object, warnings: &mut Vec<String>) -> Result<Backend, ConfigError> {
-    let empty = Object::default();
-    let (settings, type_as_written) = match object.get("Backend") {
-        None => {
-            warnings.push(
-                "Backend is missing from the network config: using vxlan, where upstream flannel would use udp; \
-                 add \"Backend\":{\"Type\":\"vxlan\"}"
-                    .to_owned(),
-            );
-            (&empty, VXLAN.to_owned())
-        }
-        Some(Json::Object(settings)) => {
-            let wanted = "a string, \"vxlan\"";
-            let kind = string(settings, "Type", "Backend.Type", wanted)?;
-            (settings, kind.unwrap_or_default().to_owned())
-        }
-        Some(other) => {
-            return Err(wrong_type(
-                "Backend",
-                other,
-                "an object such as {\"Type\":\"vxlan\"}",
             ));
         }
-    };
-    let kind = type_as_written.to_lowercase();
-    if kind != VXLAN {
-        let kind = if kind.is_empty() {
-            "\"\"".to_owned()
-        } else {
-            type_as_written.escape_debug().to_string()
-        };
-        return Err(ConfigError::UnknownBackend { kind });
+        lines
     }
-    let vxlan = vxlan(settings)?;
-    Ok(Backend {
-        kind,
-        type_as_written,
-        vxlan,
-        fast_path: fast_path(settings)?,
-    })
 }
 
-fn fast_path(settings: &Object) -> Result<Option<Choice>, ConfigError> {
-    const KEY: &str = "Backend.BpfFastPath";
-    let wanted = "one of the strings \"auto\", \"off\", \"established\" and \"syn\"";
-    string(settings, "BpfFastPath", KEY, wanted)?
-        .map(|text| {
-            text.parse().map_err(|_unknown| ConfigError::Invalid {
-                key: KEY,
-                value: format!("{text:?}"),
-                fix: format!("use {wanted}"),
-            })
-        })
-        .transpose()
-}
-
-fn vxlan(settings: &Object) -> Result<VxlanConf, ConfigError> {
-    let vni = integer(settings, "VNI", "Backend.VNI", u64::from(Vni::MAX.get()))?;
-    let vni = match vni {
-        Some(value) => u32::try_from(value)
-            .ok()
-            .and_then(|vni| Vni::try_from(vni).ok()),
-        None => Some(Vni::DEFAULT),
-    };
-    let port = integer(settings, "Port", "Backend.Port", u64::from(u16::MAX))?;
-    let port = port
-        .and_then(|port| u16::try_from(port).ok())
-        .unwrap_or_default();
-    let mtu = integer(settings, "MTU", "Backend.MTU", mtu::MAX_EXPLICIT.into())?;
-    let flag = |name, key| match settings.get(name) {
-        None => Ok(false),
-        Some(Json::Bool(value)) => Ok(*value),
-        Some(other) => Err(wrong_type(key, other, "true or false")),
-    };
-    Ok(VxlanConf {
-        vni: vni.unwrap_or(Vni::MAX),
-        port: if port == 0 { DEFAULT_PORT } else { port },
-        port_as_written: port,
-        mtu: mtu
-            .and_then(|mtu| u32::try_from(mtu).ok())
-            .filter(|mtu| *mtu != 0),
-        gbp: flag("GBP", "Backend.GBP")?,
-        learning: flag("Learning", "Backend.Learning")?,
-        direct_routing: flag("DirectRouting", "Backend.DirectRouting")?,
-    })
-}
-
-/// The kernel refuses a device whose name is too long, long after the configuration was accepted everywhere.
-fn check_device_names(vni: Vni, ipv4: bool, ipv6: bool) -> Result<(), ConfigError> {
-    let names = [
-        ipv4.then(|| (mark::device_name(vni), 9_999_999)),
-        ipv6.then(|| (mark::device_v6_name(vni), 9_999)),
-    ];
-    for (name, most) in names.into_iter().flatten() {
-        mark::check_name(&name).map_err(|_| ConfigError::Invalid {
-            key: "Backend.VNI",
-            value: vni.to_string(),
-            fix: format!(
-                "device name {name} would have more than 15 characters, use at most {most}"
-            ),
-        })?;
-    }
-    Ok(())
-}
-
-fn boolean(object: &Object, key: &'static str, default: bool) -> Result<bool, ConfigError> {
-    match object.get(key) {
+fn boolean(
+    object: &Object,
+    name: &str,
+    key: &'static str,
+    default: bool,
+) -> Result<bool, ConfigError> {
+    match object.get(name) {
         None => Ok(default),
         Some(Json::Bool(value)) => Ok(*value),
         Some(other) => Err(wrong_type(key, other, "true or false")),

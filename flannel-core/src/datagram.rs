@@ -3,16 +3,19 @@
 
 use flannel_common::{DropReason, checksum, ecn, header::VXLAN_I};
 
-use crate::addr::{Vni, VtepMac};
+use crate::addr::{Family, Vni, VtepMac};
 
 const VXLAN_LEN: usize = 8;
 const ETH_LEN: usize = 14;
 const IPV4_LEN: usize = 20;
+const IPV6_LEN: usize = 40;
 const BROADCAST: [u8; 6] = [0xff; 6];
 
 /// This node as a receiver, by the rules of `vxlan_rcv` (`drivers/net/vxlan/vxlan_core.c`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Receiver {
+    /// What it receives.
+    pub family: Family,
     /// Network identifier.
     pub vni: Vni,
     /// MAC address of our tunnel device.
@@ -39,11 +42,15 @@ impl Receiver {
         let (destination, rest) = frame.split_first_chunk::<6>().ok_or(DropReason::TooShort)?;
         let (source, rest) = rest.split_first_chunk::<6>().ok_or(DropReason::TooShort)?;
         let (ethertype, packet) = rest.split_first_chunk::<2>().ok_or(DropReason::TooShort)?;
-        let header = packet
-            .first_chunk::<IPV4_LEN>()
-            .ok_or(DropReason::TooShort)?;
-        if *ethertype != [0x08, 0x00] {
-            return Err(DropReason::NotIpv4);
+        let (wanted, other, header_len) = match self.family {
+            Family::V4 => ([0x08, 0x00], DropReason::NotIpv4, IPV4_LEN),
+            Family::V6 => ([0x86, 0xdd], DropReason::NotIpv6, IPV6_LEN),
+        };
+        if packet.len() < header_len {
+            return Err(DropReason::TooShort);
+        }
+        if *ethertype != wanted {
+            return Err(other);
         }
         if *source == self.mac.octets() {
             return Err(DropReason::OwnSource);
@@ -51,29 +58,49 @@ impl Receiver {
         if *destination != self.mac.octets() && *destination != BROADCAST {
             return Err(DropReason::OtherHost);
         }
-        let [version, tos, ..] = *header;
-        let bits = match ecn::decap(outer_tos, tos) {
-            ecn::Decap::Drop => return Err(DropReason::Ecn),
-            ecn::Decap::Keep => return Ok(frame.to_vec()),
-            ecn::Decap::SetCe => ecn::CE,
-            ecn::Decap::SetEct1 => ecn::ECT_1,
-        };
-        let marked = (tos & !ecn::MASK) | bits;
-        let [.., c1, c2, _, _, _, _, _, _, _, _] = *header;
-        let check = checksum::replace(
-            u16::from_be_bytes([c1, c2]),
-            u16::from_be_bytes([version, tos]),
-            u16::from_be_bytes([version, marked]),
-        );
         let mut frame = frame.to_vec();
-        if let Some(byte) = frame.get_mut(ETH_LEN + 1) {
-            *byte = marked;
-        }
-        if let Some(bytes) = frame.get_mut(ETH_LEN + 10..ETH_LEN + 12) {
-            bytes.copy_from_slice(&check.to_be_bytes());
-        }
+        let inner = frame.get_mut(ETH_LEN..).ok_or(DropReason::TooShort)?;
+        mark(self.family, inner, outer_tos)?;
         Ok(frame)
     }
+}
+
+/// Propagates the congestion marks of the outer header (RFC 6040) to the inner one.
+fn mark(family: Family, packet: &mut [u8], outer_tos: u8) -> Result<(), DropReason> {
+    let Some([first, second, ..]) = packet.first_chunk_mut::<IPV4_LEN>() else {
+        return Err(DropReason::TooShort);
+    };
+    // The traffic class of IPv6 is half in the one byte and half in the other.
+    let tos = match family {
+        Family::V4 => *second,
+        Family::V6 => (*first << 4) | (*second >> 4),
+    };
+    let bits = match ecn::decap(outer_tos, tos) {
+        ecn::Decap::Drop => return Err(DropReason::Ecn),
+        ecn::Decap::Keep => return Ok(()),
+        ecn::Decap::SetCe => ecn::CE,
+        ecn::Decap::SetEct1 => ecn::ECT_1,
+    };
+    let marked = (tos & !ecn::MASK) | bits;
+    let before = [*first, *second];
+    match family {
+        Family::V4 => *second = marked,
+        Family::V6 => *second = (*second & 0x0f) | (marked << 4),
+    }
+    let after = [*first, *second];
+    if family == Family::V4
+        && let Some(check) = packet
+            .get_mut(10..12)
+            .and_then(|bytes| bytes.first_chunk_mut())
+    {
+        *check = checksum::replace(
+            u16::from_be_bytes(*check),
+            u16::from_be_bytes(before),
+            u16::from_be_bytes(after),
+        )
+        .to_be_bytes();
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -87,6 +114,7 @@ mod tests {
 
     fn receiver() -> Receiver {
         Receiver {
+            family: Family::V4,
             vni: Vni::try_from(1).unwrap(),
             mac: OWN.into(),
         }

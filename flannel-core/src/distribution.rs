@@ -12,6 +12,8 @@ pub enum Feature {
     Vxlan,
     /// The clsact qdisc and its filters, by which programs are attached where the kernel has no tcx.
     Clsact,
+    /// The device type wireguard.
+    Wireguard,
 }
 
 impl Feature {
@@ -20,6 +22,7 @@ impl Feature {
         match self {
             Self::Vxlan => &["vxlan"],
             Self::Clsact => &["sch_ingress", "cls_bpf"],
+            Self::Wireguard => &["wireguard"],
         }
     }
 
@@ -28,6 +31,7 @@ impl Feature {
         match self {
             Self::Vxlan => "CONFIG_VXLAN",
             Self::Clsact => "CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF",
+            Self::Wireguard => "CONFIG_WIREGUARD (Linux 5.6 or newer)",
         }
     }
 
@@ -36,6 +40,7 @@ impl Feature {
         match self {
             Self::Vxlan => "kmod-vxlan",
             Self::Clsact => "kmod-sched-core and kmod-sched-bpf",
+            Self::Wireguard => "kmod-wireguard",
         }
     }
 }
@@ -122,9 +127,24 @@ impl Host {
             }
             Modules::Unseen | Modules::Without => {}
         }
+        let raspi = match feature {
+            Feature::Vxlan | Feature::Clsact => ", on a Raspberry Pi linux-modules-extra-raspi",
+            Feature::Wireguard => "",
+        };
         let load = format!("then \"modprobe -a {modules}\" or restart the node");
-        let extra = format!("linux-modules-extra-{kernel}");
+        // Ubuntu has the modules of some features in a package of their own, and this one in that of the others.
+        let extra = match feature {
+            Feature::Vxlan | Feature::Clsact => format!("linux-modules-extra-{kernel}"),
+            Feature::Wireguard => format!("linux-modules-{kernel}"),
+        };
         match self.distribution() {
+            Some(Distribution::UbuntuRaspi) if feature == Feature::Wireguard => {
+                format!("install {extra}, {load}")
+            }
+            Some(Distribution::RedHat) if feature == Feature::Wireguard && is_before_5_6(kernel) => {
+                "this distribution's kernel is older than WireGuard: run a release with Linux 5.6 or newer, or take \"vxlan\" for Backend.Type"
+                    .into()
+            }
             Some(Distribution::UbuntuRaspi) => {
                 format!("install linux-modules-extra-raspi, {load}")
             }
@@ -157,7 +177,7 @@ impl Host {
                 format!("run a kernel that was built with {}", feature.options())
             }
             None => format!(
-                "install the package with the kernel's module {modules} (Ubuntu: {extra}, on a Raspberry Pi linux-modules-extra-raspi; \
+                "install the package with the kernel's module {modules} (Ubuntu: {extra}{raspi}; \
                  Debian: linux-image-{kernel}; OpenWrt: {}), {load}",
                 feature.openwrt()
             ),
@@ -330,6 +350,10 @@ pub fn bpf_advice(refusal: Refusal, kernel: &str, confines: &Confines) -> Option
 
 fn is_before_5_11(kernel: &str) -> bool {
     version(kernel).is_some_and(|version| version < (5, 11))
+}
+
+fn is_before_5_6(kernel: &str) -> bool {
+    version(kernel).is_some_and(|version| version < (5, 6))
 }
 
 /// The first two numbers of `uname -r`.

@@ -65,7 +65,7 @@ mod tests {
 
     fn peer(number: u8) -> Peer {
         Peer {
-            mac: [2, 0, 0, 0, 0, number].into(),
+            mac: Some([2, 0, 0, 0, 0, number].into()),
             vtep: [192, 168, 0, number].into(),
         }
     }

@@ -134,6 +134,22 @@ impl Uplink {
         self.public_ip.filter(here).or(self.address)
     }
 
+    /// Source address of the tunnel's packets in a family.
+    pub fn local(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.local_v4().map(IpAddr::V4),
+            Family::V6 => self.local_v6().map(IpAddr::V6),
+        }
+    }
+
+    /// The address that other nodes send to, in a family.
+    pub fn public(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.public_ip.map(IpAddr::V4),
+            Family::V6 => self.public_ipv6.map(IpAddr::V6),
+        }
+    }
+
     /// Source address of the IPv6 tunnel's packets, by the rule of [`Uplink::local_v4`].
     pub fn local_v6(&self) -> Option<Ipv6Addr> {
         let here = |ip: &Ipv6Addr| self.addrs.contains(&IpAddr::V6(*ip));

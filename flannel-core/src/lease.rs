@@ -5,16 +5,20 @@
 //! write is refused, since two keys for one subnet would shadow each other.
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use thiserror::Error;
 
-use crate::addr::VtepMac;
+use crate::addr::{Family, VtepMac};
 use crate::json::{Json, Object};
 
-/// The backend type of every lease this crate can read tunnel data from.
+mod data;
+
+pub use data::{BackendData, VxlanData, WireguardData};
+
+/// The backend type of a lease with VXLAN tunnel data.
 pub const VXLAN: &str = "vxlan";
 
 /// What a stored lease was refused for.
@@ -56,7 +60,7 @@ pub enum LeaseError {
     #[error("lease value has the invalid {field} {value}: it must be {wanted}")]
     BadField {
         /// Name of the member, with the object it is in.
-        field: &'static str,
+        field: String,
         /// The value found, in JSON.
         value: String,
         /// What belongs there.
@@ -83,11 +87,32 @@ impl SubnetKey {
             v6: None,
         }
     }
+
+    /// The subnet of one family.
+    pub fn subnet(&self, family: Family) -> Option<IpNet> {
+        match family {
+            Family::V4 => self.v4.map(IpNet::V4),
+            Family::V6 => self.v6.map(IpNet::V6),
+        }
+    }
 }
 
 impl From<Ipv4Net> for SubnetKey {
     fn from(subnet: Ipv4Net) -> Self {
         Self::from_v4(subnet)
+    }
+}
+
+impl From<IpNet> for SubnetKey {
+    /// Names the lease of a node of one family.
+    fn from(subnet: IpNet) -> Self {
+        match subnet {
+            IpNet::V4(subnet) => subnet.into(),
+            IpNet::V6(subnet) => Self {
+                v4: None,
+                v6: Some(subnet.trunc()),
+            },
+        }
     }
 }
 
@@ -187,15 +212,6 @@ fn bad_part(key: &str, part: &'static str, value: &str) -> LeaseError {
     }
 }
 
-/// What a node publishes about its tunnel end point for one address family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct VxlanData {
-    /// Network identifier as stored; 0 when missing, as releases before 0.15 wrote it. Upstream never compares it.
-    pub vni: u32,
-    /// MAC address of the node's VXLAN device.
-    pub mac: VtepMac,
-}
-
 /// The value of a lease: who holds the subnet and how to reach it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LeaseAttrs {
@@ -205,10 +221,10 @@ pub struct LeaseAttrs {
     pub public_ipv6: Option<Ipv6Addr>,
     /// `vxlan`, `host-gw`, …; empty for backends that store none.
     pub backend_type: String,
-    /// Tunnel end point for IPv4. Read only when the backend type is `vxlan`.
-    pub v4: Option<VxlanData>,
-    /// Tunnel end point for IPv6. Read only when the backend type is `vxlan`.
-    pub v6: Option<VxlanData>,
+    /// What the backend needs of this node for IPv4. Read only when the backend is one of ours, and of its kind then.
+    pub v4: Option<BackendData>,
+    /// The same for IPv6.
+    pub v6: Option<BackendData>,
 }
 
 impl LeaseAttrs {
@@ -217,8 +233,48 @@ impl LeaseAttrs {
         Self {
             public_ip: Some(public_ip),
             backend_type: VXLAN.to_owned(),
-            v4: Some(VxlanData { vni, mac }),
+            v4: Some(VxlanData { vni, mac }.into()),
             ..Self::default()
+        }
+    }
+
+    /// The address that other nodes send packets of one family to.
+    pub fn address(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.public_ip.map(IpAddr::V4),
+            Family::V6 => self.public_ipv6.map(IpAddr::V6),
+        }
+    }
+
+    /// What the backend needs of this node for one family.
+    pub fn data(&self, family: Family) -> Option<BackendData> {
+        match family {
+            Family::V4 => self.v4,
+            Family::V6 => self.v6,
+        }
+    }
+
+    /// The VXLAN tunnel end point of one family.
+    pub fn vxlan(&self, family: Family) -> Option<VxlanData> {
+        match self.data(family)? {
+            BackendData::Vxlan(data) => Some(data),
+            BackendData::Wireguard(_) => None,
+        }
+    }
+
+    /// The address that other nodes send to, of a family.
+    pub fn public(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.public_ip.map(IpAddr::V4),
+            Family::V6 => self.public_ipv6.map(IpAddr::V6),
+        }
+    }
+
+    /// The WireGuard device of one family.
+    pub fn wireguard(&self, family: Family) -> Option<WireguardData> {
+        match self.data(family)? {
+            BackendData::Wireguard(data) => Some(data),
+            BackendData::Vxlan(_) => None,
         }
     }
 
@@ -233,10 +289,8 @@ impl LeaseAttrs {
             "" => String::new(),
             kind => format!(r#","BackendType":{}"#, go_string(kind)),
         };
-        let data = |name: &str, data: Option<VxlanData>| match data {
-            Some(VxlanData { vni, mac }) => {
-                format!(r#","{name}":{{"VNI":{vni},"VtepMAC":"{mac}"}}"#)
-            }
+        let data = |name: &str, data: Option<BackendData>| match data {
+            Some(data) => format!(r#","{name}":{data}"#),
             None => String::new(),
         };
         let v4 = data("BackendData", self.v4);
@@ -259,19 +313,15 @@ impl LeaseAttrs {
             Some(Json::String(text)) => text.clone(),
             Some(other) => return Err(bad_field("BackendType", other, "a string")),
         };
-        let vxlan = backend_type == VXLAN;
-        let data = |member, fields| match object.get(member) {
-            Some(value) if vxlan => vxlan_data(value, member, fields).map(Some),
-            _ => Ok(None),
+        let data = |member| match object.get(member) {
+            Some(value) => BackendData::read(&backend_type, value, member),
+            None => Ok(None),
         };
         Ok(Self {
             public_ip: public_ip.filter(|ip| !ip.is_unspecified()),
             public_ipv6: parse_member(&object, "PublicIPv6", "an IPv6 address or null")?,
-            v4: data("BackendData", ["BackendData.VNI", "BackendData.VtepMAC"])?,
-            v6: data(
-                "BackendV6Data",
-                ["BackendV6Data.VNI", "BackendV6Data.VtepMAC"],
-            )?,
+            v4: data("BackendData")?,
+            v6: data("BackendV6Data")?,
             backend_type,
         })
     }
@@ -286,35 +336,9 @@ pub struct Lease {
     pub attrs: LeaseAttrs,
 }
 
-pub(crate) fn vxlan_data(
-    value: &Json,
-    member: &'static str,
-    [vni_field, mac_field]: [&'static str; 2],
-) -> Result<VxlanData, LeaseError> {
-    let Json::Object(object) = value else {
-        return Err(bad_field(member, value, "an object"));
-    };
-    let vni = match object.get("VNI") {
-        None => 0,
-        Some(value) => match value {
-            Json::Unsigned(vni) => u32::try_from(*vni).ok(),
-            _ => None,
-        }
-        .ok_or_else(|| bad_field(vni_field, value, "a whole number of at most 32 bits"))?,
-    };
-    let wanted = "a MAC address such as 0a:1b:2c:3d:4e:5f";
-    let mac = match object.get("VtepMAC") {
-        Some(Json::String(text)) => text.parse().ok(),
-        _ => None,
-    };
-    let found = object.get("VtepMAC").unwrap_or(&Json::Null);
-    let mac = mac.ok_or_else(|| bad_field(mac_field, found, wanted))?;
-    Ok(VxlanData { vni, mac })
-}
-
 fn parse_member<T: FromStr>(
     object: &Object,
-    member: &'static str,
+    member: &str,
     wanted: &'static str,
 ) -> Result<Option<T>, LeaseError> {
     let Some(value) = object.get(member) else {
@@ -330,9 +354,9 @@ fn parse_member<T: FromStr>(
     }
 }
 
-fn bad_field(field: &'static str, value: &Json, wanted: &'static str) -> LeaseError {
+fn bad_field(field: &str, value: &Json, wanted: &'static str) -> LeaseError {
     LeaseError::BadField {
-        field,
+        field: field.to_owned(),
         value: value.to_string(),
         wanted,
     }

@@ -9,6 +9,10 @@ use thiserror::Error;
 
 use crate::addr::{IfIndex, Vni};
 
+mod overlay;
+
+pub use overlay::{Overlay, far_end};
+
 /// Directory in the BPF file system that holds our pins: one directory per instance, see [`instance_dir`].
 pub const BPFFS_ROOT: &str = "/sys/fs/bpf/flannel";
 
@@ -18,11 +22,20 @@ pub const PIN_TO_OVERLAY: &str = "to_overlay";
 /// Name of the pinned link of the same program on the device that stands in, see [`stand_in`].
 pub const PIN_STAND_IN: &str = "stand_in";
 
+/// Name of the pinned link of the same program on the far end of the pair that is the tunnel device of IPv6 without a vxlan module.
+pub const PIN_FAR_END: &str = "far_end";
+
+/// Name of the pinned link of the same program on the far end of the pair that stands in.
+pub const PIN_STAND_IN_FAR_END: &str = "stand_in_far_end";
+
 /// Name of the pinned link of the program on the ingress of the uplink.
 pub const PIN_FROM_WIRE: &str = "from_wire";
 
 /// Name of the pinned link of the program on the ingress of the tunnel device.
 pub const PIN_FROM_OVERLAY: &str = "from_overlay";
+
+/// Name of the pinned link of the program on the egress of the uplink.
+pub const PIN_TO_LINK: &str = "to_link";
 
 /// Name of the pinned links of the program on the ingress of pod veths, before the interface's index, see [`pod_pin`].
 pub const PIN_FROM_POD: &str = "from_pod";
@@ -33,8 +46,15 @@ pub const PIN_TO_POD: &str = "to_pod";
 /// Name of the pinned link of the program at the uplink's native XDP hook.
 pub const PIN_XDP_DECAP: &str = "xdp_decap";
 
-/// Priority of our filters where tcx is missing and programs hang on a clsact qdisc.
+/// Names of the pinned maps of IPv4's overlay with what its program of native XDP goes on with for packets of IPv6, beside the links: for
+/// programs that take frames of several buffers, and for others. What they are is no matter of the layout of other maps.
+pub const PINS_XDP_NEXT: [&str; 2] = ["xdp_next_frags", "xdp_next"];
+
+/// Priority of our filters for IPv4 where tcx is missing and programs hang on a clsact qdisc.
 pub const TC_PRIORITY: u16 = 0xF1A0;
+
+/// Priority of our filters for IPv6, behind those for IPv4: each leaves what is not of its family to the next.
+pub const TC_PRIORITY_V6: u16 = 0xF1A1;
 
 /// Handle of our filters on a clsact qdisc.
 pub const TC_HANDLE: u32 = 1;
@@ -71,6 +91,15 @@ pub const KIND_VXLAN: &str = "vxlan";
 
 /// Link kind of the pair that stands in for the tunnel device where the kernel has no vxlan module.
 pub const KIND_VETH: &str = "veth";
+
+/// Link kind of the device of the encrypted overlay.
+pub const KIND_WIREGUARD: &str = "wireguard";
+
+/// Name of the encrypted overlay's device, as upstream names it: for IPv4, or for both families in the modes with one device.
+pub const WIREGUARD_DEVICE: &str = "flannel-wg";
+
+/// Name of the encrypted overlay's device for IPv6 in mode `separate`, as upstream names it.
+pub const WIREGUARD_DEVICE_V6: &str = "flannel-wg-v6";
 
 /// What a name of this module was refused for.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -125,8 +154,14 @@ pub fn peer_device_name(vni: Vni) -> Result<String, MarkError> {
 /// the routes, and the far end. They begin as that name does, so that who leaves `flannel*` alone leaves them alone. `None` for any
 /// other device, and where the kernel would not take names that long.
 pub fn stand_in(device: &str) -> Option<(String, String)> {
-    let vni = device.strip_prefix("flannel.")?;
-    let names = (format!("flannelt.{vni}"), format!("flannelu.{vni}"));
+    let names = match (
+        device.strip_prefix("flannel."),
+        device.strip_prefix("flannel-v6."),
+    ) {
+        (Some(vni), _) => (format!("flannelt.{vni}"), format!("flannelu.{vni}")),
+        (None, Some(vni)) => (format!("flannelt6.{vni}"), format!("flannelu6.{vni}")),
+        (None, None) => return None,
+    };
     check_name(&names.0).ok()?;
     Some(names)
 }
@@ -174,9 +209,14 @@ pub fn is_our_device(name: &str, kind: &str, vni: Option<u32>, wanted: Vni) -> b
         || is_our_veth(name, kind, wanted)
 }
 
+/// Tells whether a link is a device of the encrypted overlay, made by us or by upstream flannel.
+pub fn is_our_wireguard(name: &str, kind: &str) -> bool {
+    kind == KIND_WIREGUARD && [WIREGUARD_DEVICE, WIREGUARD_DEVICE_V6].contains(&name)
+}
+
 /// Tells whether a filter on a clsact qdisc is one of ours.
 pub fn is_our_filter(kind: &str, priority: u16, handle: u32) -> bool {
-    kind == TC_KIND && priority == TC_PRIORITY && handle == TC_HANDLE
+    kind == TC_KIND && [TC_PRIORITY, TC_PRIORITY_V6].contains(&priority) && handle == TC_HANDLE
 }
 
 /// Tells whether a route on a device that is not ours is one of ours.
@@ -189,8 +229,11 @@ pub fn is_our_link_pin(name: &str) -> bool {
     [
         PIN_TO_OVERLAY,
         PIN_STAND_IN,
+        PIN_FAR_END,
+        PIN_STAND_IN_FAR_END,
         PIN_FROM_WIRE,
         PIN_FROM_OVERLAY,
+        PIN_TO_LINK,
         PIN_XDP_DECAP,
     ]
     .contains(&name)
@@ -357,8 +400,11 @@ mod tests {
         assert!(is_our_route(241));
         assert!(!is_our_route(3));
         assert!(is_our_link_pin("to_overlay") && is_our_link_pin("from_wire"));
+        assert!(is_our_link_pin("to_link") && !is_our_link_pin("to_link-2"));
         assert!(is_our_link_pin("xdp_decap") && !is_our_link_pin("xdp_decap-2"));
         assert!(!is_our_link_pin("cil_from_netdev"));
+        // Maps, not links.
+        assert!(PINS_XDP_NEXT.iter().all(|name| !is_our_link_pin(name)));
         let veth = IfIndex::try_from(23).unwrap();
         assert_eq!(pod_pin("to_pod", veth), "to_pod-23");
         assert_eq!(parse_pod_pin("from_pod-23"), Some(("from_pod", veth)));

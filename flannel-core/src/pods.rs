@@ -11,11 +11,11 @@ pub mod report;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::Ipv4Addr,
+    net::IpAddr,
 };
 
 use flannel_common::PodRecord;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::addr::{IfIndex, VtepMac};
@@ -105,25 +105,28 @@ pub struct PodSources {
     /// Its ports.
     pub ports: BTreeMap<IfIndex, Port>,
     /// Its neighbours with a MAC address that has not failed.
-    pub neighbours: BTreeMap<Ipv4Addr, VtepMac>,
+    pub neighbours: BTreeMap<IpAddr, VtepMac>,
     /// The port behind which it has heard a MAC address.
     pub fdb: BTreeMap<VtepMac, IfIndex>,
     /// What CNI plugins said when they made the pods. Entries of pods that are gone may be among it.
     pub cni: Vec<CniPod>,
     /// This node's subnet.
-    pub own: Ipv4Net,
+    pub own: IpNet,
 }
 
 /// The address of the bridge that serves a node's subnet: the first of a host, as CNI's bridge plugin takes it.
-pub fn gateway(own: Ipv4Net) -> Option<Ipv4Net> {
-    let first = u32::from(own.network()).checked_add(1)?;
-    Ipv4Net::new(first.into(), own.prefix_len()).ok()
+pub fn gateway(own: IpNet) -> Option<IpNet> {
+    let first = match own.network() {
+        IpAddr::V4(base) => IpAddr::V4(u32::from(base).checked_add(1)?.into()),
+        IpAddr::V6(base) => IpAddr::V6(u128::from(base).checked_add(1)?.into()),
+    };
+    IpNet::new(first, own.prefix_len()).ok()
 }
 
 /// The pods known at present.
 #[derive(Clone, Debug, Default)]
 pub struct PodTable {
-    known: BTreeMap<Ipv4Addr, Pod>,
+    known: BTreeMap<IpAddr, Pod>,
     /// The latest generation that was given.
     generation: u32,
 }
@@ -134,7 +137,7 @@ type Claim = (IfIndex, VtepMac);
 impl PodTable {
     /// Takes over the records of an earlier run. New generations start beyond theirs and beyond `floor`, which the caller chooses so
     /// that it exceeds every generation of earlier runs that has left no record.
-    pub fn adopt(records: impl IntoIterator<Item = (Ipv4Addr, Pod)>, floor: u32) -> Self {
+    pub fn adopt(records: impl IntoIterator<Item = (IpAddr, Pod)>, floor: u32) -> Self {
         let known: BTreeMap<_, _> = records.into_iter().collect();
         let latest = known.values().map(|pod| pod.generation).max();
         Self {
@@ -144,13 +147,13 @@ impl PodTable {
     }
 
     /// The pods known at present.
-    pub const fn pods(&self) -> &BTreeMap<Ipv4Addr, Pod> {
+    pub const fn pods(&self) -> &BTreeMap<IpAddr, Pod> {
         &self.known
     }
 
     /// Forgets the pods behind an interface that is gone, and returns their addresses.
-    pub fn forget(&mut self, ifindex: IfIndex) -> Vec<Ipv4Addr> {
-        let gone: Vec<Ipv4Addr> = self
+    pub fn forget(&mut self, ifindex: IfIndex) -> Vec<IpAddr> {
+        let gone: Vec<IpAddr> = self
             .known
             .iter()
             .filter(|(_, pod)| pod.ifindex == ifindex)
@@ -170,7 +173,7 @@ impl PodTable {
         &mut self,
         sources: &PodSources,
         excluded: &BTreeSet<IfIndex>,
-    ) -> &BTreeMap<Ipv4Addr, Pod> {
+    ) -> &BTreeMap<IpAddr, Pod> {
         let before = std::mem::take(&mut self.known);
         let Some(bridge) = sources.bridge else {
             return &self.known;
@@ -202,7 +205,7 @@ impl PodTable {
 }
 
 /// The one claim to every address, where there is just one.
-fn claims(sources: &PodSources, before: &BTreeMap<Ipv4Addr, Pod>) -> BTreeMap<Ipv4Addr, Claim> {
+fn claims(sources: &PodSources, before: &BTreeMap<IpAddr, Pod>) -> BTreeMap<IpAddr, Claim> {
     let mut claims = heard(sources);
     let told = told(sources);
     let mut disputed = BTreeSet::new();
@@ -248,7 +251,7 @@ fn claims(sources: &PodSources, before: &BTreeMap<Ipv4Addr, Pod>) -> BTreeMap<Ip
 }
 
 /// What the bridge has heard: IP address to MAC address to port.
-fn heard(sources: &PodSources) -> BTreeMap<Ipv4Addr, Claim> {
+fn heard(sources: &PodSources) -> BTreeMap<IpAddr, Claim> {
     sources
         .neighbours
         .iter()
@@ -262,13 +265,13 @@ fn heard(sources: &PodSources) -> BTreeMap<Ipv4Addr, Claim> {
 }
 
 /// What CNI plugins said, of pods whose veth is there and whose MAC address the bridge has not heard elsewhere.
-fn told(sources: &PodSources) -> BTreeMap<Ipv4Addr, BTreeSet<Claim>> {
+fn told(sources: &PodSources) -> BTreeMap<IpAddr, BTreeSet<Claim>> {
     let by_name: BTreeMap<&str, IfIndex> = sources
         .ports
         .iter()
         .map(|(index, port)| (port.name.as_str(), *index))
         .collect();
-    let mut told: BTreeMap<Ipv4Addr, BTreeSet<Claim>> = BTreeMap::new();
+    let mut told: BTreeMap<IpAddr, BTreeSet<Claim>> = BTreeMap::new();
     for pod in &sources.cni {
         let ports = pod.host_interfaces.iter();
         let mut ports = ports.filter_map(|name| by_name.get(name.as_str()));
@@ -286,7 +289,7 @@ fn told(sources: &PodSources) -> BTreeMap<Ipv4Addr, BTreeSet<Claim>> {
 }
 
 /// Whether an address can be a pod's: inside our subnet, and not the bridge's own, the subnet's base or its broadcast address.
-fn is_pods(sources: &PodSources, address: Ipv4Addr) -> bool {
+fn is_pods(sources: &PodSources, address: IpAddr) -> bool {
     let own = sources.own;
     own.contains(&address)
         && address != own.network()

@@ -2,19 +2,71 @@
 
 use core::mem::MaybeUninit;
 
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::programs::{TcContext, XdpContext};
 
-/// A header of type `T` at byte `offset`, if the linear part of the packet holds all of it.
+/// Where the bytes of a packet are that a program may read directly.
+pub(crate) trait Bytes {
+    fn start(&self) -> usize;
+    fn end(&self) -> usize;
+}
+
+impl Bytes for TcContext {
+    #[inline(always)]
+    fn start(&self) -> usize {
+        self.data()
+    }
+
+    #[inline(always)]
+    fn end(&self) -> usize {
+        self.data_end()
+    }
+}
+
+impl Bytes for XdpContext {
+    #[inline(always)]
+    fn start(&self) -> usize {
+        self.data()
+    }
+
+    #[inline(always)]
+    fn end(&self) -> usize {
+        self.data_end()
+    }
+}
+
+/// A header of type `T` at byte `offset`, if the linear part (with XDP the first buffer) of the packet holds all of it.
 ///
 /// `T` must be a header without padding for which every bit pattern is valid, such as those of `network-types`.
 #[inline(always)]
-pub(crate) fn header<T: Copy>(ctx: &TcContext, offset: usize) -> Option<T> {
-    let start = ctx.data();
-    if start + offset + size_of::<T>() > ctx.data_end() {
+pub(crate) fn header<T: Copy>(ctx: &impl Bytes, offset: usize) -> Option<T> {
+    let start = ctx.start();
+    if start + offset + size_of::<T>() > ctx.end() {
         return None;
     }
     // SAFETY: the bounds were just checked, and the type has no invalid values.
     Some(unsafe { load((start + offset) as *const u8) })
+}
+
+/// The sum of the words of 32 bits from byte `offset` on, `len` bytes in all, for [`flannel_common::checksum::fold_words`]. Nothing of them
+/// is kept, which would need stack.
+#[inline(always)]
+pub(crate) fn sum_words(ctx: &impl Bytes, offset: usize, len: usize) -> Option<u64> {
+    let start = ctx.start();
+    if start + offset + len > ctx.end() {
+        return None;
+    }
+    let mut sum = 0;
+    let mut at = 0;
+    while at + 4 <= len {
+        // SAFETY: the bounds were just checked.
+        sum += u64::from(unsafe { load::<u32>((start + offset + at) as *const u8) });
+        at += 4;
+    }
+    if at + 2 <= len {
+        // SAFETY: as above.
+        sum += u64::from(unsafe { load::<u16>((start + offset + at) as *const u8) });
+    }
+    Some(sum)
 }
 
 /// Reads a `T` in the widest words that its size allows. The compiler would read one byte after the other, for it knows nothing of

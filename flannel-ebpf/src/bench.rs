@@ -16,7 +16,7 @@ use aya_ebpf::{
 };
 use network_types::{
     eth::{EthHdr, EtherType},
-    ip::Ipv4Hdr,
+    ip::{Ipv4Hdr, Ipv6Hdr},
 };
 
 /// Where packets to an address go: interface, then destination and source MAC address.
@@ -34,6 +34,14 @@ static REMOTE: HashMap<[u8; 4], Hop> = HashMap::with_max_entries(1024, 0);
 /// Addresses of local pods to their veth and MAC address.
 #[map(name = "local")]
 static LOCAL: HashMap<[u8; 4], Hop> = HashMap::with_max_entries(1024, 0);
+
+/// The same of IPv6.
+#[map(name = "remote6")]
+static REMOTE6: HashMap<[u8; 16], Hop> = HashMap::with_max_entries(1024, 0);
+
+/// The same of IPv6.
+#[map(name = "local6")]
+static LOCAL6: HashMap<[u8; 16], Hop> = HashMap::with_max_entries(1024, 0);
 
 /// Ingress of a pod's veth on the host: out of the uplink.
 #[classifier]
@@ -53,6 +61,55 @@ pub(crate) fn bench_from_wire(ctx: TcContext) -> i32 {
         Some(ifindex) => (unsafe { bpf_redirect_peer(ifindex, 0) }) as i32,
         None => TC_ACT_UNSPEC,
     }
+}
+
+/// [`bench_from_pod`] for IPv6.
+#[classifier]
+pub(crate) fn bench_from_pod6(ctx: TcContext) -> i32 {
+    match hop6(&ctx, &REMOTE6) {
+        // SAFETY: a helper call with plain values.
+        Some(ifindex) => (unsafe { bpf_redirect(ifindex, 0) }) as i32,
+        None => TC_ACT_UNSPEC,
+    }
+}
+
+/// [`bench_from_wire`] for IPv6.
+#[classifier]
+pub(crate) fn bench_from_wire6(ctx: TcContext) -> i32 {
+    match hop6(&ctx, &LOCAL6) {
+        // SAFETY: a helper call with plain values.
+        Some(ifindex) => (unsafe { bpf_redirect_peer(ifindex, 0) }) as i32,
+        None => TC_ACT_UNSPEC,
+    }
+}
+
+/// [`hop`] for IPv6, which has no header checksum.
+#[inline(always)]
+fn hop6(ctx: &TcContext, hops: &HashMap<[u8; 16], Hop>) -> Option<u32> {
+    const NEEDED: usize = EthHdr::LEN + Ipv6Hdr::LEN;
+    if ctx.data() + NEEDED > ctx.data_end() {
+        ctx.pull_data(NEEDED as u32).ok()?;
+    }
+    let (start, end) = (ctx.data(), ctx.data_end());
+    if start + NEEDED > end {
+        return None;
+    }
+    let eth = start as *mut EthHdr;
+    let ip = (start + EthHdr::LEN) as *mut Ipv6Hdr;
+    // SAFETY: the bounds were just checked; both types are packed and have no invalid values.
+    let (ether_type, dst, hops_left) =
+        unsafe { ((*eth).ether_type, (*ip).dst_addr, (*ip).hop_limit) };
+    if ether_type != u16::from(EtherType::Ipv6) || hops_left <= 1 {
+        return None;
+    }
+    // SAFETY: entries are written before traffic flows, and not changed.
+    let hop = unsafe { hops.get(dst) }?;
+    // SAFETY: as above; the addresses are the first twelve bytes of the frame.
+    unsafe {
+        (*ip).hop_limit = hops_left - 1;
+        *(start as *mut [u8; 12]) = hop.macs;
+    }
+    Some(hop.ifindex)
 }
 
 /// Rewrites the MAC addresses and counts the hop in the TTL, as any router does.

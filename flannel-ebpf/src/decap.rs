@@ -4,41 +4,34 @@
 //! error value, which means "to the kernel device" (`vxlan_rcv` in `drivers/net/vxlan/vxlan_core.c`).
 
 use aya_ebpf::{
-    bindings::{BPF_CSUM_LEVEL_DEC, BPF_CSUM_LEVEL_QUERY, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
+    bindings::{BPF_CSUM_LEVEL_DEC, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
     helpers::{bpf_csum_level, bpf_skb_store_bytes},
     programs::TcContext,
 };
 use flannel_common::{
-    Config, CounterId, DropReason, HEADER_LEN, OVERHEAD_V4, PodRecord, checksum, config_flags, ecn,
+    CounterId, DropReason, PodRecord, config_flags, ecn,
     flow::mode,
-    header::{INNER_ETH, IP, UDP, VXLAN, VXLAN_I},
-    map::{BARE_MAGIC, BareMark, room_flags},
+    header::VXLAN_I,
+    map::{BareMark, room_flags},
 };
-use network_types::{
-    eth::{EthHdr, EtherType},
-    ip::Ipv4Hdr,
-    udp::UdpHdr,
-    vxlan::VxlanHdr,
-};
+use network_types::{eth::EthHdr, udp::UdpHdr, vxlan::VxlanHdr};
 
 use crate::{
     Kind, Verdict,
     access::{BROADCAST, copy, header as read, linear, load, mac_bits},
-    encap::{IP_PART, next_hop, with_tos},
-    gate, maps, pod,
+    family::{
+        self, BARE_MAGIC, Config, ETHER_TYPE_BYTES, HEADER_LEN, INNER_ETH, IP_LEN, IP_PART, IpHdr,
+        NOT_THIS_FAMILY, OVERHEAD, UDP, VXLAN, next_hop, tos, with_tos,
+    },
+    gate, link, maps, pod,
     tuple::{self, Inner},
 };
 
 const PACKET_HOST: u32 = 0;
-const PROTO_UDP: u8 = 17;
-const MORE_FRAGMENTS: u16 = 0x2000;
-const OFFSET: u16 = 0x1fff;
-/// What makes an IPv4 packet a fragment: anything in the field but the DF bit.
-const FRAGMENT: u16 = MORE_FRAGMENTS | OFFSET;
 const ETH_LEN: u32 = EthHdr::LEN as u32;
 const VLAN_LEN: u32 = 4;
-/// Outer headers and the inner IPv4 header.
-const NEEDED: u32 = HEADER_LEN as u32 + Ipv4Hdr::LEN as u32;
+/// Outer headers, the inner IP header, and what follows it as far as checksums are looked for.
+const NEEDED: u32 = (HEADER_LEN + IP_LEN) as u32;
 
 #[inline(always)]
 pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason> {
@@ -52,42 +45,21 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
     if packet_type != PACKET_HOST || vlan != 0 || !linear(ctx, (UDP + UdpHdr::LEN) as u32) {
         return Ok(Verdict::NOT_OURS);
     }
-    let Some(eth) = read::<EthHdr>(ctx, 0) else {
+    let Some(outer) = family::outer(ctx, config)? else {
+        if config.flags & config_flags::ROUTED != 0 && config.mode != mode::OFF {
+            return Ok(link::try_from_link(ctx, config));
+        }
         return Ok(Verdict::NOT_OURS);
     };
-    let Some(ip) = read::<Ipv4Hdr>(ctx, IP) else {
-        return Ok(Verdict::NOT_OURS);
-    };
-    if eth.ether_type != u16::from(EtherType::Ipv4)
-        || ip.proto != PROTO_UDP
-        || ip.dst_addr != copy(&config.local)
-    {
-        return Ok(Verdict::NOT_OURS);
-    }
-    if u16::from_be_bytes(ip.frags) & FRAGMENT != 0 {
-        // Which port it goes to only the first fragment says, and the kernel puts them together anyway.
-        return fragment(ctx, config, &ip);
-    }
-    if ip.vihl != 0x45 {
-        return options(ctx, config, &ip);
-    }
-    let Some(udp) = read::<UdpHdr>(ctx, UDP) else {
-        return Ok(Verdict::NOT_OURS);
-    };
-    if udp.dst != copy(&config.port) {
-        return Ok(Verdict::NOT_OURS);
-    }
     gate::clear_index(ctx);
     if config.flags & config_flags::DECAP == 0 {
         return Err(DropReason::Disabled);
     }
     let bytes = ctx.len();
-    let total = u32::from(u16::from_be_bytes(ip.tot_len));
-    let udp_len = u32::from(u16::from_be_bytes(udp.len));
-    if bytes < (VXLAN + VxlanHdr::LEN) as u32 || udp_len < (UdpHdr::LEN + VxlanHdr::LEN) as u32 {
+    if bytes < (VXLAN + VxlanHdr::LEN) as u32 || outer.udp < (UdpHdr::LEN + VxlanHdr::LEN) as u32 {
         return Err(DropReason::TooShort);
     }
-    if total + ETH_LEN != bytes || udp_len + Ipv4Hdr::LEN as u32 != total {
+    if outer.total + ETH_LEN != bytes || outer.udp + IP_LEN as u32 != outer.total {
         return Err(DropReason::Length);
     }
     if !linear(ctx, (VXLAN + VxlanHdr::LEN) as u32) {
@@ -100,32 +72,17 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
     if !linear(ctx, NEEDED) {
         return Err(DropReason::TooShort);
     }
-    let outer: [u8; 20] = read(ctx, IP).ok_or(DropReason::TooShort)?;
-    if !checksum::ipv4_header_is_valid(&outer) {
-        return Err(DropReason::OuterHeader);
-    }
-    if is_martian(ip.src_addr, copy(&config.local)) {
-        return Err(DropReason::OuterSource);
-    }
-    // What the device has not verified the kernel verifies. Alone there is nobody to ask, and RFC 7348 (section 5) lets a
-    // receiver do without: a program cannot tell a sum not looked at from one that a local sender left to its device.
-    if udp.check != [0, 0]
-        && config.flags & config_flags::ALONE == 0
-        // SAFETY: a helper call on the context.
-        && unsafe { bpf_csum_level(skb, u64::from(BPF_CSUM_LEVEL_QUERY)) } < 0
-    {
-        return Err(DropReason::OuterChecksum);
-    }
     let inner_eth: [u8; EthHdr::LEN] = read(ctx, INNER_ETH).ok_or(DropReason::TooShort)?;
-    let inner: Ipv4Hdr = read(ctx, HEADER_LEN).ok_or(DropReason::TooShort)?;
+    let inner: IpHdr = read(ctx, HEADER_LEN).ok_or(DropReason::TooShort)?;
+    family::check_outer(ctx, config, &outer, &inner)?;
     check_inner(config, &inner_eth)?;
-    let frame = bytes - OVERHEAD_V4;
-    let congestion = ecn::decap(ip.tos, inner.tos);
+    let frame = bytes - OVERHEAD;
+    let was = tos(&inner);
+    let congestion = ecn::decap(outer.tos, was);
     if config.flags & config_flags::XDP != 0
-        && udp.check == [0, 0]
-        && eth.dst_addr[0] & 1 == 0
+        && family::may_be_stripped(ctx, &outer, &inner)
         && is_to_us(config, &inner_eth)
-        && (gso_size != 0 || total <= config.tunnel_mtu + OVERHEAD_V4)
+        && (gso_size != 0 || outer.total <= config.tunnel_mtu + OVERHEAD)
         && congestion != ecn::Decap::Drop
     {
         // `xdp_decap` asks for no more.
@@ -142,19 +99,19 @@ pub(crate) fn try_from_wire(ctx: &TcContext, config: &Config) -> Result<Verdict,
         return Err(DropReason::Ecn);
     }
 
-    let tos = match congestion {
-        ecn::Decap::SetCe => (inner.tos & !ecn::MASK) | ecn::CE,
-        ecn::Decap::SetEct1 => (inner.tos & !ecn::MASK) | ecn::ECT_1,
-        ecn::Decap::Keep | ecn::Decap::Drop => inner.tos,
+    let now = match congestion {
+        ecn::Decap::SetCe => (was & !ecn::MASK) | ecn::CE,
+        ecn::Decap::SetEct1 => (was & !ecn::MASK) | ecn::ECT_1,
+        ecn::Decap::Keep | ecn::Decap::Drop => was,
     };
     if config.mode != mode::OFF
         && is_to_us(config, &inner_eth)
         && let Some((pod, inner)) = fast_target(ctx, config, HEADER_LEN)
     {
         pop(ctx, config)?;
-        return land(ctx, pod, &inner.ip, tos);
+        return land(ctx, pod, &inner.ip, now);
     }
-    receive(ctx, config, &inner_eth, &inner, tos)?;
+    receive(ctx, config, &inner_eth, &inner, now)?;
     Ok(Verdict {
         kind: Kind::Receive,
         ifindex: config.tunnel_ifindex,
@@ -168,21 +125,25 @@ fn receive(
     ctx: &TcContext,
     config: &Config,
     inner_eth: &[u8; EthHdr::LEN],
-    inner: &Ipv4Hdr,
-    tos: u8,
+    inner: &IpHdr,
+    now: u8,
 ) -> Result<(), DropReason> {
+    let was = tos(inner);
     let outer_eth: [u8; EthHdr::LEN] = read(ctx, 0).ok_or(DropReason::TooShort)?;
     // Written first, and where they are now: the outer Ethernet header is the one that stays.
     store(ctx, 0, inner_eth)?;
-    let marked = if tos == inner.tos {
+    let marked = if now == was {
         Ok(())
     } else {
-        let part: [u8; IP_PART] = with_tos(inner, tos);
+        let part: [u8; IP_PART] = with_tos(inner, now);
         store(ctx, HEADER_LEN as u32, &part)
     };
     let done = marked.and_then(|()| pop(ctx, config));
+    if done.is_ok() && now != was {
+        family::account(ctx, inner, &with_tos(inner, now));
+    }
     if let Err(reason) = done {
-        let part: [u8; IP_PART] = with_tos(inner, inner.tos);
+        let part: [u8; IP_PART] = with_tos(inner, was);
         let undone = store(ctx, 0, &outer_eth).and_then(|()| store(ctx, HEADER_LEN as u32, &part));
         return Err(if undone.is_ok() {
             reason
@@ -200,13 +161,14 @@ struct Landing {
     ip: [u8; IP_PART],
 }
 
-/// The Ethernet header of an IPv4 packet that the host delivers to the pod.
+/// The Ethernet header of a packet that the host delivers to the pod.
 #[inline(always)]
 fn frame_header(pod: &PodRecord) -> [u8; EthHdr::LEN] {
     let (to, from) = (copy(&pod.mac), copy(&pod.gateway_mac));
+    let [high, low] = ETHER_TYPE_BYTES;
     [
         to[0], to[1], to[2], to[3], to[4], to[5], from[0], from[1], from[2], from[3], from[4],
-        from[5], 0x08, 0x00,
+        from[5], high, low,
     ]
 }
 
@@ -215,7 +177,7 @@ fn frame_header(pod: &PodRecord) -> [u8; EthHdr::LEN] {
 pub(crate) fn land(
     ctx: &TcContext,
     pod: &PodRecord,
-    ip: &Ipv4Hdr,
+    ip: &IpHdr,
     tos: u8,
 ) -> Result<Verdict, DropReason> {
     let bytes = ctx.len();
@@ -226,6 +188,7 @@ pub(crate) fn land(
     // SAFETY: plain bytes without padding.
     let header: [u8; size_of::<Landing>()] = unsafe { core::mem::transmute(landing) };
     store(ctx, 0, &header)?;
+    family::account(ctx, ip, &next_hop(ip, tos));
     Ok(Verdict {
         kind: Kind::Deliver,
         ifindex: pod.ifindex,
@@ -233,7 +196,7 @@ pub(crate) fn land(
     })
 }
 
-/// The pod that the packet, whose inner IPv4 header is at `at`, may be handed to directly.
+/// The pod that the packet, whose inner IP header is at `at`, may be handed to directly.
 #[inline(always)]
 fn fast_target(ctx: &TcContext, config: &Config, at: usize) -> Option<(&'static PodRecord, Inner)> {
     let inner = tuple::inner(ctx, at)?;
@@ -264,7 +227,7 @@ fn try_bare(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason> {
     if config.mode != mode::OFF
         && let Some((pod, inner)) = fast_target(ctx, config, EthHdr::LEN)
     {
-        return land(ctx, pod, &inner.ip, inner.ip.tos);
+        return land(ctx, pod, &inner.ip, tos(&inner.ip));
     }
     let bytes = ctx.len();
     store(ctx, 0, &copy(&config.own_mac))?;
@@ -279,7 +242,7 @@ fn try_bare(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason> {
 #[inline(always)]
 fn pop(ctx: &TcContext, config: &Config) -> Result<(), DropReason> {
     ctx.adjust_room(
-        -(OVERHEAD_V4 as i32),
+        -(OVERHEAD as i32),
         BPF_ADJ_ROOM_MAC,
         room_flags(config.decap_flags),
     )
@@ -287,17 +250,6 @@ fn pop(ctx: &TcContext, config: &Config) -> Result<(), DropReason> {
     // SAFETY: a helper call on the context. It undoes the level that the outer checksum took, as `udp_rcv` does.
     unsafe { bpf_csum_level(ctx.skb.skb, u64::from(BPF_CSUM_LEVEL_DEC)) };
     Ok(())
-}
-
-/// Whether the kernel refuses packets from this address (`ip_route_input_slow`, `fib_validate_source`). What depends on its
-/// routes, such as a subnet's broadcast address and `rp_filter`, is not looked at.
-#[inline(always)]
-pub(crate) fn is_martian(source: [u8; 4], local: [u8; 4]) -> bool {
-    source[0] == 127
-        || source[0] >> 4 == 0xe
-        || source == [0; 4]
-        || source == [0xff; 4]
-        || source == local
 }
 
 /// The VXLAN header that peers send.
@@ -326,8 +278,8 @@ pub(crate) fn check_inner(config: &Config, eth: &[u8; EthHdr::LEN]) -> Result<()
     let own = mac_bits(&config.own_mac);
     let to = mac_bits(&[d0, d1, d2, d3, d4, d5]);
     let from = mac_bits(&[s0, s1, s2, s3, s4, s5]);
-    if kind != [0x08, 0x00] {
-        return Err(DropReason::NotIpv4);
+    if kind != ETHER_TYPE_BYTES {
+        return Err(NOT_THIS_FAMILY);
     }
     if from == own {
         return Err(DropReason::OwnSource);
@@ -344,29 +296,6 @@ pub(crate) fn check_inner(config: &Config, eth: &[u8; EthHdr::LEN]) -> Result<()
 pub(crate) fn is_to_us(config: &Config, eth: &[u8; EthHdr::LEN]) -> bool {
     let [d0, d1, d2, d3, d4, d5, ..] = *eth;
     mac_bits(&[d0, d1, d2, d3, d4, d5]) == mac_bits(&config.own_mac)
-}
-
-/// A fragment: ours to count only if it is the first and goes to our port; otherwise nobody can tell.
-#[inline(always)]
-fn fragment(ctx: &TcContext, config: &Config, ip: &Ipv4Hdr) -> Result<Verdict, DropReason> {
-    let first = u16::from_be_bytes(ip.frags) & OFFSET == 0 && ip.vihl == 0x45;
-    match read::<UdpHdr>(ctx, UDP) {
-        Some(udp) if first && udp.dst == copy(&config.port) => Err(DropReason::OuterFragment),
-        _ => Ok(Verdict::NOT_OURS),
-    }
-}
-
-/// A header with options: the UDP header is further down, at a place that depends on the packet.
-#[inline(always)]
-fn options(ctx: &TcContext, config: &Config, ip: &Ipv4Hdr) -> Result<Verdict, DropReason> {
-    let len = u32::from(ip.vihl & 0x0f) * 4;
-    if ip.vihl >> 4 != 4 || len <= Ipv4Hdr::LEN as u32 {
-        return Ok(Verdict::NOT_OURS);
-    }
-    match ctx.load::<UdpHdr>(EthHdr::LEN + len as usize) {
-        Ok(udp) if udp.dst == copy(&config.port) => Err(DropReason::OuterOptions),
-        _ => Ok(Verdict::NOT_OURS),
-    }
 }
 
 #[inline(always)]

@@ -2,31 +2,29 @@
 
 use aya_ebpf::{
     bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
-    helpers::{bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_skb_store_bytes},
+    helpers::{bpf_get_hash_recalc, bpf_skb_store_bytes},
     programs::TcContext,
 };
 use flannel_common::{
-    Config, DropReason, HEADER_LEN, NodeRecord, OVERHEAD_V4, checksum, config_flags, ecn,
+    CounterId, DropReason, config_flags,
     flow::{PROTO_TCP, PROTO_UDP, Way, mode},
-    header::{self, INNER_ETH},
-    map::{room_flags, subnet_index},
+    header,
+    map::room_flags,
     node_flags,
 };
-use network_types::{
-    eth::{EthHdr, EtherType},
-    ip::Ipv4Hdr,
-    udp::UdpHdr,
-};
+use network_types::{eth::EthHdr, udp::UdpHdr};
 
 use crate::{
     Kind, Verdict,
     access::{copy, header as read, linear, load, mac_bits},
+    family::{
+        self, Config, ETHER_TYPE, GSO_BY_DEVICE, HEADER_LEN, INNER_ETH, IP_LEN, IP_PART, IpHdr,
+        NOT_THIS_FAMILY, NodeRecord, OVERHEAD, destination, header_len, protocol, source,
+        subnet_index, tos,
+    },
     gate::{self, Case},
     maps, tuple,
 };
-
-/// The part of an IPv4 header that a router changes: up to its checksum.
-pub(crate) const IP_PART: usize = 12;
 
 /// The stack copy of a header, aligned so that it moves in words.
 #[repr(C, align(8))]
@@ -47,21 +45,30 @@ pub(crate) fn try_to_overlay(ctx: &TcContext, config: &Config) -> Result<Verdict
     if !maps::are_kept(gate::clock()) {
         return Err(DropReason::Stale);
     }
-    if !linear(ctx, ETH_LEN + Ipv4Hdr::LEN as u32) {
+    let alone = config.flags & config_flags::ALONE != 0;
+    // What a pod sent and the device is to encapsulate: judged before, and not the stack's.
+    let judged = GSO_BY_DEVICE && gate::was_judged(ctx);
+    if judged && !alone {
+        gate::clear_index(ctx);
+        return Ok(Verdict::NOT_OURS);
+    }
+    // The far end of the pair: what the near end has left to the kernel comes in, cut up and with every checksum filled in.
+    let at_far_end = GSO_BY_DEVICE && alone && is_at_far_end(ctx, config);
+    if !linear(ctx, ETH_LEN + IP_LEN as u32) {
         return Err(DropReason::TooShort);
     }
     let eth: EthHdr = read(ctx, 0).ok_or(DropReason::TooShort)?;
-    if eth.ether_type != u16::from(EtherType::Ipv4) {
-        return Err(DropReason::NotIpv4);
+    if eth.ether_type != u16::from(ETHER_TYPE) {
+        return Err(NOT_THIS_FAMILY);
     }
-    let inner: Ipv4Hdr = read(ctx, EthHdr::LEN).ok_or(DropReason::TooShort)?;
+    let inner: IpHdr = read(ctx, EthHdr::LEN).ok_or(DropReason::TooShort)?;
 
-    let subnet = subnet_index(config, inner.dst_addr).ok_or(DropReason::NoPeer)?;
+    let subnet = subnet_index(config, destination(&inner)).ok_or(DropReason::NoPeer)?;
     let node = maps::node_of(subnet).ok_or(DropReason::NoPeer)?;
     if node.flags & node_flags::VALID == 0 {
         return Err(DropReason::NoPeer);
     }
-    if config.mode != mode::OFF {
+    if config.mode != mode::OFF && !judged && !at_far_end {
         witness(ctx, config, &inner);
     }
     // The kernel device forwards by inner MAC (its FDB), we by subnet: only where both say the same peer is it ours.
@@ -69,31 +76,62 @@ pub(crate) fn try_to_overlay(ctx: &TcContext, config: &Config) -> Result<Verdict
         return Err(DropReason::ForeignMac);
     }
     let known_hop = node.flags & node_flags::NEXT_HOP != 0;
-    if !known_hop && config.flags & config_flags::ALONE == 0 {
+    if !known_hop && !alone {
         return Err(DropReason::NoNextHop);
     }
-    fits(ctx, &inner, node.path_mtu, config.tunnel_mtu)?;
     let bytes = ctx.len();
     let ifindex = node.ifindex;
-    push(ctx, config, node, &inner, false)?;
+    let pushed = fits(ctx, &inner, node.path_mtu, config.tunnel_mtu)
+        .and_then(|()| push(ctx, config, node, &inner, false, at_far_end));
+    match pushed {
+        Ok(()) => {}
+        // Of the three the last is a super-packet, too: nothing else is that long.
+        Err(DropReason::Gso | DropReason::Protocol | DropReason::TooLong)
+            if GSO_BY_DEVICE && alone && !at_far_end =>
+        {
+            return Ok(leave_to_far_end(ctx, judged));
+        }
+        Err(reason) => return Err(reason),
+    }
     let kind = if known_hop { Kind::Send } else { Kind::Resolve };
     Ok(Verdict {
         kind,
         ifindex,
-        bytes,
+        // What comes in at the far end was counted before.
+        bytes: if at_far_end { 0 } else { bytes },
     })
+}
+
+/// Whether the packet comes in through the interface, rather than goes out. One that came in through the near end and goes out there again
+/// looks alike, but for the interface.
+#[inline(always)]
+fn is_at_far_end(ctx: &TcContext, config: &Config) -> bool {
+    let skb = ctx.skb.skb;
+    // SAFETY: reads of context fields, which the verifier turns into checked loads.
+    let (from, at) = unsafe { ((*skb).ingress_ifindex, (*skb).ifindex) };
+    from == at && at != config.tunnel_ifindex
+}
+
+/// Lets the packet go through the pair: the kernel cuts it up and fills its checksums in, and [`try_to_overlay`] has it again.
+#[inline(always)]
+fn leave_to_far_end(ctx: &TcContext, counted: bool) -> Verdict {
+    if !counted {
+        maps::count(CounterId::BpfEncap, ctx.len());
+    }
+    gate::clear_index(ctx);
+    Verdict::NOT_OURS
 }
 
 /// What leaves the stack towards a peer, and came from a pod, says whether the stack has touched it.
 #[inline(always)]
-fn witness(ctx: &TcContext, config: &Config, ip: &Ipv4Hdr) {
-    if subnet_index(config, ip.src_addr) != Some(config.own_index) {
+fn witness(ctx: &TcContext, config: &Config, ip: &IpHdr) {
+    if subnet_index(config, source(ip)) != Some(config.own_index) {
         return;
     }
     let Some(inner) = tuple::inner(ctx, EthHdr::LEN) else {
         return;
     };
-    let Some(pod) = maps::pod(inner.ip.src_addr) else {
+    let Some(pod) = maps::pod(source(&inner.ip)) else {
         return;
     };
     let case = Case {
@@ -108,7 +146,7 @@ fn witness(ctx: &TcContext, config: &Config, ip: &Ipv4Hdr) {
 #[inline(always)]
 pub(crate) fn fits(
     ctx: &TcContext,
-    inner: &Ipv4Hdr,
+    inner: &IpHdr,
     path_mtu: u32,
     mtu: u32,
 ) -> Result<(), DropReason> {
@@ -116,22 +154,23 @@ pub(crate) fn fits(
     // SAFETY: a read of a context field, which the verifier turns into a checked load.
     let gso_size = unsafe { (*ctx.skb.skb).gso_size };
     if gso_size == 0 {
-        if inner_len + OVERHEAD_V4 > path_mtu {
+        if inner_len + OVERHEAD > path_mtu {
             return Err(DropReason::OverPathMtu);
         }
-    } else if path_mtu < mtu + OVERHEAD_V4
-        && segment_len(ctx, inner, gso_size, ETH_LEN).is_none_or(|len| len + OVERHEAD_V4 > path_mtu)
+    } else if path_mtu < mtu + OVERHEAD
+        && segment_len(ctx, inner, gso_size, ETH_LEN).is_none_or(|len| len + OVERHEAD > path_mtu)
     {
         // The segments fit the tunnel's MTU, not the narrower path.
         return Err(DropReason::OverPathMtu);
     }
-    if inner_len + OVERHEAD_V4 > 0xffff {
+    if inner_len + OVERHEAD > 0xffff {
         return Err(DropReason::TooLong);
     }
     Ok(())
 }
 
-/// Puts the peer's header in front of the inner packet. With `hop` the inner hop limit goes down by one, as a router's does.
+/// Puts the peer's header in front of the inner packet. With `hop` the inner hop limit goes down by one, as a router's does; with `whole`
+/// every byte of it is as it will be sent, and may be read for the outer checksum.
 ///
 /// With any error but [`DropReason::Torn`] the packet is as it was.
 #[inline(always)]
@@ -139,34 +178,29 @@ pub(crate) fn push(
     ctx: &TcContext,
     config: &Config,
     node: &NodeRecord,
-    inner: &Ipv4Hdr,
+    inner: &IpHdr,
     hop: bool,
+    whole: bool,
 ) -> Result<(), DropReason> {
+    let sum = family::inner_sum(ctx, inner, hop, whole)?;
     let skb = ctx.skb.skb;
     let inner_len = ctx.len() - ETH_LEN;
     let mut out = Scratch {
         header: copy(&node.header),
         inner: [0; IP_PART],
     };
-    // SAFETY: helper calls on the context. The hash is taken before the headers move, as the vxlan device does.
-    let (hash, id) = unsafe { (bpf_get_hash_recalc(skb), bpf_get_prandom_u32() as u16) };
+    // SAFETY: a helper call on the context. The hash is taken before the headers move, as the vxlan device does.
+    let hash = unsafe { bpf_get_hash_recalc(skb) };
     let port = header::source_port(hash, config.source_port_min, config.source_port_span);
-    header::complete(
-        &mut out.header,
-        node.ip_sum,
-        inner_len,
-        ecn::outer_for(inner.tos),
-        id,
-        port,
-    );
+    family::complete(&mut out.header, node, inner, sum, inner_len, port);
     let len = if hop {
-        out.inner = next_hop(inner, inner.tos);
+        out.inner = family::next_hop(inner, tos(inner));
         HEADER_LEN + IP_PART
     } else {
         HEADER_LEN
     };
     ctx.adjust_room(
-        OVERHEAD_V4 as i32,
+        OVERHEAD as i32,
         BPF_ADJ_ROOM_MAC,
         room_flags(config.encap_flags),
     )
@@ -184,7 +218,7 @@ pub(crate) fn push(
 #[inline(always)]
 fn take_back(ctx: &TcContext, config: &Config) -> DropReason {
     match ctx.adjust_room(
-        -(OVERHEAD_V4 as i32),
+        -(OVERHEAD as i32),
         BPF_ADJ_ROOM_MAC,
         room_flags(config.decap_flags),
     ) {
@@ -193,61 +227,12 @@ fn take_back(ctx: &TcContext, config: &Config) -> DropReason {
     }
 }
 
-/// The first [`IP_PART`] bytes of an IPv4 header after one more hop, with this type of service.
-#[inline(always)]
-pub(crate) fn next_hop(ip: &Ipv4Hdr, tos: u8) -> [u8; IP_PART] {
-    let ttl = ip.ttl.wrapping_sub(1);
-    let check = checksum::replace(
-        u16::from_be_bytes(ip.check),
-        u16::from_be_bytes([ip.ttl, ip.proto]),
-        u16::from_be_bytes([ttl, ip.proto]),
-    );
-    let mut part = with_tos(
-        &Ipv4Hdr {
-            check: check.to_be_bytes(),
-            ..*ip
-        },
-        tos,
-    );
-    part[8] = ttl;
-    part
-}
-
-/// The first [`IP_PART`] bytes of an IPv4 header with this type of service.
-#[inline(always)]
-pub(crate) fn with_tos(ip: &Ipv4Hdr, tos: u8) -> [u8; IP_PART] {
-    let check = if tos == ip.tos {
-        ip.check
-    } else {
-        checksum::replace(
-            u16::from_be_bytes(ip.check),
-            u16::from_be_bytes([ip.vihl, ip.tos]),
-            u16::from_be_bytes([ip.vihl, tos]),
-        )
-        .to_be_bytes()
-    };
-    [
-        ip.vihl,
-        tos,
-        ip.tot_len[0],
-        ip.tot_len[1],
-        ip.id[0],
-        ip.id[1],
-        ip.frags[0],
-        ip.frags[1],
-        ip.ttl,
-        ip.proto,
-        check[0],
-        check[1],
-    ]
-}
-
-/// Length of the IP packets that a super-packet, whose IPv4 header is at `at`, will be cut into (`skb_gso_network_seglen`); `None`
+/// Length of the IP packets that a super-packet, whose IP header is at `at`, will be cut into (`skb_gso_network_seglen`); `None`
 /// if nobody here can tell.
 #[inline(always)]
-pub(crate) fn segment_len(ctx: &TcContext, inner: &Ipv4Hdr, gso_size: u32, at: u32) -> Option<u32> {
-    let ip_len = u32::from(inner.vihl & 0x0f) * 4;
-    let transport_len = match inner.proto {
+pub(crate) fn segment_len(ctx: &TcContext, inner: &IpHdr, gso_size: u32, at: u32) -> Option<u32> {
+    let ip_len = header_len(inner);
+    let transport_len = match protocol(inner) {
         PROTO_TCP => {
             let offset: u8 = ctx.load((at + ip_len) as usize + TCP_OFFSET).ok()?;
             u32::from(offset >> 4) * 4

@@ -5,14 +5,17 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use flannel_common::{
-    Config, CounterId,
+    CounterId,
     flow::{
-        self, FlowKey, JUDGED, Judgement, Now, Packet, Sighting, Testimony, Way, admitted, close,
-        closing, judge, testify, witnessed,
+        self, JUDGED, Judgement, Now, Packet, Testimony, Way, admitted, close, closing, judge,
+        testify, witnessed,
     },
 };
 
-use crate::maps;
+use crate::{
+    family::Config,
+    maps::{self, FlowKey, Sighting},
+};
 
 /// What the kernel's helpers offer, set by the agent before loading; the verifier then drops the branches that would call what is not
 /// there. Bits of [`flannel_common::map::helper_flags`].

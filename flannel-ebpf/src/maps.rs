@@ -5,11 +5,18 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray},
 };
 use flannel_common::{
-    Config, Counter, CounterId, Direction, DropReason, NodeId, NodeRecord, PodRecord,
+    Counter, CounterId, Direction, DropReason, NodeId, PodRecord,
     counter::REASON_ENTRIES,
-    flow::{Flow, FlowKey, LastSighting, NatKey, Sighting},
+    flow::{self, Flow},
     reason_index,
 };
+
+use crate::family::{Address, Config, NodeRecord};
+
+pub(crate) type FlowKey = flow::FlowKey<Address>;
+pub(crate) type NatKey = flow::NatKey<Address>;
+pub(crate) type Sighting = flow::Sighting<Address>;
+type LastSighting = flow::LastSighting<Address>;
 
 /// One entry: how this node is set up.
 #[map(name = "config")]
@@ -37,7 +44,7 @@ static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASON_ENTRIES,
 
 /// Address to pod, for the pods of this node that packets may be handed to directly.
 #[map(name = "pods")]
-static PODS: HashMap<[u8; 4], PodRecord> = HashMap::with_max_entries(4096, 0);
+static PODS: HashMap<Address, PodRecord> = HashMap::with_max_entries(4096, 0);
 
 /// What the stack itself was seen to pass. The agent sizes it.
 #[map(name = "flows")]
@@ -97,7 +104,7 @@ pub(crate) fn count_reason(direction: Direction, reason: DropReason) {
 }
 
 #[inline(always)]
-pub(crate) fn pod(address: [u8; 4]) -> Option<&'static PodRecord> {
+pub(crate) fn pod(address: Address) -> Option<&'static PodRecord> {
     // SAFETY: the record is only read. One that is replaced meanwhile stays whole until the program has ended (RCU).
     unsafe { PODS.get(address) }
 }

@@ -2,23 +2,23 @@
 
 use aya_ebpf::{helpers::bpf_skb_change_type, programs::TcContext};
 use flannel_common::{
-    Config, DropReason, PodRecord,
+    DropReason, PodRecord,
     flow::{Way, mode},
-    map::subnet_index,
     node_flags,
 };
-use network_types::{
-    eth::{EthHdr, EtherType},
-    ip::Ipv4Hdr,
-};
+use network_types::eth::EthHdr;
 
 use crate::{
     Kind, Verdict,
     access::{header as read, mac_bits},
     decap::land,
     encap,
+    family::{
+        Address, Config, ETHER_TYPE, GSO_BY_DEVICE, INNER_ETH, IpHdr, OTHER_ETHER_TYPE, OVERHEAD,
+        destination, hops, source, subnet_index, tos,
+    },
     gate::{self, Case},
-    maps,
+    link, maps,
     tuple::{self, IcmpError, Inner},
 };
 
@@ -29,8 +29,8 @@ const PACKET_HOST: u32 = 0;
 #[inline(always)]
 pub(crate) fn try_from_pod(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason> {
     // A pod may have numbered its packets, and so may whoever sent this one through another hook of ours.
-    match plain_ipv4(ctx) {
-        Some((eth, inner)) => match subnet_index(config, inner.ip.dst_addr) {
+    match plain(ctx) {
+        Some((eth, inner)) => match subnet_index(config, destination(&inner.ip)) {
             Some(index) if index == config.own_index => Ok(to_neighbour(ctx, config, &eth, &inner)),
             Some(index) => to_peer(ctx, config, index, &eth, &inner),
             None => Ok(slow(ctx)),
@@ -49,7 +49,7 @@ fn to_peer(
     eth: &EthHdr,
     inner: &Inner,
 ) -> Result<Verdict, DropReason> {
-    let Some(pod) = sender(ctx, inner.ip.src_addr) else {
+    let Some(pod) = sender(ctx, source(&inner.ip)) else {
         return Ok(slow(ctx));
     };
     let case = Case {
@@ -57,7 +57,7 @@ fn to_peer(
         packet: inner.packet(Way::Out),
         generation: pod.generation,
     };
-    if inner.ip.ttl <= 1 || mac_bits(&eth.dst_addr) != mac_bits(&pod.gateway_mac) {
+    if hops(&inner.ip) <= 1 || mac_bits(&eth.dst_addr) != mac_bits(&pod.gateway_mac) {
         return Ok(slow(ctx));
     }
     wrap(ctx, config, index, &inner.ip, pod, Some(&case)).unwrap_or_else(|| {
@@ -72,7 +72,7 @@ fn wrap(
     ctx: &TcContext,
     config: &Config,
     index: u32,
-    ip: &Ipv4Hdr,
+    ip: &IpHdr,
     pod: &PodRecord,
     case: Option<&Case>,
 ) -> Option<Result<Verdict, DropReason>> {
@@ -81,14 +81,17 @@ fn wrap(
     if node.flags & READY != READY {
         return None;
     }
+    if node.flags & node_flags::ROUTED != 0 {
+        return link::route(ctx, config, node, ip, pod, case).map(Ok);
+    }
     // A pod whose MTU is larger than the tunnel's is told so by the stack.
-    let inner_mtu = node.path_mtu.saturating_sub(flannel_common::OVERHEAD_V4);
+    let inner_mtu = node.path_mtu.saturating_sub(OVERHEAD);
     let inner_mtu = if inner_mtu < config.tunnel_mtu {
         inner_mtu
     } else {
         config.tunnel_mtu
     };
-    let limit = inner_mtu + flannel_common::OVERHEAD_V4;
+    let limit = inner_mtu + OVERHEAD;
     if encap::fits(ctx, ip, limit, pod.mtu).is_err() {
         return None;
     }
@@ -97,8 +100,20 @@ fn wrap(
     {
         return None;
     }
+    // SAFETY: a read of a context field, which the verifier turns into a checked load.
+    if GSO_BY_DEVICE && unsafe { (*ctx.skb.skb).gso_size } != 0 {
+        return link::send(
+            ctx,
+            node,
+            INNER_ETH,
+            ip,
+            Kind::SendFast,
+            config.tunnel_ifindex,
+        )
+        .map(Ok);
+    }
     let bytes = ctx.len();
-    match encap::push(ctx, config, node, ip, true) {
+    match encap::push(ctx, config, node, ip, true, false) {
         Ok(()) => Some(Ok(Verdict {
             kind: Kind::SendFast,
             ifindex: node.ifindex,
@@ -131,8 +146,8 @@ fn to_neighbour(ctx: &TcContext, config: &Config, eth: &EthHdr, inner: &Inner) -
 
 #[inline(always)]
 fn neighbours(ctx: &TcContext, eth: &EthHdr, inner: &Inner) -> Option<(&'static PodRecord, Case)> {
-    let pod = sender(ctx, inner.ip.src_addr)?;
-    let target = maps::pod(inner.ip.dst_addr)?;
+    let pod = sender(ctx, source(&inner.ip))?;
+    let target = maps::pod(destination(&inner.ip))?;
     let way = inner.local_way();
     // Bridged, not routed: then neither hop limit nor addresses change.
     let bridged = mac_bits(&eth.dst_addr) == mac_bits(&target.mac)
@@ -168,20 +183,20 @@ fn error_to_peer(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason
     let Some((eth, error)) = plain_error(ctx) else {
         return Ok(slow(ctx));
     };
-    let Some(pod) = sender(ctx, error.ip.src_addr) else {
+    let Some(pod) = sender(ctx, source(&error.ip)) else {
         return Ok(slow(ctx));
     };
-    let Some(index) = subnet_index(config, error.ip.dst_addr) else {
+    let Some(index) = subnet_index(config, destination(&error.ip)) else {
         return Ok(slow(ctx));
     };
     // The quoted packet came to this pod from the receiver of the error.
-    if error.quoted.ip.dst_addr != error.ip.src_addr
-        || error.quoted.ip.src_addr != error.ip.dst_addr
+    if destination(&error.quoted.ip) != source(&error.ip)
+        || source(&error.quoted.ip) != destination(&error.ip)
     {
         return Ok(slow(ctx));
     }
     if index == config.own_index {
-        let Some(target) = maps::pod(error.ip.dst_addr) else {
+        let Some(target) = maps::pod(destination(&error.ip)) else {
             return Ok(slow(ctx));
         };
         let key = error.quoted.key(error.quoted.local_way());
@@ -194,7 +209,7 @@ fn error_to_peer(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason
         return Ok(slow(ctx));
     }
     let known = gate::is_by_syn(config, &error.quoted.key(Way::In), pod.generation);
-    if !known || error.ip.ttl <= 1 || mac_bits(&eth.dst_addr) != mac_bits(&pod.gateway_mac) {
+    if !known || hops(&error.ip) <= 1 || mac_bits(&eth.dst_addr) != mac_bits(&pod.gateway_mac) {
         return Ok(slow(ctx));
     }
     wrap(ctx, config, index, &error.ip, pod, None).unwrap_or(Ok(slow(ctx)))
@@ -203,17 +218,17 @@ fn error_to_peer(ctx: &TcContext, config: &Config) -> Result<Verdict, DropReason
 /// A packet on its way to a pod, behind the stack.
 #[inline(always)]
 pub(crate) fn try_to_pod(ctx: &TcContext, config: &Config) {
-    let Some((_, inner)) = plain_ipv4(ctx) else {
+    let Some((_, inner)) = plain(ctx) else {
         return;
     };
-    let Some(index) = subnet_index(config, inner.ip.src_addr) else {
+    let Some(index) = subnet_index(config, source(&inner.ip)) else {
         return;
     };
-    let Some(pod) = sender(ctx, inner.ip.dst_addr) else {
+    let Some(pod) = sender(ctx, destination(&inner.ip)) else {
         return;
     };
     let (way, generation) = if index == config.own_index {
-        let Some(source) = maps::pod(inner.ip.src_addr) else {
+        let Some(source) = maps::pod(source(&inner.ip)) else {
             return;
         };
         (
@@ -240,7 +255,7 @@ pub(crate) fn try_from_overlay(ctx: &TcContext, config: &Config) -> Verdict {
     if unsafe { (*ctx.skb.skb).pkt_type } != PACKET_HOST {
         return Verdict::NOT_OURS;
     }
-    let Some((_, inner)) = plain_ipv4(ctx) else {
+    let Some((_, inner)) = plain(ctx) else {
         return if config.mode == mode::SYN {
             error_to_pod(ctx, config)
         } else {
@@ -253,7 +268,7 @@ pub(crate) fn try_from_overlay(ctx: &TcContext, config: &Config) -> Verdict {
     if !judged
         && gate::is_fast(ctx, config, &case, pod.ifindex)
         && takes(ctx, &inner.ip, pod, ETH_LEN as u32)
-        && let Ok(verdict) = land(ctx, pod, &inner.ip, inner.ip.tos)
+        && let Ok(verdict) = land(ctx, pod, &inner.ip, tos(&inner.ip))
     {
         return verdict;
     }
@@ -263,19 +278,19 @@ pub(crate) fn try_from_overlay(ctx: &TcContext, config: &Config) -> Verdict {
 
 /// An ICMP error for a pod about a connection that was admitted by its SYN; it may come from any node on the way.
 #[inline(always)]
-fn error_to_pod(ctx: &TcContext, config: &Config) -> Verdict {
+pub(crate) fn error_to_pod(ctx: &TcContext, config: &Config) -> Verdict {
     let Some((_, error)) = plain_error(ctx) else {
         return Verdict::NOT_OURS;
     };
-    let Some(pod) = maps::pod(error.ip.dst_addr) else {
+    let Some(pod) = maps::pod(destination(&error.ip)) else {
         return Verdict::NOT_OURS;
     };
-    let known = error.quoted.ip.src_addr == error.ip.dst_addr
+    let known = source(&error.quoted.ip) == destination(&error.ip)
         && gate::is_by_syn(config, &error.quoted.key(Way::Out), pod.generation);
     if known
-        && error.ip.ttl > 1
+        && hops(&error.ip) > 1
         && takes(ctx, &error.ip, pod, ETH_LEN as u32)
-        && let Ok(verdict) = land(ctx, pod, &error.ip, error.ip.tos)
+        && let Ok(verdict) = land(ctx, pod, &error.ip, tos(&error.ip))
     {
         return verdict;
     }
@@ -285,15 +300,17 @@ fn error_to_pod(ctx: &TcContext, config: &Config) -> Verdict {
 /// The pod that an inner packet from another node is for, and the case to judge.
 #[inline(always)]
 pub(crate) fn inbound(config: &Config, inner: &Inner) -> Option<(&'static PodRecord, Case)> {
-    if subnet_index(config, inner.ip.dst_addr) != Some(config.own_index) || inner.ip.ttl <= 1 {
+    if subnet_index(config, destination(&inner.ip)) != Some(config.own_index)
+        || hops(&inner.ip) <= 1
+    {
         return None;
     }
-    let source = subnet_index(config, inner.ip.src_addr)?;
+    let source = subnet_index(config, source(&inner.ip))?;
     if source == config.own_index {
         return None;
     }
     let _known = maps::node_of(source)?;
-    let pod = maps::pod(inner.ip.dst_addr)?;
+    let pod = maps::pod(destination(&inner.ip))?;
     Some((
         pod,
         Case {
@@ -304,9 +321,9 @@ pub(crate) fn inbound(config: &Config, inner: &Inner) -> Option<(&'static PodRec
     ))
 }
 
-/// Whether the bridge and the pod's veth would take the packet, whose IPv4 packet begins at `at`; else the stack says so to its sender.
+/// Whether the bridge and the pod's veth would take the packet, whose IP packet begins at `at`; else the stack says so to its sender.
 #[inline(always)]
-pub(crate) fn takes(ctx: &TcContext, ip: &Ipv4Hdr, pod: &PodRecord, at: u32) -> bool {
+pub(crate) fn takes(ctx: &TcContext, ip: &IpHdr, pod: &PodRecord, at: u32) -> bool {
     // SAFETY: a read of a context field, which the verifier turns into a checked load.
     let gso_size = unsafe { (*ctx.skb.skb).gso_size };
     if gso_size == 0 {
@@ -317,15 +334,15 @@ pub(crate) fn takes(ctx: &TcContext, ip: &Ipv4Hdr, pod: &PodRecord, at: u32) -> 
 
 /// The pod at this interface, if the address is its own.
 #[inline(always)]
-fn sender(ctx: &TcContext, address: [u8; 4]) -> Option<&'static PodRecord> {
+fn sender(ctx: &TcContext, address: Address) -> Option<&'static PodRecord> {
     // SAFETY: a read of a context field, which the verifier turns into a checked load.
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     maps::pod(address).filter(|pod| pod.ifindex == ifindex)
 }
 
-/// An untagged Ethernet frame with an IPv4 packet that the gate can follow.
+/// An untagged Ethernet frame with a packet of this family that the gate can follow.
 #[inline(always)]
-fn plain_ipv4(ctx: &TcContext) -> Option<(EthHdr, Inner)> {
+pub(crate) fn plain(ctx: &TcContext) -> Option<(EthHdr, Inner)> {
     let inner = tuple::inner(ctx, ETH_LEN)?;
     Some((ethernet(ctx)?, inner))
 }
@@ -336,16 +353,24 @@ fn plain_error(ctx: &TcContext) -> Option<(EthHdr, IcmpError)> {
     Some((ethernet(ctx)?, error))
 }
 
+/// Whether the packet is one of the other IP version, as the kernel has it.
 #[inline(always)]
-fn ethernet(ctx: &TcContext) -> Option<EthHdr> {
-    let eth: EthHdr = read(ctx, 0)?;
+pub(crate) fn is_of_other_family(ctx: &TcContext) -> bool {
     // SAFETY: a read of a context field, which the verifier turns into a checked load.
-    let vlan = unsafe { (*ctx.skb.skb).vlan_present };
-    (vlan == 0 && eth.ether_type == u16::from(EtherType::Ipv4)).then_some(eth)
+    let protocol = unsafe { (*ctx.skb.skb).protocol };
+    protocol == u32::from(u16::from_ne_bytes(OTHER_ETHER_TYPE))
 }
 
 #[inline(always)]
-fn slow(ctx: &TcContext) -> Verdict {
+pub(crate) fn ethernet(ctx: &TcContext) -> Option<EthHdr> {
+    let eth: EthHdr = read(ctx, 0)?;
+    // SAFETY: a read of a context field, which the verifier turns into a checked load.
+    let vlan = unsafe { (*ctx.skb.skb).vlan_present };
+    (vlan == 0 && eth.ether_type == u16::from(ETHER_TYPE)).then_some(eth)
+}
+
+#[inline(always)]
+pub(crate) fn slow(ctx: &TcContext) -> Verdict {
     gate::untag(ctx);
     Verdict::NOT_OURS
 }

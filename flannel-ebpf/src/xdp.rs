@@ -1,44 +1,25 @@
 //! Native XDP on the uplink: the outer headers go before the driver makes a socket buffer, so that GRO merges the inner packets as
 //! it would without a tunnel. `from_wire` knows them by their metadata and does the rest.
 //!
-//! Taken is only what `from_wire` would take; everything else passes, and is `from_wire`'s to judge and count.
+//! Taken is only what `from_wire` would take; everything else passes, and is `from_wire`'s to judge and count. An interface takes one
+//! program: that for IPv4 hands packets of IPv6 on to the other ([`family::hand_on`]).
 
 use aya_ebpf::{
     helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_meta},
     programs::XdpContext,
 };
-use flannel_common::{
-    Config, CounterId, DropReason, HEADER_LEN, OVERHEAD_V4, checksum, config_flags, ecn,
-    header::{INNER_ETH, IP, UDP, VXLAN},
-    map::{BARE_MAGIC, BareMark},
-};
-use network_types::{
-    eth::{EthHdr, EtherType},
-    ip::Ipv4Hdr,
-    udp::UdpHdr,
-};
+use flannel_common::{CounterId, DropReason, config_flags, ecn, map::BareMark};
+use network_types::eth::EthHdr;
 
 use crate::{
-    access::{copy, load},
-    decap::{check_inner, is_martian, is_to_us, vxlan_of},
-    encap::{IP_PART, with_tos},
+    access::header as read,
+    decap::{check_inner, is_to_us, vxlan_of},
+    family::{
+        self, BARE_MAGIC, Config, ETHER_TYPE, HEADER_LEN, INNER_ETH, IP_LEN, IP_PART, IpHdr,
+        OVERHEAD, Outer, VXLAN, tos, with_tos,
+    },
     maps,
 };
-
-const PROTO_UDP: u8 = 17;
-/// Anything in the field but the DF bit.
-const FRAGMENT: u16 = 0x3fff;
-
-/// A header of type `T` at byte `offset`, if the first buffer of the frame holds all of it.
-#[inline(always)]
-fn read<T: Copy>(ctx: &XdpContext, offset: usize) -> Option<T> {
-    let start = ctx.data();
-    if start + offset + size_of::<T>() > ctx.data_end() {
-        return None;
-    }
-    // SAFETY: the bounds were just checked, and the type has no invalid values.
-    Some(unsafe { load((start + offset) as *const u8) })
-}
 
 #[inline(always)]
 fn write<T: Copy>(ctx: &XdpContext, offset: usize, value: T) -> Result<(), DropReason> {
@@ -46,7 +27,7 @@ fn write<T: Copy>(ctx: &XdpContext, offset: usize, value: T) -> Result<(), DropR
     if start + offset + size_of::<T>() > ctx.data_end() {
         return Err(DropReason::Store);
     }
-    // SAFETY: as in `read`.
+    // SAFETY: the bounds were just checked.
     unsafe { ((start + offset) as *mut T).write_unaligned(value) };
     Ok(())
 }
@@ -61,13 +42,13 @@ pub(crate) fn try_xdp_decap(ctx: &XdpContext) -> Option<Result<(), DropReason>> 
         return None;
     }
     let eth: EthHdr = read(ctx, 0)?;
-    let inner_eth = plain(ctx, config, &eth)?;
-    let inner: Ipv4Hdr = read(ctx, HEADER_LEN)?;
-    let outer: Ipv4Hdr = read(ctx, IP)?;
-    let tos = match ecn::decap(outer.tos, inner.tos) {
-        ecn::Decap::Keep => inner.tos,
-        ecn::Decap::SetCe => (inner.tos & !ecn::MASK) | ecn::CE,
-        ecn::Decap::SetEct1 => (inner.tos & !ecn::MASK) | ecn::ECT_1,
+    let inner: IpHdr = read(ctx, HEADER_LEN)?;
+    let (outer, inner_eth) = plain(ctx, config, &eth, &inner)?;
+    let was = tos(&inner);
+    let now = match ecn::decap(outer.tos, was) {
+        ecn::Decap::Keep => was,
+        ecn::Decap::SetCe => (was & !ecn::MASK) | ecn::CE,
+        ecn::Decap::SetEct1 => (was & !ecn::MASK) | ecn::ECT_1,
         ecn::Decap::Drop => return None,
     };
     // SAFETY: helper calls on the context.
@@ -76,17 +57,15 @@ pub(crate) fn try_xdp_decap(ctx: &XdpContext) -> Option<Result<(), DropReason>> 
             // The driver has no room for metadata.
             return None;
         }
-        if bpf_xdp_adjust_head(ctx.ctx, OVERHEAD_V4 as i32) != 0 {
+        if bpf_xdp_adjust_head(ctx.ctx, OVERHEAD as i32) != 0 {
             return unmark(ctx);
         }
     }
-    match finish(ctx, &eth, &inner_eth, &inner, tos) {
+    match finish(ctx, &eth, &inner_eth, &inner, now) {
         Ok(()) => Some(Ok(())),
         // The outer headers are still where they were.
         // SAFETY: a helper call on the context.
-        Err(_) if unsafe { bpf_xdp_adjust_head(ctx.ctx, -(OVERHEAD_V4 as i32)) } == 0 => {
-            unmark(ctx)
-        }
+        Err(_) if unsafe { bpf_xdp_adjust_head(ctx.ctx, -(OVERHEAD as i32)) } == 0 => unmark(ctx),
         Err(_) => Some(Err(DropReason::Torn)),
     }
 }
@@ -102,38 +81,29 @@ fn unmark(ctx: &XdpContext) -> Option<Result<(), DropReason>> {
     }
 }
 
-/// The inner Ethernet header of a packet that is in every respect as peers send it.
+/// The outer headers and the inner Ethernet header of a packet that is in every respect as peers send it.
 #[inline(always)]
-fn plain(ctx: &XdpContext, config: &Config, eth: &EthHdr) -> Option<[u8; EthHdr::LEN]> {
-    let ip: Ipv4Hdr = read(ctx, IP)?;
-    let udp: UdpHdr = read(ctx, UDP)?;
+fn plain(
+    ctx: &XdpContext,
+    config: &Config,
+    eth: &EthHdr,
+    inner: &IpHdr,
+) -> Option<(Outer, [u8; EthHdr::LEN])> {
+    if eth.ether_type != u16::from(ETHER_TYPE) || eth.dst_addr[0] & 1 != 0 {
+        return None;
+    }
+    let outer = family::plain_outer(ctx, config, inner)?;
     let vxlan: [u8; 8] = read(ctx, VXLAN)?;
-    let total = u32::from(u16::from_be_bytes(ip.tot_len));
-    let udp_len = u32::from(u16::from_be_bytes(udp.len));
-    let ours = eth.ether_type == u16::from(EtherType::Ipv4)
-        && eth.dst_addr[0] & 1 == 0
-        && ip.vihl == 0x45
-        && ip.proto == PROTO_UDP
-        && ip.dst_addr == copy(&config.local)
-        && u16::from_be_bytes(ip.frags) & FRAGMENT == 0
-        && udp.dst == copy(&config.port)
-        // Nobody has verified anything yet.
-        && udp.check == [0, 0]
-        && udp_len + Ipv4Hdr::LEN as u32 == total
-        && vxlan == vxlan_of(config);
-    let header: [u8; Ipv4Hdr::LEN] = read(ctx, IP)?;
     let inner_eth: [u8; EthHdr::LEN] = read(ctx, INNER_ETH)?;
     // The frame may be longer by padding that the inner lengths tell from data; shorter it cannot be. Multi-buffer frames go on in
     // buffers that `data_end` does not cover.
-    let enough = total + EthHdr::LEN as u32 >= HEADER_LEN as u32 + Ipv4Hdr::LEN as u32
-        && total <= config.tunnel_mtu + OVERHEAD_V4;
-    (ours
-        && enough
-        && checksum::ipv4_header_is_valid(&header)
-        && !is_martian(ip.src_addr, copy(&config.local))
+    let enough = outer.total as usize + EthHdr::LEN >= HEADER_LEN + IP_LEN
+        && outer.total <= config.tunnel_mtu + OVERHEAD;
+    let ours = outer.udp + IP_LEN as u32 == outer.total
+        && vxlan == vxlan_of(config)
         && is_to_us(config, &inner_eth)
-        && check_inner(config, &inner_eth).is_ok())
-    .then_some(inner_eth)
+        && check_inner(config, &inner_eth).is_ok();
+    (ours && enough).then_some((outer, inner_eth))
 }
 
 /// Gives the inner packet a frame that the host takes for its own, and a mark that says what it was. On failure nothing is written.
@@ -142,8 +112,8 @@ fn finish(
     ctx: &XdpContext,
     eth: &EthHdr,
     inner_eth: &[u8; EthHdr::LEN],
-    inner: &Ipv4Hdr,
-    tos: u8,
+    inner: &IpHdr,
+    now: u8,
 ) -> Result<(), DropReason> {
     let meta = ctx.metadata();
     let written = EthHdr::LEN + IP_PART;
@@ -153,8 +123,8 @@ fn finish(
     let mut header = *inner_eth;
     header[..6].copy_from_slice(&eth.dst_addr);
     write(ctx, 0, header)?;
-    if tos != inner.tos {
-        let part: [u8; IP_PART] = with_tos(inner, tos);
+    if now != tos(inner) {
+        let part: [u8; IP_PART] = with_tos(inner, now);
         write(ctx, EthHdr::LEN, part)?;
     }
     // SAFETY: the bounds were checked above.

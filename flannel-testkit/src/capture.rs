@@ -2,7 +2,7 @@
 
 use crate::eventually::try_eventually;
 use crate::netns::Netns;
-use crate::packet::{PORT, Vxlan};
+use crate::packet::{Address, PORT, Vxlan};
 use crate::pcap::{self, Packet};
 use crate::process;
 use crate::state::State;
@@ -181,12 +181,17 @@ impl Captured {
         file_in(self.dir.path())
     }
 
-    /// The packets to port 8472 that parse as VXLAN.
+    /// The packets to port 8472 that parse as VXLAN over IPv4.
     pub fn vxlan(&self) -> Vec<Vxlan> {
+        self.vxlan_of()
+    }
+
+    /// The packets to port 8472 that parse as VXLAN over a family.
+    pub fn vxlan_of<A: Address>(&self) -> Vec<Vxlan<A>> {
         let parsed = self
             .packets
             .iter()
-            .filter_map(|p| Vxlan::parse(&p.data).ok());
+            .filter_map(|p| Vxlan::read(&p.data).ok());
         parsed.filter(|frame| frame.dst_port == PORT).collect()
     }
 

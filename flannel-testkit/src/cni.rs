@@ -102,6 +102,9 @@ impl Runtime {
         let number = self.containers.fetch_add(1, Ordering::Relaxed) + 1;
         let ns = Netns::add(&format!("{}c{number}", self.node.name()))?;
         ns.ip("link set lo up")?;
+        if self.node.is_prepared() {
+            ns.prepare_ipv6(false)?;
+        }
         Ok(Container {
             id: format!("{:064x}", u64::from(number) * 0x9e37_79b9 + 1),
             ns,
@@ -130,8 +133,16 @@ impl Runtime {
         };
         let inside = named(&|interface| interface["name"] == json!(container.ifname))?;
         let host = named(&|interface| text(&interface["name"]).starts_with("veth"))?;
-        let ip: Ipv4Addr = address(result)?;
-        let gateway = text(&result["ips"][0]["gateway"]).parse()?;
+        let addresses = result["ips"]
+            .as_array()
+            .context("no addresses")?
+            .iter()
+            .map(|ip| {
+                let address = text(&ip["address"]);
+                let (address, _) = address.split_once('/').context("no prefix length")?;
+                anyhow::Ok((address.parse()?, text(&ip["gateway"]).parse()?))
+            });
+        let addresses: Vec<_> = addresses.collect::<anyhow::Result<_>>()?;
         let mac: Vec<u8> = text(&inside["mac"])
             .split(':')
             .filter_map(|byte| u8::from_str_radix(byte, 16).ok())
@@ -140,7 +151,8 @@ impl Runtime {
         Ok(Pod::connected(
             name,
             container.ns.clone(),
-            (ip, mac, gateway),
+            &addresses,
+            mac,
             text(&host["name"]),
             &self.node,
         ))

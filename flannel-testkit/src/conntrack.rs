@@ -1,14 +1,15 @@
 //! Connection tracking of a namespace, through the `conntrack` program.
 
+use crate::family::Family;
 use crate::netns::Netns;
 use anyhow::Context as _;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 
 /// One way of a tracked connection. The ports of ICMP are zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tuple {
-    pub from: SocketAddrV4,
-    pub to: SocketAddrV4,
+    pub from: SocketAddr,
+    pub to: SocketAddr,
 }
 
 /// A tracked connection.
@@ -37,32 +38,42 @@ impl Entry {
     }
 
     /// Whether one of its ways ends here.
-    pub fn touches(&self, address: SocketAddrV4) -> bool {
+    pub fn touches(&self, address: SocketAddr) -> bool {
         [self.original, self.reply]
             .iter()
             .any(|way| way.from == address || way.to == address)
     }
 }
 
-/// Everything that is tracked (`conntrack -L -o extended`).
+/// Everything that is tracked in IPv4 (`conntrack -L -o extended`).
 pub fn list(ns: &Netns) -> anyhow::Result<Vec<Entry>> {
-    let text = ns.exec(["conntrack", "-L", "-f", "ipv4", "-o", "extended"])?;
+    list_of(ns, Family::V4)
+}
+
+/// Everything that is tracked in a family.
+pub fn list_of(ns: &Netns, family: Family) -> anyhow::Result<Vec<Entry>> {
+    let text = ns.exec(["conntrack", "-L", "-f", name(family), "-o", "extended"])?;
     text.lines()
         .map(|line| parse(line).with_context(|| format!("conntrack said {line:?}")))
         .collect()
 }
 
-/// Forgets everything (`conntrack -F`).
+/// Forgets everything, in both families (`conntrack -F`).
 pub fn flush(ns: &Netns) -> anyhow::Result<()> {
-    ns.exec(["conntrack", "-F"]).map(drop)
+    for family in Family::ALL {
+        ns.exec(["conntrack", "-F", "-f", name(family)])?;
+    }
+    Ok(())
 }
 
 /// Forgets the connections of `protocol` whose first packet came from `source`. None is no error.
-pub fn delete(ns: &Netns, protocol: &str, source: SocketAddrV4) -> anyhow::Result<()> {
+pub fn delete(ns: &Netns, protocol: &str, source: SocketAddr) -> anyhow::Result<()> {
     let (ip, port) = (source.ip().to_string(), source.port().to_string());
     let argv = [
         "conntrack",
         "-D",
+        "-f",
+        name(Family::of(source.ip())),
         "-p",
         protocol,
         "-s",
@@ -81,6 +92,14 @@ pub fn delete(ns: &Netns, protocol: &str, source: SocketAddrV4) -> anyhow::Resul
         done.stderr.trim()
     );
     Ok(())
+}
+
+/// What the program calls a family.
+fn name(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ipv4",
+        Family::V6 => "ipv6",
+    }
 }
 
 /// One line such as `ipv4 2 tcp 6 431999 ESTABLISHED src=… dst=… sport=… dport=… src=… dst=… sport=… dport=… [ASSURED] …`.
@@ -116,9 +135,9 @@ fn tuple(pairs: &[(&str, &str)]) -> anyhow::Result<Tuple> {
         let found = pairs.iter().find(|(name, _)| *name == key);
         found.map(|(_, value)| *value)
     };
-    let end = |ip: &str, port: &str| -> anyhow::Result<SocketAddrV4> {
-        let ip: Ipv4Addr = value(ip).context("no address")?.parse()?;
-        Ok(SocketAddrV4::new(ip, value(port).unwrap_or("0").parse()?))
+    let end = |ip: &str, port: &str| -> anyhow::Result<SocketAddr> {
+        let ip: IpAddr = value(ip).context("no address")?.parse()?;
+        Ok(SocketAddr::new(ip, value(port).unwrap_or("0").parse()?))
     };
     Ok(Tuple {
         from: end("src", "sport")?,
@@ -152,6 +171,12 @@ mod tests {
         )
         .unwrap();
         assert_eq!(icmp.original.from.port(), 0);
+        let six = parse(
+            "ipv6     10 tcp      6 7439 ESTABLISHED src=fd00:10:244:1::2 dst=fd00:10:244:2::2 sport=4 dport=80 \
+             src=fd00:10:244:2::2 dst=fd00:10:244:1::2 sport=80 dport=4 [ASSURED] mark=0 use=1",
+        )
+        .unwrap();
+        assert!(six.touches("[fd00:10:244:2::2]:80".parse().unwrap()) && !six.is_translated());
         assert!(parse("nothing").is_err());
     }
 }

@@ -1,6 +1,7 @@
 //! The lab: an underlay switch and nodes around it.
 
 use crate::eventually::try_eventually;
+use crate::family::{Families, Family, Prefix};
 use crate::netns::Netns;
 use crate::nics::Nics;
 use crate::node::Node;
@@ -8,7 +9,7 @@ use crate::state::State;
 use crate::subnet::Subnet;
 use crate::{sweep, traffic};
 use anyhow::Context as _;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -35,11 +36,18 @@ pub enum Offloads {
 pub struct LabOptions {
     /// Number of nodes, at most 200.
     pub nodes: u8,
+    /// The families of the underlay, and of what the nodes' subnets are for.
+    pub families: Families,
     /// Network of the pods; node `i` gets the /24 number `i + 1` of it as [`Node::subnet`].
     pub network: Subnet,
+    /// The same of IPv6; node `i` gets the /64 number `i + 1` of it as [`Node::subnet_v6`].
+    pub network_v6: Prefix,
     /// MTU in bytes of the uplinks and of the switch.
     pub mtu: u32,
     pub offloads: Offloads,
+    /// How many of the nodes, the last ones, are on another link than the rest, behind the switch as a router: their `eth0` is in
+    /// 192.168.79.0/24 and fd79::/64.
+    pub far_nodes: u8,
     /// Gives each node an `eth1` in 192.168.78.0/24, on a switch of its own.
     pub second_uplink: bool,
 }
@@ -48,6 +56,9 @@ impl Default for LabOptions {
     fn default() -> LabOptions {
         LabOptions {
             nodes: 2,
+            families: Families::V4,
+            far_nodes: 0,
+            network_v6: Prefix::new(Ipv6Addr::new(0xfd00, 0x10, 0x244, 0, 0, 0, 0, 0), 48),
             network: Subnet::new(Ipv4Addr::new(10, 244, 0, 0), 16),
             mtu: 1500,
             offloads: Offloads::Default,
@@ -63,6 +74,7 @@ pub struct Lab {
     underlay: Netns,
     nodes: Vec<Node>,
     on_nics: bool,
+    families: Families,
     // Last: its drop removes the run directories.
     _state: LabState,
 }
@@ -106,6 +118,11 @@ impl Lab {
                 nics.nodes()
             );
         }
+        anyhow::ensure!(
+            options.far_nodes <= options.nodes && (nics.is_none() || options.far_nodes == 0),
+            "no room for {} nodes on another link",
+            options.far_nodes
+        );
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let prefix = sweep::prefix(std::process::id(), number);
         let state = State::hold()?;
@@ -119,8 +136,13 @@ impl Lab {
         };
         let underlay = Netns::add(&format!("{prefix}underlay"))?;
         underlay.set_sysctl("net/ipv4/ip_forward", "1")?;
-        for uplink in 0..=u8::from(options.second_uplink) {
-            add_switch(&underlay, uplink, options.mtu)?;
+        let families = options.families;
+        if families.has(Family::V6) {
+            underlay.prepare_ipv6(true)?;
+        }
+        let links = [true, options.second_uplink, options.far_nodes > 0];
+        for link in (0..).zip(links).filter_map(|(link, on)| on.then_some(link)) {
+            add_switch(&underlay, link, &options)?;
         }
         if let Some(nics) = nics {
             nics.gather()?;
@@ -132,27 +154,50 @@ impl Lab {
             underlay,
             nodes: Vec::new(),
             on_nics: nics.is_some(),
+            families,
             _state: state,
         };
         for index in 0..options.nodes {
             let run_dir = dir.join(format!("n{index}"));
             std::fs::create_dir(&run_dir).with_context(|| format!("make {}", run_dir.display()))?;
-            let ns = Netns::add(&format!("{}n{index}", lab.prefix))?;
+            let ns = lab.extra(&format!("n{index}"))?;
             let node = Node::set_up((index, ns), run_dir, (&lab.underlay, nics), &options)?;
             lab.nodes.push(node);
         }
         for node in &lab.nodes {
-            try_eventually(
-                Duration::from_secs(10),
-                &format!("{} reaches the switch", node.name),
-                || traffic::ping_once(&node.ns, Lab::GATEWAY, Duration::from_millis(500)),
-            )?;
+            lab.reaches_switch(&node.ns, &node.name)?;
         }
         Ok(lab)
     }
 
+    fn reaches_switch(&self, ns: &Netns, name: &str) -> anyhow::Result<()> {
+        for family in self.families.list() {
+            let what = format!("{name} reaches the switch over {family}");
+            try_eventually(Duration::from_secs(10), &what, || {
+                traffic::ping_once(ns, Lab::gateway(family), Duration::from_millis(500))
+            })?;
+        }
+        Ok(())
+    }
+
     /// Address of the switch, the nodes' default gateway; servers such as etcd may listen on it in [`Lab::underlay`].
     pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 1);
+
+    /// The same of IPv6.
+    pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1);
+
+    /// Address of the switch in a family.
+    pub fn gateway(family: Family) -> IpAddr {
+        match family {
+            Family::V4 => Lab::GATEWAY.into(),
+            Family::V6 => Lab::GATEWAY_V6.into(),
+        }
+    }
+
+    /// The families of the underlay.
+    pub fn families(&self) -> Families {
+        self.families
+    }
 
     /// Node `i`, from 0.
     #[track_caller]
@@ -180,21 +225,24 @@ impl Lab {
 
     /// Adds a namespace that is neither node nor pod. It has nothing but a loopback, and goes with the lab.
     pub fn extra(&self, name: &str) -> anyhow::Result<Netns> {
-        Netns::add(&format!("{}{name}", self.prefix))
+        let ns = Netns::add(&format!("{}{name}", self.prefix))?;
+        if self.families.has(Family::V6) {
+            ns.prepare_ipv6(false)?;
+        }
+        Ok(ns)
     }
 
-    /// Adds a host on the underlay with address 192.168.77.`host`/24 on `eth0` and the switch as its gateway.
+    /// Adds a host on the underlay with address 192.168.77.`host`/24, or fd77::`host`/64, or both, on `eth0`, and the switch as its
+    /// gateway.
     pub fn host(&self, name: &str, host: u8) -> anyhow::Result<Netns> {
         let ns = self.extra(name)?;
         let port = format!("h{host}");
         plug_in(&self.underlay, "br0", &port, &ns, "eth0")?;
-        ns.ip(&format!("addr add 192.168.77.{host}/24 dev eth0"))?;
-        ns.ip(&format!("route add default via {}", Lab::GATEWAY))?;
-        try_eventually(
-            Duration::from_secs(10),
-            &format!("{name} reaches the switch"),
-            || traffic::ping_once(&ns, Lab::GATEWAY, Duration::from_millis(500)),
-        )?;
+        for family in self.families.list() {
+            add_address(&ns, "eth0", underlay_address(family, 0, host), family)?;
+            add_default_route(&ns, Lab::gateway(family))?;
+        }
+        self.reaches_switch(&ns, name)?;
         Ok(ns)
     }
 
@@ -230,17 +278,55 @@ pub fn privileged() -> bool {
     false
 }
 
-fn add_switch(underlay: &Netns, uplink: u8, mtu: u32) -> anyhow::Result<()> {
+fn add_switch(underlay: &Netns, uplink: u8, options: &LabOptions) -> anyhow::Result<()> {
+    let mtu = options.mtu;
     // No snooping: the querier's silence must not filter a test's multicast.
     underlay.ip(&format!(
         "link add br{uplink} mtu {mtu} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"
     ))?;
-    underlay.ip(&format!(
-        "addr add 192.168.{}.1/24 dev br{uplink}",
-        77 + uplink
-    ))?;
-    underlay.ip(&format!("link set br{uplink} up"))?;
+    let bridge = format!("br{uplink}");
+    underlay.ip(&format!("link set {bridge} up"))?;
+    // Whatever the nodes have: servers such as etcd are reached by it.
+    let v4 = underlay_address(Family::V4, uplink, 1);
+    add_address(underlay, &bridge, v4, Family::V4)?;
+    if options.families.has(Family::V6) {
+        let v6 = underlay_address(Family::V6, uplink, 1);
+        add_address(underlay, &bridge, v6, Family::V6)?;
+    }
     Ok(())
+}
+
+/// Address of a host on link `link` of the underlay: 0 is the nodes', 1 that of the second uplinks, 2 the far nodes'. Both families
+/// read alike: 192.168.77.11, fd77::11.
+pub(crate) fn underlay_address(family: Family, link: u8, host: u8) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::new(192, 168, 77 + link, host).into(),
+        Family::V6 => {
+            let digits = |value: u8| u16::from_str_radix(&value.to_string(), 16).unwrap_or(0);
+            Ipv6Addr::new(0xfd00 | digits(77 + link), 0, 0, 0, 0, 0, 0, digits(host)).into()
+        }
+    }
+}
+
+/// Gives a device an address of the underlay, which holds at once.
+pub(crate) fn add_address(
+    ns: &Netns,
+    ifname: &str,
+    address: IpAddr,
+    family: Family,
+) -> anyhow::Result<()> {
+    let line = match family {
+        Family::V4 => format!("addr add {address}/24 brd + dev {ifname}"),
+        Family::V6 => format!("addr add {address}/64 dev {ifname} nodad"),
+    };
+    ns.ip(&line).map(drop)
+}
+
+/// Sends the rest of a family to a gateway.
+pub(crate) fn add_default_route(ns: &Netns, gateway: IpAddr) -> anyhow::Result<()> {
+    let flag = Family::of(gateway).flag();
+    ns.ip(&format!("{flag} route add default via {gateway}"))
+        .map(drop)
 }
 
 /// Connects `ifname` of `ns` to a new port of a bridge of the underlay.

@@ -159,6 +159,25 @@ impl Netns {
         Ok(text.trim_end().to_owned())
     }
 
+    /// Prepares a namespace for IPv6 before it has any device: its addresses hold at once, and routers are not listened to.
+    pub(crate) fn prepare_ipv6(&self, forwarding: bool) -> anyhow::Result<()> {
+        for key in ["accept_dad", "accept_ra"] {
+            for place in ["all", "default"] {
+                self.set_sysctl(&format!("net/ipv6/conf/{place}/{key}"), "0")?;
+            }
+        }
+        if forwarding {
+            self.set_sysctl("net/ipv6/conf/all/forwarding", "1")?;
+        }
+        Ok(())
+    }
+
+    /// Whether [`Netns::prepare_ipv6`] has been there.
+    pub(crate) fn is_prepared(&self) -> bool {
+        self.sysctl("net/ipv6/conf/default/accept_dad")
+            .is_ok_and(|value| value == "0")
+    }
+
     /// Writes a sysctl by its path below `/proc/sys` (only `net/…` belongs to the namespace).
     pub fn set_sysctl(&self, key: &str, value: &str) -> anyhow::Result<()> {
         anyhow::ensure!(key.starts_with("net/"), "sysctl {key} is not per namespace");

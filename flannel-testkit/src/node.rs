@@ -1,12 +1,13 @@
 //! Nodes with an uplink, and pods as the CNI bridge plugin leaves them.
 
 use crate::eventually::try_eventually;
-use crate::lab::{LabOptions, Offloads, WIRE, plug_in};
+use crate::family::{Families, Family, Prefix};
+use crate::lab::{self, LabOptions, Offloads, WIRE, plug_in};
 use crate::netns::Netns;
 use crate::nics::{self, Nics};
 use crate::subnet::Subnet;
 use crate::traffic;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -30,12 +31,16 @@ pub struct Node {
     /// `n0`, `n1`, …
     pub name: String,
     pub ns: Netns,
-    /// Address on `eth0`, in a /24: 192.168.77.(11 + index).
+    /// Address on `eth0`, in a /24: 192.168.77.(11 + index), or 192.168.79 for a far node. The lab gives it to nodes that have IPv4.
     pub ip: Ipv4Addr,
+    /// Address on `eth0`, in a /64: fd77::11 and so on, or fd79:: for a far node. The lab gives it to nodes that have IPv6.
+    pub ipv6: Ipv6Addr,
     /// Address on `eth1` if the lab has second uplinks: 192.168.78.(11 + index).
     pub second_ip: Option<Ipv4Addr>,
     /// The /24 of the pod network that the lab sets aside for the node.
     pub subnet: Subnet,
+    /// The /64 of the pod network of IPv6.
+    pub subnet_v6: Prefix,
     /// The other end of `eth0`, in the underlay: capture there to see the wire, inject there to make the node receive. Where uplinks
     /// are network cards all nodes have one wire.
     pub port: String,
@@ -43,6 +48,9 @@ pub struct Node {
     pub run_dir: PathBuf,
     underlay: Netns,
     on_nic: bool,
+    families: Families,
+    /// The link of the underlay that `eth0` is on.
+    link: u8,
     pods: AtomicU32,
 }
 
@@ -52,10 +60,13 @@ pub struct Pod {
     /// `n0p1`, …
     pub name: String,
     pub ns: Netns,
+    /// 0.0.0.0 where it has none.
     pub ip: Ipv4Addr,
     pub mac: [u8; 6],
-    /// Address of `cni0`, the pod's default gateway.
+    /// Address of `cni0`, the pod's default gateway. 0.0.0.0 where it has none.
     pub gateway: Ipv4Addr,
+    /// Address and gateway of IPv6.
+    pub v6: Option<(Ipv6Addr, Ipv6Addr)>,
     /// The node's end of the pod's `eth0`, a port of `cni0`.
     pub host_if: String,
     node_ns: Netns,
@@ -69,6 +80,8 @@ impl Node {
         options: &LabOptions,
     ) -> anyhow::Result<Node> {
         let host = 11 + index;
+        let far = index >= options.nodes - options.far_nodes;
+        let link = if far { 2 } else { 0 };
         let port = match nics {
             Some(_) => WIRE.to_owned(),
             None => format!("n{index}"),
@@ -78,41 +91,86 @@ impl Node {
             .then(|| Ipv4Addr::new(192, 168, 78, host));
         let node = Node {
             name: format!("n{index}"),
-            ip: Ipv4Addr::new(192, 168, 77, host),
+            ip: Ipv4Addr::new(192, 168, 77 + link, host),
+            ipv6: match lab::underlay_address(Family::V6, link, host) {
+                IpAddr::V6(address) => address,
+                IpAddr::V4(_) => Ipv6Addr::UNSPECIFIED,
+            },
             second_ip,
             subnet: Subnet::new(options.network.host((u32::from(index) + 1) << 8), 24),
+            subnet_v6: options.network_v6.subnet(64, u32::from(index) + 1),
             port,
             run_dir,
             underlay: underlay.clone(),
             on_nic: nics.is_some(),
+            families: options.families,
+            link,
             pods: AtomicU32::new(0),
             ns,
         };
+        let families = options.families;
+        node.ns.set_sysctl("net/ipv4/ip_forward", "1")?;
+        if families.has(Family::V6) {
+            // Before it has a default route: a change of it would take that away.
+            node.ns.prepare_ipv6(true)?;
+        }
         match nics {
             Some(nics) => node.add_nic(nics, 1 + usize::from(index), options)?,
-            None => node.add_uplink("br0", &node.port, "eth0", node.ip, options.offloads)?,
+            None => node.add_uplink((link, host), &node.port, "eth0", options.offloads)?,
         }
-        let gateway = crate::Lab::GATEWAY;
-        node.ns.ip(&format!("route add default via {gateway}"))?;
-        if let Some(ip) = second_ip {
+        for family in families.list() {
+            lab::add_default_route(&node.ns, node.gateway(family))?;
+        }
+        if second_ip.is_some() {
             let port = format!("n{index}b");
-            node.add_uplink("br1", &port, "eth1", ip, options.offloads)?;
+            node.add_uplink((1, host), &port, "eth1", options.offloads)?;
         }
-        node.ns.set_sysctl("net/ipv4/ip_forward", "1")?;
         Ok(node)
+    }
+
+    /// The families that the node has addresses of.
+    pub fn families(&self) -> Families {
+        self.families
+    }
+
+    /// The node's address on `eth0`.
+    pub fn address(&self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => self.ip.into(),
+            Family::V6 => self.ipv6.into(),
+        }
+    }
+
+    /// The subnet that the lab sets aside for the node's pods.
+    pub fn subnet_of(&self, family: Family) -> Prefix {
+        match family {
+            Family::V4 => self.subnet.into(),
+            Family::V6 => self.subnet_v6,
+        }
+    }
+
+    /// The switch's address on the node's link, where its default route leads.
+    pub fn gateway(&self, family: Family) -> IpAddr {
+        lab::underlay_address(family, self.link, 1)
+    }
+
+    /// Whether the switch routes between this node and another, instead of being their link.
+    pub fn is_far_from(&self, other: &Node) -> bool {
+        self.link != other.link
     }
 
     fn add_uplink(
         &self,
-        bridge: &str,
+        (link, host): (u8, u8),
         port: &str,
         ifname: &str,
-        ip: Ipv4Addr,
         offloads: Offloads,
     ) -> anyhow::Result<()> {
-        plug_in(&self.underlay, bridge, port, &self.ns, ifname)?;
-        self.ns
-            .ip(&format!("addr add {ip}/24 brd + dev {ifname}"))?;
+        plug_in(&self.underlay, &format!("br{link}"), port, &self.ns, ifname)?;
+        for family in self.families.list() {
+            let address = lab::underlay_address(family, link, host);
+            lab::add_address(&self.ns, ifname, address, family)?;
+        }
         if offloads == Offloads::Off {
             set_features(&self.underlay, port, &NO_OFFLOADS, false)?;
             set_features(&self.ns, ifname, &NO_OFFLOADS, false)?;
@@ -122,8 +180,9 @@ impl Node {
 
     fn add_nic(&self, nics: &Nics, number: usize, options: &LabOptions) -> anyhow::Result<()> {
         nics.take(number, &self.ns, "eth0", options.mtu)?;
-        self.ns
-            .ip(&format!("addr add {}/24 brd + dev eth0", self.ip))?;
+        for family in self.families.list() {
+            lab::add_address(&self.ns, "eth0", self.address(family), family)?;
+        }
         if options.offloads == Offloads::Off {
             nics::switch_off(&self.underlay, &self.port, &NO_OFFLOADS)?;
             nics::switch_off(&self.ns, "eth0", &NO_OFFLOADS)?;
@@ -137,26 +196,37 @@ impl Node {
     /// the first pod; the pod's `eth0` has the address with the subnet's length and a default route.
     pub fn add_pod(
         &self,
-        subnet: impl Into<Subnet>,
+        subnet: impl Into<Prefix>,
         host_no: u32,
         mtu: u32,
     ) -> anyhow::Result<Pod> {
-        let subnet = subnet.into();
+        self.add_pod_in(&[subnet.into()], host_no, mtu)
+    }
+
+    /// Like [`Node::add_pod`] with an address of each of these subnets, at most one of a family.
+    pub fn add_pod_in(&self, subnets: &[Prefix], host_no: u32, mtu: u32) -> anyhow::Result<Pod> {
         let number = self.pods.fetch_add(1, Ordering::Relaxed) + 1;
-        self.ensure_cni0(subnet, mtu)?;
+        for subnet in subnets {
+            self.ensure_cni0(*subnet, mtu)?;
+        }
         let ns = Netns::add(&format!("{}p{number}", self.ns.name()))?;
+        if self.ns.is_prepared() {
+            ns.prepare_ipv6(false)?;
+        }
         let mac = mac_for(&format!("{}/eth0", ns.name()));
         let [_, _, a, b, c, d] = mac_for(&format!("{}/host", ns.name()));
         let host_if = format!("veth{a:02x}{b:02x}{c:02x}{d:02x}");
-        let pod = Pod {
-            name: format!("{}p{number}", self.name),
-            ip: subnet.host(host_no),
-            mac,
-            gateway: subnet.gateway(),
-            host_if: host_if.clone(),
-            node_ns: self.ns.clone(),
+        let addresses = subnets
+            .iter()
+            .map(|subnet| (subnet.host(host_no), subnet.gateway()));
+        let pod = Pod::connected(
+            &format!("{}p{number}", self.name),
             ns,
-        };
+            &addresses.collect::<Vec<_>>(),
+            mac,
+            host_if.clone(),
+            &self.ns,
+        );
         self.ns.ip(&format!(
             "link add {host_if} address {} mtu {mtu} type veth peer name eth0 address {} mtu {mtu} netns {}",
             mac_text(mac_for(&host_if)),
@@ -165,17 +235,19 @@ impl Node {
         ))?;
         self.ns.ip(&format!("link set {host_if} master cni0 up"))?;
         pod.ns.ip("link set eth0 up")?;
-        pod.ns.ip(&format!(
-            "addr add {}/{} brd + dev eth0",
-            pod.ip,
-            subnet.prefix_len()
-        ))?;
-        pod.ns
-            .ip(&format!("route add default via {}", pod.gateway))?;
-        let what = format!("pod {} reaches its gateway", pod.name);
-        try_eventually(Duration::from_secs(10), &what, || {
-            traffic::ping_once(&pod.ns, pod.gateway, Duration::from_millis(500))
-        })?;
+        for subnet in subnets {
+            let (address, len) = (subnet.host(host_no), subnet.prefix_len());
+            let rest = with_address(subnet.family());
+            pod.ns
+                .ip(&format!("addr add {address}/{len} {rest} dev eth0"))?;
+            lab::add_default_route(&pod.ns, subnet.gateway())?;
+        }
+        for subnet in subnets {
+            let what = format!("pod {} reaches its gateway", pod.name);
+            try_eventually(Duration::from_secs(10), &what, || {
+                traffic::ping_once(&pod.ns, subnet.gateway(), Duration::from_millis(500))
+            })?;
+        }
         Ok(pod)
     }
 
@@ -193,7 +265,7 @@ impl Node {
             .map(drop)
     }
 
-    fn ensure_cni0(&self, subnet: Subnet, mtu: u32) -> anyhow::Result<()> {
+    fn ensure_cni0(&self, subnet: Prefix, mtu: u32) -> anyhow::Result<()> {
         if self.ns.ifindex("cni0").is_err() {
             // The plugin sets the bridge's own MAC, so that it does not follow the ports.
             let mac = mac_text(mac_for(&format!("{}/cni0", self.ns.name())));
@@ -203,29 +275,75 @@ impl Node {
             self.ns.ip("link set cni0 up")?;
         }
         let address = format!("{}/{}", subnet.gateway(), subnet.prefix_len());
+        let rest = with_address(subnet.family());
         self.ns
-            .ip(&format!("addr replace {address} brd + dev cni0"))
+            .ip(&format!("addr replace {address} {rest} dev cni0"))
             .map(drop)
     }
 }
 
+/// What `ip addr add` is told besides.
+fn with_address(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "brd +",
+        Family::V6 => "nodad",
+    }
+}
+
 impl Pod {
-    /// A pod that somebody else has connected: its name, address, MAC and gateway, and the node's end.
+    /// A pod that is connected: its name, addresses with the gateway of each, MAC, and the node's end.
     pub(crate) fn connected(
         name: &str,
         ns: Netns,
-        (ip, mac, gateway): (Ipv4Addr, [u8; 6], Ipv4Addr),
+        addresses: &[(IpAddr, IpAddr)],
+        mac: [u8; 6],
         host_if: String,
         node_ns: &Netns,
     ) -> Pod {
-        Pod {
+        let mut pod = Pod {
             name: name.to_owned(),
             ns,
-            ip,
+            ip: Ipv4Addr::UNSPECIFIED,
+            gateway: Ipv4Addr::UNSPECIFIED,
+            v6: None,
             mac,
-            gateway,
             host_if,
             node_ns: node_ns.clone(),
+        };
+        for pair in addresses {
+            match *pair {
+                (IpAddr::V4(ip), IpAddr::V4(gateway)) => (pod.ip, pod.gateway) = (ip, gateway),
+                (IpAddr::V6(ip), IpAddr::V6(gateway)) => pod.v6 = Some((ip, gateway)),
+                (ip, gateway) => panic!("{ip} with the gateway {gateway}"),
+            }
+        }
+        pod
+    }
+
+    /// Its address in a family, which it must have.
+    #[track_caller]
+    pub fn address(&self, family: Family) -> IpAddr {
+        self.addresses(family).0
+    }
+
+    /// Its gateway in a family, which it must have.
+    #[track_caller]
+    pub fn gateway_of(&self, family: Family) -> IpAddr {
+        self.addresses(family).1
+    }
+
+    /// The families of its addresses.
+    pub fn families(&self) -> Vec<Family> {
+        let v4 = (!self.ip.is_unspecified()).then_some(Family::V4);
+        v4.into_iter().chain(self.v6.map(|_| Family::V6)).collect()
+    }
+
+    #[track_caller]
+    fn addresses(&self, family: Family) -> (IpAddr, IpAddr) {
+        match (family, self.v6) {
+            (Family::V4, _) if !self.ip.is_unspecified() => (self.ip.into(), self.gateway.into()),
+            (Family::V6, Some((ip, gateway))) => (ip.into(), gateway.into()),
+            _ => panic!("pod {} has no {family} address", self.name),
         }
     }
 

@@ -1,21 +1,28 @@
 //! Frames built and taken apart field by field, right or deliberately wrong.
 //!
 //! The same types serve both ways: `Vxlan::parse(&frame.bytes())` gives `frame` again. A default frame is what a
-//! flannel node sends (TOS 0, DF clear, TTL 64, checksum present, flags `0x08`, port 8472).
+//! flannel node sends (TOS 0, DF clear, TTL 64, checksum present, flags `0x08`, port 8472). They serve both families: [`Vxlan`] and
+//! [`Inner`] are of IPv4 unless said otherwise, as in [`Vxlan6`] and [`Inner6`].
 
+mod header;
 mod inner;
 mod ipv4;
+mod ipv6;
 
-pub use inner::{Inner, L4};
+pub use header::{Address, Header};
+pub use inner::{Inner, L4, icmp, inner_frame};
 pub use ipv4::Ipv4;
+pub use ipv6::{Extension, Fragment, Ipv6};
 
 use anyhow::{Context as _, ensure};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// Length of an Ethernet header without a VLAN tag.
 pub const ETHERNET: usize = 14;
 /// Bytes that VXLAN over IPv4 adds to an IP packet: outer IPv4, UDP, VXLAN and inner Ethernet header.
 pub const OVERHEAD: usize = 50;
+/// The same over IPv6.
+pub const OVERHEAD_V6: usize = 70;
 /// EtherType of IPv4.
 pub const ETHERTYPE_IPV4: u16 = 0x0800;
 /// The port that flannel's VXLAN uses on Linux.
@@ -23,7 +30,6 @@ pub const PORT: u16 = 8472;
 /// The VXLAN header's one flag that is set: a VNI is there.
 pub const FLAG_VNI: u8 = 0x08;
 
-pub(crate) const PROTOCOL_ICMP: u8 = 1;
 pub(crate) const PROTOCOL_TCP: u8 = 6;
 pub(crate) const PROTOCOL_UDP: u8 = 17;
 const UDP: usize = 8;
@@ -63,12 +69,17 @@ impl Csum {
     }
 }
 
-/// A VXLAN packet on the wire: Ethernet, IPv4, UDP, VXLAN and an inner frame of any content.
+/// [`Vxlan`] over IPv6.
+pub type Vxlan6 = Vxlan<Ipv6Addr>;
+/// [`Inner`] with an IPv6 packet.
+pub type Inner6 = Inner<Ipv6Addr>;
+
+/// A VXLAN packet on the wire: Ethernet, IP, UDP, VXLAN and an inner frame of any content.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Vxlan {
+pub struct Vxlan<A: Address = Ipv4Addr> {
     pub dst_mac: [u8; 6],
     pub src_mac: [u8; 6],
-    pub ip: Ipv4,
+    pub ip: A::Header,
     pub src_port: u16,
     pub dst_port: u16,
     pub udp_csum: Csum,
@@ -86,12 +97,19 @@ pub struct Vxlan {
 }
 
 impl Vxlan {
+    /// Takes a frame over IPv4 apart; see [`Vxlan::read`].
+    pub fn parse(frame: &[u8]) -> anyhow::Result<Vxlan> {
+        Vxlan::read(frame)
+    }
+}
+
+impl<A: Address> Vxlan<A> {
     /// What a flannel node at `src` sends to one at `dst`, both on one link. The MACs are the caller's to set.
-    pub fn new(src: Ipv4Addr, dst: Ipv4Addr, vni: u32, inner: Vec<u8>) -> Vxlan {
+    pub fn new(src: A, dst: A, vni: u32, inner: Vec<u8>) -> Vxlan<A> {
         Vxlan {
             dst_mac: [0; 6],
             src_mac: [0; 6],
-            ip: Ipv4::new(src, dst),
+            ip: A::Header::usual(src, dst),
             src_port: 49_152,
             dst_port: PORT,
             udp_csum: Csum::Right,
@@ -117,8 +135,8 @@ impl Vxlan {
             self.udp_len,
             &vxlan,
         );
-        let mut frame = ethernet(self.dst_mac, self.src_mac, ETHERTYPE_IPV4);
-        frame.extend(self.ip.bytes(PROTOCOL_UDP, &udp));
+        let mut frame = ethernet(self.dst_mac, self.src_mac, A::Header::ETHERTYPE);
+        frame.extend(self.ip.packet(PROTOCOL_UDP, &udp));
         frame
     }
 
@@ -131,20 +149,16 @@ impl Vxlan {
 
     /// The frame as IP fragments for a link of `mtu` bytes. One fragment if it fits.
     pub fn fragments(&self, mtu: usize) -> anyhow::Result<Vec<Vec<u8>>> {
-        fragment(&self.bytes(), mtu)
+        fragment_of::<A>(&self.bytes(), mtu)
     }
 
     /// Takes a frame apart down to the VXLAN header. Fails on anything that is not a whole UDP packet of at least a VXLAN
     /// header; does not look at the port.
-    pub fn parse(frame: &[u8]) -> anyhow::Result<Vxlan> {
+    pub fn read(frame: &[u8]) -> anyhow::Result<Vxlan<A>> {
         let (dst_mac, src_mac, ethertype, rest) = split_ethernet(frame)?;
-        ensure!(
-            ethertype == ETHERTYPE_IPV4,
-            "EtherType {ethertype:#06x}, not IPv4"
-        );
-        let (ip, protocol, payload) = Ipv4::parse(rest).context("outer IPv4")?;
+        let (ip, protocol, payload) = split_ip::<A>(ethertype, rest).context("outer IP")?;
         ensure!(protocol == PROTOCOL_UDP, "IP protocol {protocol}, not UDP");
-        ensure!(!ip.is_fragment(), "a fragment");
+        ensure!(!ip.is_piece(), "a fragment");
         let (ports, udp_csum, udp_len, data) = split_udp(&ip, payload)?;
         ensure!(data.len() >= VXLAN, "{} bytes, no VXLAN header", data.len());
         let vni = u32::from_be_bytes([0, data[4], data[5], data[6]]);
@@ -165,39 +179,44 @@ impl Vxlan {
     }
 
     /// The inner frame, taken apart.
-    pub fn parse_inner(&self) -> anyhow::Result<Inner> {
-        Inner::parse(&self.inner).context("inner frame")
+    pub fn parse_inner(&self) -> anyhow::Result<Inner<A>> {
+        Inner::read(&self.inner).context("inner frame")
     }
 }
 
 /// Cuts an Ethernet frame with an IPv4 packet into fragments for a link of `mtu` bytes.
 pub fn fragment(frame: &[u8], mtu: usize) -> anyhow::Result<Vec<Vec<u8>>> {
+    fragment_of::<Ipv4Addr>(frame, mtu)
+}
+
+/// Cuts an Ethernet frame with a packet of the addresses' family into fragments for a link of `mtu` bytes; one if it fits.
+pub fn fragment_of<A: Address>(frame: &[u8], mtu: usize) -> anyhow::Result<Vec<Vec<u8>>> {
     let (dst_mac, src_mac, ethertype, rest) = split_ethernet(frame)?;
-    ensure!(
-        ethertype == ETHERTYPE_IPV4,
-        "EtherType {ethertype:#06x}, not IPv4"
-    );
-    let (ip, protocol, payload) = Ipv4::parse(rest)?;
-    let header = 20 + ip.options.len();
-    let step = mtu.saturating_sub(header) / 8 * 8;
+    let (ip, protocol, payload) = split_ip::<A>(ethertype, rest)?;
+    let step = mtu.saturating_sub(ip.piece_header()) / 8 * 8;
     ensure!(step > 0, "an MTU of {mtu} leaves no room");
-    if header + payload.len() <= mtu {
+    if frame.len() - ETHERNET <= mtu {
         return Ok(vec![frame.to_vec()]);
     }
     let mut all = Vec::new();
     for (index, piece) in payload.chunks(step).enumerate() {
         let last = (index + 1) * step >= payload.len();
-        let part = Ipv4 {
-            more_fragments: ip.more_fragments || !last,
-            fragment_offset: ip.fragment_offset + u16::try_from(index * step / 8)?,
-            total_len: None,
-            ..ip.clone()
-        };
+        let part = ip.piece(u16::try_from(index * step)?, !last);
         let mut out = ethernet(dst_mac, src_mac, ethertype);
-        out.extend(part.bytes(protocol, piece));
+        out.extend(part.packet(protocol, piece));
         all.push(out);
     }
     Ok(all)
+}
+
+/// Header, protocol and payload of a packet of the addresses' family.
+fn split_ip<A: Address>(ethertype: u16, packet: &[u8]) -> anyhow::Result<(A::Header, u8, &[u8])> {
+    let wanted = A::Header::ETHERTYPE;
+    ensure!(
+        ethertype == wanted,
+        "EtherType {ethertype:#06x}, not {wanted:#06x}"
+    );
+    A::Header::read(packet)
 }
 
 /// The Internet checksum (RFC 1071) of `bytes`, added to the unfolded sum `start`.
@@ -236,7 +255,7 @@ fn split_ethernet(frame: &[u8]) -> anyhow::Result<Ethernet<'_>> {
 }
 
 /// A UDP datagram; the checksum covers the pseudo-header that follows from `ip`.
-fn udp(ip: &Ipv4, ports: [u16; 2], csum: Csum, len: Option<u16>, data: &[u8]) -> Vec<u8> {
+fn udp(ip: &impl Header, ports: [u16; 2], csum: Csum, len: Option<u16>, data: &[u8]) -> Vec<u8> {
     let real_len = u16::try_from(UDP + data.len()).unwrap_or(u16::MAX);
     let mut out = Vec::with_capacity(UDP + data.len());
     out.extend(ports[0].to_be_bytes());
@@ -252,7 +271,7 @@ fn udp(ip: &Ipv4, ports: [u16; 2], csum: Csum, len: Option<u16>, data: &[u8]) ->
 type Udp<'a> = ([u16; 2], Csum, Option<u16>, &'a [u8]);
 
 /// Ports, state of the checksum, length if it is not the right one, data.
-fn split_udp<'a>(ip: &Ipv4, datagram: &'a [u8]) -> anyhow::Result<Udp<'a>> {
+fn split_udp<'a>(ip: &impl Header, datagram: &'a [u8]) -> anyhow::Result<Udp<'a>> {
     ensure!(
         datagram.len() >= UDP,
         "{} bytes, no UDP header",
@@ -267,8 +286,8 @@ fn split_udp<'a>(ip: &Ipv4, datagram: &'a [u8]) -> anyhow::Result<Udp<'a>> {
 }
 
 /// The checksum of a datagram whose checksum field is zero; never 0, which would mean "none".
-fn udp_checksum(ip: &Ipv4, datagram: &[u8]) -> u16 {
-    match checksum(datagram, ip.pseudo_header(PROTOCOL_UDP, datagram.len())) {
+fn udp_checksum(ip: &impl Header, datagram: &[u8]) -> u16 {
+    match checksum(datagram, ip.pseudo_sum(PROTOCOL_UDP, datagram.len())) {
         0 => 0xffff,
         sum => sum,
     }

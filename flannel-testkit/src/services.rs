@@ -7,14 +7,14 @@
 mod iptables;
 mod nftables;
 
+use crate::family::{Family, Prefix};
 use crate::netns::{COMMAND_LIMIT, Netns};
 use crate::node::Node;
 use crate::process;
-use crate::subnet::Subnet;
 use anyhow::Context as _;
 use std::fmt;
 use std::io::{Seek as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 
 /// Which tool's rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,9 +62,9 @@ pub struct Service {
     pub name: String,
     pub transport: Transport,
     /// The cluster IP and the port.
-    pub address: SocketAddrV4,
+    pub address: SocketAddr,
     /// Chosen at random for each connection.
-    pub backends: Vec<SocketAddrV4>,
+    pub backends: Vec<SocketAddr>,
     pub node_port: Option<(u16, Policy)>,
     /// `sessionAffinity: ClientIP`, for three hours.
     pub affinity: bool,
@@ -72,7 +72,7 @@ pub struct Service {
 
 impl Service {
     /// A cluster IP over TCP.
-    pub fn tcp(name: &str, address: SocketAddrV4, backends: &[SocketAddrV4]) -> Service {
+    pub fn tcp(name: &str, address: SocketAddr, backends: &[SocketAddr]) -> Service {
         Service {
             name: name.to_owned(),
             transport: Transport::Tcp,
@@ -84,7 +84,7 @@ impl Service {
     }
 
     /// A cluster IP over UDP.
-    pub fn udp(name: &str, address: SocketAddrV4, backends: &[SocketAddrV4]) -> Service {
+    pub fn udp(name: &str, address: SocketAddr, backends: &[SocketAddr]) -> Service {
         Service {
             transport: Transport::Udp,
             ..Service::tcp(name, address, backends)
@@ -106,9 +106,9 @@ impl Service {
     }
 
     /// The backends in a subnet.
-    fn local_backends(&self, subnet: Subnet) -> Vec<SocketAddrV4> {
+    fn local_backends(&self, subnet: Prefix) -> Vec<SocketAddr> {
         let all = self.backends.iter().copied();
-        all.filter(|backend| subnet.contains(*backend.ip()))
+        all.filter(|backend| subnet.contains(backend.ip()))
             .collect()
     }
 }
@@ -119,7 +119,7 @@ pub struct HostPort {
     pub transport: Transport,
     /// The port on every address of the node.
     pub port: u16,
-    pub backend: SocketAddrV4,
+    pub backend: SocketAddr,
 }
 
 /// The rules of a node.
@@ -127,47 +127,55 @@ pub struct HostPort {
 pub struct Services {
     ns: Netns,
     flavour: Flavour,
+    family: Family,
 }
 
 /// What the rules are made from.
 struct Rules<'a> {
     /// The network of all pods.
-    network: Subnet,
+    network: Prefix,
     /// The subnet of the node's own pods.
-    subnet: Subnet,
+    subnet: Prefix,
     /// The node's own addresses, on which it has node ports.
-    addresses: Vec<Ipv4Addr>,
+    addresses: Vec<IpAddr>,
     services: &'a [Service],
     host_ports: &'a [HostPort],
 }
 
 impl Services {
-    /// Puts the rules for all `services` and the pods' `host_ports` in place, in one transaction. `network` is the pods'.
+    /// Puts the rules for all `services` and the pods' `host_ports` in place, in one transaction. `network` is the pods', and says the
+    /// family.
     pub fn install(
         node: &Node,
         flavour: Flavour,
-        network: Subnet,
+        network: impl Into<Prefix>,
         services: &[Service],
         host_ports: &[HostPort],
     ) -> anyhow::Result<Services> {
-        let subnet = node.subnet;
+        let network = network.into();
+        let family = network.family();
+        let subnet = node.subnet_of(family);
         let rules = Rules {
             network,
             subnet,
-            addresses: vec![node.ip, subnet.host(0), subnet.gateway()],
+            addresses: vec![node.address(family), subnet.host(0), subnet.gateway()],
             services,
             host_ports,
         };
         let ns = node.ns.clone();
         match flavour {
             Flavour::Iptables => {
-                let restore = format!("{}-restore", iptables::program());
+                let restore = format!("{}-restore", iptables::program(family));
                 feed(&ns, &[&restore], &iptables::text(&rules))
             }
             Flavour::Nftables => feed(&ns, &["nft", "-f", "-"], &nftables::text(&rules)),
         }
         .with_context(|| format!("rules of {}", node.name))?;
-        Ok(Services { ns, flavour })
+        Ok(Services {
+            ns,
+            flavour,
+            family,
+        })
     }
 
     /// Which tool's rules they are.
@@ -178,15 +186,15 @@ impl Services {
     /// Packets that the rule against invalid ones has dropped.
     pub fn invalid_drops(&self) -> anyhow::Result<u64> {
         match self.flavour {
-            Flavour::Iptables => iptables::invalid_drops(&self.ns),
-            Flavour::Nftables => nftables::invalid_drops(&self.ns),
+            Flavour::Iptables => iptables::invalid_drops(&self.ns, self.family),
+            Flavour::Nftables => nftables::invalid_drops(&self.ns, self.family),
         }
     }
 }
 
-/// The iptables program that [`Flavour::Iptables`] uses.
-pub fn iptables_program() -> &'static str {
-    iptables::program()
+/// The iptables program that [`Flavour::Iptables`] uses in a family.
+pub fn iptables_program(family: Family) -> &'static str {
+    iptables::program(family)
 }
 
 /// Runs a program with `text` on its standard input.

@@ -1,11 +1,13 @@
 //! Raw sockets: frames onto an interface, ICMP, and the namespace cookie.
 
+use crate::family::Family;
 use crate::netns::Netns;
 use crate::process::check;
 use anyhow::Context as _;
+use nix::sys::socket::{SockaddrLike as _, SockaddrStorage};
 use std::io;
 use std::mem::size_of;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::thread;
@@ -15,6 +17,10 @@ use std::time::{Duration, Instant};
 const ONLY_ECHO_REPLIES: u32 = !1;
 /// `linux/icmp.h`: the option that sets the filter of a raw ICMP socket.
 const ICMP_FILTER: i32 = 1;
+/// `linux/icmpv6.h`: the same of an ICMPv6 socket, a bit for each of 256 types.
+const ICMP6_FILTER: i32 = 1;
+/// `ICMPV6_ECHO_REPLY`.
+const ECHO_REPLY_V6: usize = 129;
 
 /// A packet socket that sends whole Ethernet frames out of one interface.
 #[derive(Debug)]
@@ -58,11 +64,13 @@ impl RawSocket {
     }
 }
 
-/// Sends one IPv4 packet, from its IP header on, through the stack of `ns`.
-pub fn send_ip(ns: &Netns, to: Ipv4Addr, packet: &[u8]) -> anyhow::Result<()> {
+/// Sends one packet, from its IP header on, through the stack of `ns`.
+pub fn send_ip(ns: &Netns, to: impl Into<IpAddr>, packet: &[u8]) -> anyhow::Result<()> {
+    let to = to.into();
     let sent = ns.run(|| {
-        let fd = new_socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
-        let (addr, len) = sockaddr(SocketAddrV4::new(to, 0))?;
+        let address = SocketAddr::new(to, 0);
+        let fd = new_socket(domain(&address), libc::SOCK_RAW, libc::IPPROTO_RAW)?;
+        let (addr, len) = sockaddr(address);
         // SAFETY: both pointers are to live values of the lengths given.
         let sent = unsafe {
             libc::sendto(
@@ -91,45 +99,61 @@ pub fn set_socket_option(
     set_option(fd, level, name, value).with_context(|| format!("socket option {level}/{name}"))
 }
 
+/// An option of a socket that is made of bytes.
+pub fn set_socket_bytes<const LEN: usize>(
+    fd: &impl AsRawFd,
+    level: i32,
+    name: i32,
+    value: [u8; LEN],
+) -> anyhow::Result<()> {
+    set_bytes(fd, level, name, &value).with_context(|| format!("socket option {level}/{name}"))
+}
+
 /// Sends one frame out of `ifname` of `ns`. To make a node *receive* a frame, send it out of the other
 /// end of its uplink: `send_raw(lab.underlay(), &node.port, …)`.
 pub fn send_raw(ns: &Netns, ifname: &str, frame: &[u8]) -> anyhow::Result<()> {
     RawSocket::open(ns, ifname)?.send(frame)
 }
 
-/// A raw ICMP socket of the calling thread's namespace that hears only echo replies of `dst`.
-pub(crate) fn icmp(dst: Ipv4Addr) -> io::Result<OwnedFd> {
-    let fd = new_socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP)?;
-    set_option(
-        &fd,
-        libc::IPPROTO_RAW,
-        ICMP_FILTER,
-        ONLY_ECHO_REPLIES.cast_signed(),
-    )?;
-    set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 8 << 20)?;
-    let addr = libc::sockaddr_in {
-        sin_family: libc::AF_INET.try_into().map_err(io::Error::other)?,
-        sin_port: 0,
-        sin_addr: libc::in_addr {
-            s_addr: u32::from_ne_bytes(dst.octets()),
-        },
-        sin_zero: [0; 8],
+/// A raw ICMP socket of the calling thread's namespace that hears only echo replies of `dst`. One of IPv6 fills in the checksum.
+pub(crate) fn icmp(dst: IpAddr) -> io::Result<OwnedFd> {
+    let address = SocketAddr::new(dst, 0);
+    let fd = match dst {
+        IpAddr::V4(_) => {
+            let fd = new_socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP)?;
+            let filter = ONLY_ECHO_REPLIES.cast_signed();
+            set_option(&fd, libc::IPPROTO_RAW, ICMP_FILTER, filter)?;
+            fd
+        }
+        IpAddr::V6(_) => {
+            let fd = new_socket(libc::AF_INET6, libc::SOCK_RAW, libc::IPPROTO_ICMPV6)?;
+            let mut filter = [u32::MAX; 8];
+            filter[ECHO_REPLY_V6 / 32] &= !(1 << (ECHO_REPLY_V6 % 32));
+            set_bytes(&fd, libc::IPPROTO_ICMPV6, ICMP6_FILTER, &filter)?;
+            fd
+        }
     };
-    let len = size_of::<libc::sockaddr_in>();
-    let len = len.try_into().map_err(io::Error::other)?;
-    // SAFETY: `addr` is a complete sockaddr_in and `len` its size.
+    set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 8 << 20)?;
+    let (addr, len) = sockaddr(address);
+    // SAFETY: `addr` is a complete address and `len` its size.
     check(unsafe { libc::connect(fd.as_raw_fd(), (&raw const addr).cast(), len) })?;
     Ok(fd)
 }
 
-/// Sets or clears path MTU discovery, which decides the DF bit of what the socket sends.
-pub(crate) fn set_dont_fragment(fd: &impl AsRawFd, on: bool) -> io::Result<()> {
+/// Sets or clears path MTU discovery, which decides the DF bit of what the socket sends over IPv4, and whether the sender cuts
+/// what is longer than the path's MTU over IPv6.
+pub(crate) fn set_dont_fragment(fd: &impl AsRawFd, of: IpAddr, on: bool) -> io::Result<()> {
+    let (level, name) = match of {
+        IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER),
+        IpAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER),
+    };
+    // The two families have the same numbers.
     let mode = if on {
         libc::IP_PMTUDISC_DO
     } else {
         libc::IP_PMTUDISC_DONT
     };
-    set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, mode)
+    set_option(fd, level, name, mode)
 }
 
 pub(crate) fn send(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
@@ -248,8 +272,8 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
 }
 
 /// Listens with `SO_REUSEADDR`, for many connections at once.
-pub(crate) fn listen(address: SocketAddrV4) -> io::Result<TcpListener> {
-    let fd = new_socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
+pub(crate) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let fd = new_socket(domain(&address), libc::SOCK_STREAM, 0)?;
     set_option(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
     bind(&fd, address)?;
     // SAFETY: listen takes no pointers.
@@ -258,14 +282,16 @@ pub(crate) fn listen(address: SocketAddrV4) -> io::Result<TcpListener> {
 }
 
 /// Connects from a port (0 is any) that may have been used just before.
-pub(crate) fn connect(port: u16, target: SocketAddrV4, limit: Duration) -> io::Result<TcpStream> {
-    let fd = new_socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0)?;
+pub(crate) fn connect(port: u16, target: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK;
+    let fd = new_socket(domain(&target), kind, 0)?;
     set_option(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
     if port != 0 {
-        bind(&fd, SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
+        let any = Family::of(target.ip()).unspecified();
+        bind(&fd, SocketAddr::new(any, port))?;
     }
-    let (addr, len) = sockaddr(target)?;
-    // SAFETY: `addr` is a complete sockaddr_in and `len` its size.
+    let (addr, len) = sockaddr(target);
+    // SAFETY: `addr` is a complete address and `len` its size.
     let begun = check(unsafe { libc::connect(fd.as_raw_fd(), (&raw const addr).cast(), len) });
     if let Err(err) = begun
         && err.raw_os_error() != Some(libc::EINPROGRESS)
@@ -313,14 +339,6 @@ pub(crate) fn first_readable(
     Ok(poll(fds, libc::POLLIN, limit)?)
 }
 
-/// The address of a socket that knows no other family.
-pub(crate) fn ipv4(address: SocketAddr) -> anyhow::Result<SocketAddrV4> {
-    match address {
-        SocketAddr::V4(address) => Ok(address),
-        SocketAddr::V6(address) => anyhow::bail!("{address} is not IPv4"),
-    }
-}
-
 fn poll(fds: &[&impl AsRawFd], events: i16, limit: Duration) -> io::Result<Option<usize>> {
     let end = Instant::now() + limit;
     let mut set: Vec<libc::pollfd> = fds
@@ -348,23 +366,24 @@ fn poll(fds: &[&impl AsRawFd], events: i16, limit: Duration) -> io::Result<Optio
     }
 }
 
-fn bind(fd: &OwnedFd, address: SocketAddrV4) -> io::Result<()> {
-    let (addr, len) = sockaddr(address)?;
-    // SAFETY: `addr` is a complete sockaddr_in and `len` its size.
+fn bind(fd: &OwnedFd, address: SocketAddr) -> io::Result<()> {
+    let (addr, len) = sockaddr(address);
+    // SAFETY: `addr` is a complete address and `len` its size.
     check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const addr).cast(), len) }).map(drop)
 }
 
-fn sockaddr(address: SocketAddrV4) -> io::Result<(libc::sockaddr_in, libc::socklen_t)> {
-    let addr = libc::sockaddr_in {
-        sin_family: libc::AF_INET.try_into().map_err(io::Error::other)?,
-        sin_port: address.port().to_be(),
-        sin_addr: libc::in_addr {
-            s_addr: u32::from_ne_bytes(address.ip().octets()),
-        },
-        sin_zero: [0; 8],
-    };
-    let len = size_of::<libc::sockaddr_in>();
-    Ok((addr, len.try_into().map_err(io::Error::other)?))
+fn domain(address: &SocketAddr) -> i32 {
+    match address {
+        SocketAddr::V4(_) => libc::AF_INET,
+        SocketAddr::V6(_) => libc::AF_INET6,
+    }
+}
+
+/// An address as the kernel takes it, and the length of it.
+fn sockaddr(address: SocketAddr) -> (SockaddrStorage, libc::socklen_t) {
+    let addr = SockaddrStorage::from(address);
+    let len = addr.len();
+    (addr, len)
 }
 
 fn new_socket(family: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
@@ -379,4 +398,19 @@ fn set_option(fd: &impl AsRawFd, level: i32, name: i32, value: i32) -> io::Resul
     // SAFETY: `value` is a live i32 and `len` its size.
     check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), len) })
         .map(drop)
+}
+
+fn set_bytes<T>(fd: &impl AsRawFd, level: i32, name: i32, value: &T) -> io::Result<()> {
+    let len = size_of::<T>().try_into().map_err(io::Error::other)?;
+    // SAFETY: `value` is live and `len` its size.
+    check(unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            std::ptr::from_ref(value).cast(),
+            len,
+        )
+    })
+    .map(drop)
 }

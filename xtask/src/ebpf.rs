@@ -19,6 +19,9 @@ pub const LINKER_VERSION: &str = "0.10.3";
 /// Name of the object below the target directory, and of the binary target that produces it.
 pub const OBJECT_NAME: &str = "flannel-datapath";
 
+/// Name of the object with the programs for IPv6.
+pub const OBJECT_V6_NAME: &str = "flannel-datapath-v6";
+
 /// Name of the object with the programs that the benchmark compares with.
 pub const BENCH_OBJECT_NAME: &str = "flannel-bench";
 
@@ -236,11 +239,12 @@ fn cargo(root: &Path, subcommand: &str, features: &[String]) -> Result<Command, 
     Ok(command)
 }
 
-/// The flags of aya-build 0.2: without full debug info and `--btf` the object has no BTF. Sources are named alike wherever they are,
-/// so that a checkout elsewhere gives the same object.
+/// The flags of aya-build 0.2: without full debug info and `--btf` the object has no BTF. Arrays are filled with
+/// zeros in place: by bpf-linker's default each is a call of `memset`, slower, and with a frame of its own on the stack of 512 bytes.
+/// Sources are named alike wherever they are, so that a checkout elsewhere gives the same object.
 fn rustflags(root: &Path) -> Result<OsString, EbpfError> {
     let mut flags = OsString::from(format!(
-        "--cfg=bpf_target_arch=\"{BPF_TARGET_ARCH}\"\x1f-Cdebuginfo=2\x1f-Clink-arg=--btf"
+        "--cfg=bpf_target_arch=\"{BPF_TARGET_ARCH}\"\x1f-Cdebuginfo=2\x1f-Clink-arg=--btf\x1f-Clink-arg=--disable-expand-memcpy-in-order"
     ));
     for (prefix, stand_in) in source_prefixes(root, &sysroot(root)?) {
         flags.push("\x1f--remap-path-prefix=");

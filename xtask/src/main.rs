@@ -57,6 +57,9 @@ enum Command {
     ///
     ///   --store dir|etcd   where the agents keep their leases; etcd is started and stopped
     ///   --nodes N          how many nodes
+    ///   --family 4|6|dual  address family of nodes and pods
+    ///   --backend B        vxlan, host-gw (routes, no tunnel) or wireguard (where the kernel has it)
+    ///   --direct-routing   with vxlan: no tunnel between nodes on one link; the last of three is behind a router
     ///   --json             a JSON object as the last line
     ///   --keep             leave the nodes running and say how to enter one
     ///

@@ -212,7 +212,7 @@ impl Subject {
     /// Adds a pod, so that the fast path has something to look after.
     pub(super) fn add_pod(&mut self) -> anyhow::Result<()> {
         let env = read_env(&self.subnet_file())?;
-        let pod = self.lab.node(0).add_pod(env.subnet, 2, env.mtu)?;
+        let pod = self.lab.node(0).add_pod_in(&env.subnets, 2, env.mtu)?;
         self.kept.push(Box::new(pod));
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::{
     io::{ErrorKind, Read as _, Write as _},
-    net::{SocketAddrV4, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -12,7 +12,7 @@ use anyhow::{Context as _, ensure};
 
 use super::socket::{accept, connect_from, connect_here, listen, sockaddr};
 use crate::{
-    netfilter::{SERVICE_IP, SERVICE_PORT},
+    netfilter::{SERVICE_PORT, service_ip},
     pin,
     rig::{Rig, TCP_PORT},
     stats,
@@ -76,9 +76,9 @@ pub(super) fn connections(rig: &Rig, service: bool, length: Duration) -> anyhow:
     })
 }
 
-fn target(rig: &Rig, service: bool) -> (std::net::Ipv4Addr, u16) {
+fn target(rig: &Rig, service: bool) -> (std::net::IpAddr, u16) {
     if service {
-        (SERVICE_IP, SERVICE_PORT)
+        (service_ip(rig.family), SERVICE_PORT)
     } else {
         (rig.server.ip, TCP_PORT)
     }
@@ -92,7 +92,7 @@ fn with_echo<T: Send>(
 ) -> anyhow::Result<T> {
     let listener = listen(&rig.server, TCP_PORT)?;
     let (ip, port) = target(rig, service);
-    let mut client = connect_from(&rig.client, SocketAddrV4::new(ip, port))?;
+    let mut client = connect_from(&rig.client, SocketAddr::from((ip, port)))?;
     let mut server = accept(&listener)?;
     thread::scope(|scope| {
         let echo = scope.spawn(move || echo(&mut server));

@@ -1,7 +1,7 @@
 //! Sockets in the pods, all with a limit on how long they wait.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     time::Duration,
 };
@@ -9,7 +9,8 @@ use std::{
 use anyhow::Context as _;
 use nix::sys::{
     socket::{
-        AddressFamily, SockFlag, SockType, SockaddrIn, connect, setsockopt, socket,
+        AddressFamily, SockFlag, SockType, SockaddrLike as _, SockaddrStorage, connect, setsockopt,
+        socket,
         sockopt::{Linger, RcvBuf, ReceiveTimeout, SendTimeout},
     },
     time::TimeVal,
@@ -33,10 +34,10 @@ pub(super) fn listen(end: &End, port: u16) -> anyhow::Result<TcpListener> {
 }
 
 /// Connects from a pod.
-pub(super) fn connect_from(end: &End, address: SocketAddrV4) -> anyhow::Result<TcpStream> {
+pub(super) fn connect_from(end: &End, address: SocketAddr) -> anyhow::Result<TcpStream> {
     let stream = end
         .ns
-        .try_run(|| TcpStream::connect_timeout(&address.into(), PATIENCE))?
+        .try_run(|| TcpStream::connect_timeout(&address, PATIENCE))?
         .with_context(|| format!("connect to {address}"))?;
     prepare(&stream)?;
     Ok(stream)
@@ -57,9 +58,9 @@ fn prepare(stream: &TcpStream) -> anyhow::Result<()> {
 }
 
 /// Connects from this thread's namespace with as few system calls as can be; closing resets, so that no port is kept.
-pub(super) fn connect_here(address: &SockaddrIn) -> anyhow::Result<TcpStream> {
+pub(super) fn connect_here(address: &SockaddrStorage) -> anyhow::Result<TcpStream> {
     let fd = socket(
-        AddressFamily::Inet,
+        address.family().unwrap_or(AddressFamily::Inet),
         SockType::Stream,
         SockFlag::SOCK_CLOEXEC,
         None,
@@ -93,6 +94,6 @@ pub(super) fn shrink(socket: &UdpSocket) -> anyhow::Result<()> {
 }
 
 /// The address in the kernel's form.
-pub(super) fn sockaddr(ip: Ipv4Addr, port: u16) -> SockaddrIn {
-    SocketAddrV4::new(ip, port).into()
+pub(super) fn sockaddr(ip: IpAddr, port: u16) -> SockaddrStorage {
+    SocketAddr::from((ip, port)).into()
 }

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{Shutdown, SocketAddrV4, TcpStream},
+    net::{Shutdown, SocketAddr, TcpStream},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
@@ -54,7 +54,7 @@ fn bytes_per_second(
     let listener = listen(&rig.server, TCP_PORT)?;
     let mut pairs = Vec::new();
     for _ in 0..flows {
-        let client = connect_from(&rig.client, SocketAddrV4::new(rig.server.ip, TCP_PORT))?;
+        let client = connect_from(&rig.client, SocketAddr::from((rig.server.ip, TCP_PORT)))?;
         pairs.push((client, accept(&listener)?));
     }
     let (stop, bytes) = (AtomicBool::new(false), AtomicU64::new(0));

@@ -2,13 +2,14 @@
 
 use std::{
     fs,
-    net::{SocketAddr, SocketAddrV4, UdpSocket},
+    net::{IpAddr, SocketAddr, UdpSocket},
     os::fd::AsRawFd as _,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
+use nix::sys::socket::{SockaddrLike as _, SockaddrStorage};
 
 use super::socket::{bind_udp, shrink};
 use crate::{
@@ -99,8 +100,8 @@ pub(super) fn packets(
     for sink in &sinks {
         shrink(sink)?;
     }
-    let addresses: Vec<SocketAddrV4> = (0..sinks.len())
-        .map(|sink| SocketAddrV4::new(rig.server.ip, SINK_PORT + sink as u16))
+    let addresses: Vec<SocketAddr> = (0..sinks.len())
+        .map(|sink| SocketAddr::from((rig.server.ip, SINK_PORT + sink as u16)))
         .collect();
     let sockets: Vec<UdpSocket> = (0..clients)
         .map(|_| bind_udp(&rig.client, 0))
@@ -169,11 +170,15 @@ fn ports(flows: usize) -> (usize, usize) {
 
 /// Datagrams that the kernel had no room for in the sockets of a pod.
 fn dropped(end: &End) -> anyhow::Result<u64> {
+    let (file, parse): (_, fn(&str) -> Option<u64>) = match end.ip {
+        IpAddr::V4(_) => ("/proc/thread-self/net/snmp", in_errors),
+        IpAddr::V6(_) => ("/proc/thread-self/net/snmp6", in_errors_v6),
+    };
     let text = end
         .ns
-        .try_run(|| fs::read_to_string("/proc/thread-self/net/snmp"))?
+        .try_run(|| fs::read_to_string(file))?
         .context("read the UDP counters")?;
-    in_errors(&text).context("the UDP counters have no InErrors")
+    parse(&text).context("the UDP counters have no InErrors")
 }
 
 fn in_errors(snmp: &str) -> Option<u64> {
@@ -185,6 +190,13 @@ fn in_errors(snmp: &str) -> Option<u64> {
     values.split_whitespace().nth(at)?.parse().ok()
 }
 
+fn in_errors_v6(snmp6: &str) -> Option<u64> {
+    let value = snmp6
+        .lines()
+        .find_map(|line| line.strip_prefix("Udp6InErrors"))?;
+    value.trim().parse().ok()
+}
+
 /// Datagrams for one `sendmmsg`, from one socket, built once.
 struct Batch {
     fd: i32,
@@ -192,7 +204,7 @@ struct Batch {
     // What the messages point to; never touched again.
     _payload: Box<[u8]>,
     _vector: Box<libc::iovec>,
-    _names: Box<[libc::sockaddr_in]>,
+    _names: Box<[SockaddrStorage]>,
 }
 
 // SAFETY: the pointers lead to boxes that the batch owns and that nobody writes to.
@@ -200,22 +212,15 @@ unsafe impl Send for Batch {}
 
 impl Batch {
     /// One datagram to each address; [`BATCH`] of them to the peer of a connected socket.
-    fn new(socket: &UdpSocket, addresses: &[SocketAddrV4], connected: bool, size: usize) -> Self {
+    fn new(socket: &UdpSocket, addresses: &[SocketAddr], connected: bool, size: usize) -> Self {
         let mut payload = vec![0x5a_u8; size].into_boxed_slice();
         let mut vector = Box::new(libc::iovec {
             iov_base: payload.as_mut_ptr().cast(),
             iov_len: size,
         });
-        let mut names: Box<[libc::sockaddr_in]> = addresses
+        let mut names: Box<[SockaddrStorage]> = addresses
             .iter()
-            .map(|address| libc::sockaddr_in {
-                sin_family: libc::AF_INET as libc::sa_family_t,
-                sin_port: address.port().to_be(),
-                sin_addr: libc::in_addr {
-                    s_addr: u32::from(*address.ip()).to_be(),
-                },
-                sin_zero: [0; 8],
-            })
+            .map(|address| SockaddrStorage::from(*address))
             .collect();
         let count = if connected { BATCH } else { names.len() };
         let messages = (0..count)
@@ -225,8 +230,8 @@ impl Batch {
                 message.msg_hdr.msg_iov = &raw mut *vector;
                 message.msg_hdr.msg_iovlen = 1;
                 if !connected {
+                    message.msg_hdr.msg_namelen = names[index].len();
                     message.msg_hdr.msg_name = (&raw mut names[index]).cast();
-                    message.msg_hdr.msg_namelen = size_of::<libc::sockaddr_in>() as u32;
                 }
                 message
             })

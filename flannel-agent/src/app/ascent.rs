@@ -5,16 +5,17 @@
 //! one finds the better way by itself.
 
 use std::{
+    collections::BTreeSet,
     path::Path,
     time::{Duration, SystemTime},
 };
 
-use flannel_core::plan::ObservedKind;
+use flannel_core::{addr::Family, config::NetConf, plan::ObservedKind};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::session::{Node, Setting};
 use crate::{
-    cli::{DatapathChoice, DeviceChoice},
+    cli::{Args, DatapathChoice, DeviceChoice},
     datapath::{self, Rung},
     dataplane::bpf,
     device::Up,
@@ -41,9 +42,10 @@ pub(super) struct Ascent {
 }
 
 /// What the present session does without.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Lack {
-    bpf: bool,
+    /// The families that the kernel carries alone.
+    bpf: BTreeSet<Family>,
     vxlan: bool,
 }
 
@@ -68,16 +70,26 @@ impl Signs {
 
 impl Lack {
     /// What a node that was brought up like this could have and does not.
-    pub(super) fn of(node: &Node<'_>, up: &Up) -> Self {
+    pub(super) fn of(node: &Node<'_>, ups: &[Up]) -> Self {
         let args = node.args;
+        let kernel =
+            |up: &&Up| up.path.mode == Mode::Kernel && args.datapath == DatapathChoice::Auto;
+        let families = ups.iter().filter(kernel);
         Self {
-            bpf: up.path.mode == Mode::Kernel && args.datapath == DatapathChoice::Auto,
-            vxlan: up.path.device == "veth" && args.bpf_device == DeviceChoice::Auto,
+            bpf: families.map(|up| up.dataplane.family()).collect(),
+            vxlan: ups.iter().any(|up| up.path.device == "veth")
+                && args.bpf_device == DeviceChoice::Auto,
         }
     }
 
-    const fn is_nothing(self) -> bool {
-        !self.bpf && !self.vxlan
+    fn is_nothing(&self) -> bool {
+        self.bpf.is_empty() && !self.vxlan
+    }
+
+    /// The first family that would gain. One that has eBPF is not tried: that its programs can be loaded once more says nothing about
+    /// those that cannot.
+    fn gaining(&self, mut loads: impl FnMut(Family) -> bool) -> Option<Family> {
+        self.bpf.iter().copied().find(|family| loads(*family))
     }
 }
 
@@ -92,14 +104,14 @@ impl Default for Ascent {
 
 impl Ascent {
     /// Takes a session's end into account. One that lacked nothing for long needs no patience at its next trouble.
-    pub(super) fn note_end(&mut self, lack: Lack, begun: Instant) {
+    pub(super) fn note_end(&mut self, lack: &Lack, begun: Instant) {
         if lack.is_nothing() && begun.elapsed() >= PROVEN {
             self.pause = FIRST;
         }
     }
 
     /// Until a better way than the present one is possible; for ever if there is none.
-    pub(super) async fn better(&mut self, node: &Node<'_>, setting: &Setting, lack: Lack) {
+    pub(super) async fn better(&mut self, node: &Node<'_>, setting: &Setting, lack: &Lack) {
         if lack.is_nothing() {
             std::future::pending::<()>().await;
         }
@@ -133,42 +145,104 @@ impl Ascent {
 }
 
 /// What has become possible of what is missing.
-async fn is_possible(node: &Node<'_>, setting: &Setting, lack: Lack) -> Option<&'static str> {
+async fn is_possible(node: &Node<'_>, setting: &Setting, lack: &Lack) -> Option<&'static str> {
     if lack.vxlan && makes_vxlan(node, setting).await {
         return Some("the kernel makes vxlan devices now");
     }
-    if lack.bpf && loads_bpf(node, setting).await {
+    if loads_bpf(node, setting, lack).await {
         return Some("eBPF can be used now");
     }
     None
 }
 
 async fn makes_vxlan(node: &Node<'_>, setting: &Setting) -> bool {
-    let Ok(tunnel) = node.tunnel(setting) else {
+    let Ok(checked) = setting.check(&node.origin) else {
         return false;
     };
-    let there = node.net.device(&tunnel.name).await.ok().flatten();
-    let is_veth = there.is_some_and(|device| matches!(device.kind, ObservedKind::Veth { .. }));
-    is_veth && matches!(node.site(setting).try_elsewhere(&tunnel).await, Ok(None))
+    for checked in &checked {
+        let Some(tunnel) = node.tunnel_of(setting, checked) else {
+            continue;
+        };
+        let family = Family::of_net(&tunnel.network);
+        let there = node.net.device(&tunnel.name, family).await.ok().flatten();
+        let is_veth = there.is_some_and(|device| matches!(device.kind, ObservedKind::Veth { .. }));
+        let site = node.site(setting, checked);
+        if is_veth && matches!(site.try_elsewhere(&tunnel).await, Ok(None)) {
+            return true;
+        }
+    }
+    false
 }
 
-async fn loads_bpf(node: &Node<'_>, setting: &Setting) -> bool {
+async fn loads_bpf(node: &Node<'_>, setting: &Setting, lack: &Lack) -> bool {
+    if lack.bpf.is_empty() {
+        return false;
+    }
     let Ok(ethernet) = node.net.is_ethernet(setting.uplink.index).await else {
         return false;
     };
-    let (args, conf) = (node.args.clone(), setting.conf.clone());
+    let (args, conf, lack) = (node.args.clone(), setting.conf.clone(), lack.clone());
     // The verifier takes its time.
-    let tried =
-        tokio::task::spawn_blocking(move || match datapath::choose(&args, &conf, ethernet) {
-            Ok(Rung::Bpf(bpf)) => {
-                bpf.discard();
-                true
-            }
-            Ok(Rung::Kernel(reason)) => {
-                tracing::debug!(reason, "eBPF cannot be used yet");
-                false
-            }
-            Err(_) => false,
-        });
+    let tried = tokio::task::spawn_blocking(move || {
+        let gaining = lack.gaining(|family| loads(&args, &conf, family, ethernet));
+        gaining.is_some()
+    });
     tried.await.unwrap_or(false)
+}
+
+/// Tries it, and leaves nothing of that.
+fn loads(args: &Args, conf: &NetConf, family: Family, ethernet: bool) -> bool {
+    match datapath::choose(args, conf, family, ethernet) {
+        Ok(Rung::Bpf(bpf)) => {
+            bpf.discard();
+            true
+        }
+        Ok(Rung::Kernel(reason)) => {
+            tracing::debug!(%family, reason, "eBPF cannot be used yet");
+            false
+        }
+        Err(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lack(bpf: &[Family]) -> Lack {
+        Lack {
+            bpf: bpf.iter().copied().collect(),
+            vxlan: false,
+        }
+    }
+
+    #[test]
+    fn only_a_family_without_ebpf_is_tried() {
+        let both = Family::ALL;
+        for (without, loadable, gaining) in [
+            (&both[..], &both[..], Some(Family::V4)),
+            (&both, &[Family::V6], Some(Family::V6)),
+            (&both, &[], None),
+            (&[Family::V6], &[Family::V4], None),
+            (&[Family::V6], &both, Some(Family::V6)),
+            (&[Family::V4], &[Family::V6], None),
+            (&[], &both, None),
+        ] {
+            let mut tried = Vec::new();
+            let found = lack(without).gaining(|family| {
+                tried.push(family);
+                loadable.contains(&family)
+            });
+            assert_eq!(found, gaining, "without {without:?}, loadable {loadable:?}");
+            assert!(tried.iter().all(|family| without.contains(family)));
+        }
+    }
+
+    #[test]
+    fn nothing_is_lacking_where_both_families_have_all() {
+        assert!(lack(&[]).is_nothing());
+        assert!(!lack(&[Family::V6]).is_nothing());
+        let vxlan = true;
+        assert!(!Lack { vxlan, ..lack(&[]) }.is_nothing());
+    }
 }

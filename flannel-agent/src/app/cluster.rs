@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use flannel_core::{config::NetConf, kube::granularity};
+use flannel_core::{addr::Family, config::NetConf, kube::granularity};
 use tokio::sync::watch;
 
 use super::{Setting, StartError, open as open_store};
@@ -30,10 +30,21 @@ pub(super) async fn open(
     let addresses = kube.node_addresses();
     args.uplink.public_ip = addresses.public_ip.or(args.uplink.public_ip);
     args.uplink.public_ipv6 = addresses.public_ipv6.or(args.uplink.public_ipv6);
-    if let Some(family) = &mut conf.ipv4 {
-        family.subnet_len = kube.granularity(family.network, family.subnet_len);
+    for family in conf.families() {
+        if let Some((network, len)) = conf.range(family) {
+            set_len(&mut conf, family, kube.granularity(network, len));
+        }
     }
     Ok((store, text, conf))
+}
+
+/// Sets the prefix length that the table of subnets of one family is made for.
+pub(super) fn set_len(conf: &mut NetConf, family: Family, len: u8) {
+    match (family, &mut conf.ipv4, &mut conf.ipv6) {
+        (Family::V4, Some(range), _) => range.subnet_len = len,
+        (Family::V6, _, Some(range)) => range.subnet_len = len,
+        (Family::V4, None, _) | (Family::V6, _, None) => {}
+    }
 }
 
 /// Follows the cluster where its nodes decide about this one: the eBPF table of subnets is made for the smallest of them.
@@ -62,25 +73,24 @@ impl Follower {
             let text = format!("the other nodes are as they were last known: {error}");
             self.board.note(Part::Lease, Some(text));
         }
-        let Some(family) = self.settings.borrow().conf.ipv4 else {
-            return;
-        };
-        let others = view.snapshot.iter().flat_map(|all| all.leases.keys());
-        let own = view.own.iter().map(|lease| &lease.key);
-        let subnets = others.chain(own).filter_map(|key| key.v4);
-        let len = granularity(family.network, subnets, family.subnet_len);
-        if len == family.subnet_len {
-            return;
-        }
-        tracing::info!(
-            before = family.subnet_len,
-            now = len,
-            "there are smaller subnets than before: making the table of subnets anew"
-        );
-        self.settings.send_modify(|setting| {
-            if let Some(family) = &mut setting.conf.ipv4 {
-                family.subnet_len = len;
+        for family in Family::ALL {
+            let Some((network, before)) = self.settings.borrow().conf.range(family) else {
+                continue;
+            };
+            let others = view.snapshot.iter().flat_map(|all| all.leases.keys());
+            let own = view.own.iter().map(|lease| &lease.key);
+            let subnets = others.chain(own).filter_map(|key| key.subnet(family));
+            let len = granularity(network, subnets, before);
+            if len == before {
+                continue;
             }
-        });
+            tracing::info!(
+                before,
+                now = len,
+                "there are smaller subnets than before: making the table of subnets anew"
+            );
+            self.settings
+                .send_modify(|setting| set_len(&mut setting.conf, family, len));
+        }
     }
 }

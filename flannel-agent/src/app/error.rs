@@ -8,6 +8,7 @@ use crate::{
     dataplane::{DataplaneError, netlink::NetlinkError},
     files::FileError,
     leases::{ErrorKind, LeaseError},
+    wireguard::WireguardError,
 };
 
 /// Why the daemon could not start.
@@ -66,6 +67,9 @@ pub enum StartError {
         /// Why no eBPF.
         bpf: String,
     },
+    /// The encrypted overlay.
+    #[error(transparent)]
+    Wireguard(#[from] WireguardError),
     /// No random bytes for a MAC address.
     #[error("read /dev/urandom for a MAC address")]
     Random(#[source] std::io::Error),
@@ -85,11 +89,13 @@ impl StartError {
             | Self::Flags(_)
             | Self::File(_) => EXIT_USAGE,
             Self::Lease(error) if error.kind() == ErrorKind::Config => EXIT_USAGE,
+            Self::Wireguard(error) if error.is_usage() => EXIT_USAGE,
             Self::Lease(_) => EXIT_STORE,
             Self::Netlink(_)
             | Self::Dataplane(_)
             | Self::NoBpf { .. }
             | Self::NoPath { .. }
+            | Self::Wireguard(_)
             | Self::Random(_)
             | Self::NoPrivilege => EXIT_KERNEL,
         }

@@ -6,6 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use flannel_core::{
+    addr::Family,
     config,
     iface::{self, Uplink, Wanted},
 };
@@ -99,11 +100,13 @@ impl ConfFollower {
             }
         };
         let setting = self.settings.borrow().clone();
-        if let (Store::Kube(_), Some(new), Some(running)) =
-            (&self.store, &mut new.ipv4, &setting.conf.ipv4)
-        {
+        if matches!(self.store, Store::Kube(_)) {
             // Not from the text, but from the nodes.
-            new.subnet_len = running.subnet_len;
+            for family in setting.conf.families() {
+                if let Some((_, len)) = setting.conf.range(family) {
+                    cluster::set_len(&mut new, family, len);
+                }
+            }
         }
         let changed = Setting {
             conf: new,
@@ -150,7 +153,9 @@ struct Follower {
 impl Follower {
     async fn run(mut self) {
         let (notify, mut changes) = mpsc::channel(BACKLOG);
-        tokio::spawn(watch_kernel(notify));
+        for family in self.settings.borrow().conf.families() {
+            tokio::spawn(watch_kernel(notify.clone(), family));
+        }
         loop {
             self.look().await;
             // A silent stretch, or the first notification and what comes with it.
@@ -200,6 +205,7 @@ impl Follower {
     /// The uplink as it is now, or another one if it has been unusable for long.
     async fn find(&self, current: &Uplink) -> Result<Uplink, StartError> {
         let found = self.net.uplinks(&self.wanted).await?;
+        let families = self.settings.borrow().conf.families();
         let followed = iface::follow(&found.links, &found.routes, &self.wanted, current);
         let given_up = self
             .unusable
@@ -210,8 +216,8 @@ impl Follower {
                 &found.links,
                 &found.routes,
                 &self.wanted,
-                true,
-                false,
+                families.contains(&Family::V4),
+                families.contains(&Family::V6),
             )?),
             followed => Ok(followed?),
         }
@@ -219,9 +225,9 @@ impl Follower {
 }
 
 /// Keeps a notification socket open.
-async fn watch_kernel(out: mpsc::Sender<Change>) {
+async fn watch_kernel(out: mpsc::Sender<Change>, family: Family) {
     while !out.is_closed() {
-        if let Err(error) = netlink::watch(out.clone()).await {
+        if let Err(error) = netlink::watch(out.clone(), family).await {
             tracing::debug!(
                 error = chain(&error),
                 "the uplink's notifications are interrupted"

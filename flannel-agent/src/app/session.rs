@@ -3,36 +3,41 @@
 //! The end of a session is what the end of the process is: programs, maps, device and rules stay and go on carrying traffic, and
 //! the next session adopts them. So a change while running is as gapless as a restart.
 
-use std::net::Ipv4Addr;
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use flannel_core::{
     acquire::Identity,
-    addr::{Mtu, VtepMac},
-    config::{self, NetConf},
+    addr::{Family, Mtu, VtepMac},
+    config::{self, BackendKind, NetConf},
     datagram::Receiver,
     iface::Uplink,
-    lease::{LeaseAttrs, SubnetKey},
-    mark,
+    lease::{LeaseAttrs, SubnetKey, VxlanData},
+    mark::{self, Overlay},
     plan::{DeviceKind, Tunnel},
 };
-use ipnet::Ipv4Net;
+use futures_util::future::join_all;
+use ipnet::IpNet;
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     StartError,
     ascent::{Ascent, Lack},
-    set_own,
+    own_of, set_own,
 };
 use crate::{
     cli::{Args, DatapathChoice},
     datapath::{self, Rung},
     dataplane::{bpf::Instance, fragments, netlink::Netlink},
     device::{Site, Up},
-    fastpath,
+    fastpath, files,
     health::Board,
     leases::{Offer, View},
     masquerade,
+    metrics::Metrics,
     reconcile::{Calls, Fall, Gatekeeper, Loop, Readiness, XdpKeeper},
     state::{Mode, State},
 };
@@ -44,9 +49,10 @@ pub(super) struct Node<'a> {
     pub(super) net: Netlink,
     /// Which store the configuration came from.
     pub(super) origin: String,
-    /// MAC address of the tunnel device, which peers know.
-    pub(super) mac: VtepMac,
+    /// MAC addresses of the tunnel devices, which peers know.
+    pub(super) macs: BTreeMap<Family, VtepMac>,
     pub(super) board: Board,
+    pub(super) metrics: Metrics,
 }
 
 /// What a session is made from.
@@ -58,13 +64,14 @@ pub(crate) struct Setting {
     pub(crate) uplink: Uplink,
 }
 
-/// What a setting amounts to on this node.
+/// What a setting amounts to on this node, for one family.
 #[derive(Debug)]
 pub(super) struct Checked {
+    overlay: Overlay,
     pub(super) device: String,
-    network: Ipv4Net,
-    public_ip: Ipv4Addr,
-    local: Ipv4Addr,
+    network: IpNet,
+    public_ip: IpAddr,
+    local: IpAddr,
     mtu: Mtu,
 }
 
@@ -78,79 +85,119 @@ pub(super) enum Ended {
 }
 
 impl Setting {
-    /// Finds out whether the setting can be served.
-    pub(super) fn check(&self, origin: &str) -> Result<Checked, StartError> {
-        let unsupported = |reason: &str| StartError::Unsupported {
+    /// Finds out whether the setting can be served, for every family.
+    pub(super) fn check(&self, origin: &str) -> Result<Vec<Checked>, StartError> {
+        let families = self.conf.families().into_iter();
+        families
+            .map(|family| self.check_family(origin, family))
+            .collect()
+    }
+
+    fn check_family(&self, origin: &str, family: Family) -> Result<Checked, StartError> {
+        let unsupported = |reason: String| StartError::Unsupported {
             origin: origin.into(),
-            reason: reason.into(),
+            reason,
         };
-        if self.conf.enable_ipv6 {
-            return Err(unsupported(
-                "EnableIPv6 is true: only IPv4 is supported yet, set it to false",
-            ));
-        }
-        let family = self
+        let (network, _) = self
             .conf
-            .ipv4
-            .ok_or_else(|| unsupported("EnableIPv4 is false: only IPv4 is supported yet"))?;
+            .range(family)
+            .ok_or_else(|| unsupported(format!("there is no network of {family}")))?;
         let public_ip = self
             .uplink
-            .public_ip
-            .ok_or_else(|| unsupported("the uplink has no IPv4 address"))?;
-        let device = mark::device_name(self.conf.backend.vxlan.vni);
+            .public(family)
+            .ok_or_else(|| unsupported(format!("the uplink has no {family} address")))?;
+        let vni = self.conf.backend.vxlan.vni;
+        let overlay = Overlay { family, vni };
+        let local = self.local(family);
+        let routed = self.conf.backend.kind == BackendKind::HostGw;
+        if routed && public_ip != local {
+            // In upstream's words.
+            return Err(unsupported(
+                "your PublicIP differs from interface IP, meaning that probably you're on a NAT, which is not supported by host-gw backend".into(),
+            ));
+        }
+        // Without a tunnel it is the uplink that carries what pods send.
+        let device = if routed {
+            self.uplink.name.clone()
+        } else {
+            overlay.device()
+        };
         mark::check_name(&device)?;
-        let mtu = config::tunnel_mtu(&self.conf, self.uplink.mtu).map_err(|source| {
-            StartError::Config {
-                origin: origin.into(),
-                source,
-            }
-        })?;
+        let wrong = |source| StartError::Config {
+            origin: origin.into(),
+            source,
+        };
+        let mut mtu = config::tunnel_mtu(&self.conf, self.uplink.mtu).map_err(wrong)?;
+        if family == Family::V6 && self.conf.backend.kind == BackendKind::Vxlan {
+            // What was written down is for IPv4: the kernel gives the device no more than what fits (`vxlan_change_mtu`).
+            let most = self.uplink.mtu.saturating_sub(config::OVERHEAD_V6);
+            mtu = Mtu::try_from(most).map_or(mtu, |most| mtu.min(most));
+        }
         Ok(Checked {
+            overlay,
             device,
-            network: family.network,
+            network,
             public_ip,
-            local: self.local(),
+            local,
             mtu,
         })
     }
 
     /// Our address on the underlay.
-    fn local(&self) -> Ipv4Addr {
-        let local = self.uplink.local_v4().or(self.uplink.public_ip);
-        local.unwrap_or(Ipv4Addr::UNSPECIFIED)
+    fn local(&self, family: Family) -> IpAddr {
+        let local = self.uplink.local(family).or(self.uplink.public(family));
+        local.unwrap_or(match family {
+            Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+            Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+        })
     }
 
     /// What works but deserves a look.
     pub(super) fn warnings(&self) -> Vec<String> {
         let mut warnings = self.conf.warnings.clone();
         warnings.extend(config::mtu_warnings(&self.conf, self.uplink.mtu));
-        if self.conf.backend.vxlan.direct_routing {
-            warnings.push(
-                "Backend.DirectRouting is not supported yet: peers on the same link are reached by VXLAN too"
-                    .into(),
-            );
-        }
         warnings
     }
 
     /// By what this node recognises its own lease.
     pub(super) fn identity(&self) -> Identity {
-        Args::identity(self.uplink.public_ip)
+        Identity {
+            public_ip: self.uplink.public_ip.filter(|_| self.conf.enable_ipv4),
+            public_ipv6: self.uplink.public_ipv6.filter(|_| self.conf.enable_ipv6),
+        }
     }
 
     /// What this node asks for and publishes.
-    pub(super) fn offer(&self, mac: VtepMac, previous: Option<SubnetKey>) -> Offer {
+    pub(super) fn offer(
+        &self,
+        macs: &BTreeMap<Family, VtepMac>,
+        previous: Option<SubnetKey>,
+    ) -> Offer {
         let vni = self.conf.backend.vxlan.vni.get();
-        let public_ip = self.uplink.public_ip.unwrap_or(Ipv4Addr::UNSPECIFIED);
+        let identity = self.identity();
+        let kind = self.conf.backend.kind;
+        let data = |family| {
+            let mac = *macs.get(&family)?;
+            (kind == BackendKind::Vxlan).then(|| VxlanData { vni, mac }.into())
+        };
+        // Upstream's alloc tells nobody an IPv6 address; a node that has no other must be told apart by it.
+        let silent = kind == BackendKind::Alloc && identity.public_ip.is_some();
+        let attrs = LeaseAttrs {
+            public_ip: identity.public_ip,
+            public_ipv6: identity.public_ipv6.filter(|_| !silent),
+            backend_type: kind.lease_type().to_owned(),
+            v4: identity.public_ip.and_then(|_| data(Family::V4)),
+            v6: identity.public_ipv6.and_then(|_| data(Family::V6)),
+        };
         Offer {
             conf: self.conf.clone(),
-            identity: self.identity(),
-            attrs: LeaseAttrs::vxlan_v4(public_ip, vni, mac),
+            identity,
+            attrs,
             previous,
         }
     }
 
-    fn vxlan(&self, local: Ipv4Addr) -> DeviceKind {
+    fn vxlan(&self, local: IpAddr) -> DeviceKind {
         let vxlan = &self.conf.backend.vxlan;
         DeviceKind::Vxlan {
             vni: vxlan.vni,
@@ -164,116 +211,237 @@ impl Setting {
 }
 
 impl Node<'_> {
-    /// Loads programs and creates or adopts the device. Changes nothing on the node if it fails. `without` is why eBPF is not to be
-    /// tried, as long as the kernel has a device.
+    /// Loads programs and creates or adopts the devices, one for each family. Changes nothing on the node if it fails. `without` is why
+    /// eBPF is not to be tried, as long as the kernel has a device.
     pub(super) async fn bring_up(
         &self,
         setting: &Setting,
         without: Option<&str>,
-    ) -> Result<Up, StartError> {
-        let tunnel = self.tunnel(setting)?;
+    ) -> Result<Vec<Up>, StartError> {
+        let checked = setting.check(&self.origin)?;
         let ethernet = self.net.is_ethernet(setting.uplink.index).await?;
         // Checked to the end: from here on the node is changed.
+        let mut ups: Vec<Up> = Vec::new();
+        for checked in &checked {
+            let one = self.bring_up_one(setting, checked, ethernet, without);
+            match Box::pin(one).await {
+                Ok(up) => ups.push(up),
+                Err(error) => {
+                    for up in ups {
+                        Box::pin(up.take_back()).await;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(ups)
+    }
+
+    async fn bring_up_one(
+        &self,
+        setting: &Setting,
+        checked: &Checked,
+        ethernet: bool,
+        without: Option<&str>,
+    ) -> Result<Up, StartError> {
+        let tunnel = self.tunnel_of(setting, checked);
+        let site = self.site(setting, checked);
         if let Some(reason) = without {
             let rung = Rung::Kernel(reason.to_owned());
-            match self.site(setting).bring_up(rung, tunnel.clone()).await {
+            match site.bring_up(rung, tunnel.clone()).await {
                 Err(StartError::NoPath { .. }) => {}
                 other => return other,
             }
         }
-        let rung = datapath::choose(self.args, &setting.conf, ethernet)?;
-        self.site(setting).bring_up(rung, tunnel).await
+        let rung = datapath::choose(self.args, &setting.conf, checked.overlay.family, ethernet)?;
+        site.bring_up(rung, tunnel).await
     }
 
-    /// The tunnel device as it is with the kernel's vxlan devices.
-    pub(super) fn tunnel(&self, setting: &Setting) -> Result<Tunnel, StartError> {
-        let checked = setting.check(&self.origin)?;
-        Ok(Tunnel {
-            name: checked.device,
+    /// A tunnel device as it is with the kernel's vxlan devices; `None` for a backend without.
+    pub(super) fn tunnel_of(&self, setting: &Setting, checked: &Checked) -> Option<Tunnel> {
+        (setting.conf.backend.kind == BackendKind::Vxlan).then(|| Tunnel {
+            name: checked.device.clone(),
             kind: setting.vxlan(checked.local),
             mtu: checked.mtu,
-            mac: Some(self.mac),
+            mac: self.macs.get(&checked.overlay.family).copied(),
             address: None,
             network: checked.network,
         })
     }
 
-    pub(super) fn site<'a>(&'a self, setting: &'a Setting) -> Site<'a> {
+    pub(super) fn site<'a>(&'a self, setting: &'a Setting, checked: &Checked) -> Site<'a> {
         Site {
             args: self.args,
             conf: &setting.conf,
             uplink: &setting.uplink,
             net: &self.net,
-            local: setting.local(),
+            overlay: checked.overlay,
+            local: checked.local,
         }
     }
 
-    /// Keeps the node as it is to be until that changes, or until cancelled.
+    /// Keeps the node as it is to be until that changes, or until cancelled. There are as many `calls` as overlays.
     pub(super) async fn session(
         &self,
         setting: &Setting,
-        up: Up,
-        (ready, calls): (&mut Readiness, &mut Calls),
+        ups: Vec<Up>,
+        (ready, calls): (&Readiness, &mut [Calls]),
         (mut views, settings): (watch::Receiver<View>, &mut watch::Receiver<Setting>),
         ascent: &mut Ascent,
         cancel: &CancellationToken,
     ) -> Result<Ended, StartError> {
-        let (begun, lack) = (Instant::now(), Lack::of(self, &up));
-        let Up {
-            dataplane,
-            mut desired,
-            path,
-        } = up;
-        let (conf, uplink) = (&setting.conf, &setting.uplink);
-        let checked = setting.check(&self.origin)?;
+        let (begun, lack) = (Instant::now(), Lack::of(self, &ups));
         let own = own_subnet(&views);
-        if let Some(key) = &own {
-            set_own(&mut desired, key);
+        let session = cancel.child_token();
+        // Its tasks end with it, however it ends.
+        let _tasks = session.clone().drop_guard();
+        let checked = setting.check(&self.origin)?;
+        let readies = ready.begin(checked.len());
+        let mut states = Vec::new();
+        for (number, (checked, up)) in checked.iter().zip(&ups).enumerate() {
+            let state = self.state(setting, checked, up, own.as_ref(), number > 0);
+            datapath::retire(&self.net, &state).await;
+            states.push(state);
         }
-        let state = State {
+        if states.len() == 1 {
+            files::forget(&State::second_path(&self.args.subnet_file));
+        }
+        if let Some(own) = &own {
+            // Before `subnet.env`, as upstream has it, and before the fast path looks at the rules.
+            let wanted = masquerade::Wanted::from_args(self.args, &setting.conf, own);
+            masquerade::start(wanted, self.board.clone(), session.clone()).await;
+        }
+        let mut loops = Vec::new();
+        let overlays = checked.iter().zip(ups).zip(states).zip(readies).zip(calls);
+        for ((((checked, up), state), ready), calls) in overlays {
+            let parts = (ready, calls);
+            let running = self
+                .overlay(
+                    setting,
+                    checked,
+                    up,
+                    state,
+                    parts,
+                    (&views, own.as_ref()),
+                    &session,
+                )
+                .await?;
+            loops.push(running.run(session.clone()));
+        }
+        let outdated = async {
+            tokio::select! {
+                Ok(()) = settings.changed() => {}
+                () = another_subnet(&mut views, own) => {}
+                () = Box::pin(ascent.better(self, setting, &lack)) => {}
+                // Also when a loop has ended by itself.
+                () = session.cancelled() => {}
+            }
+            // The loops end between two changes, never within one.
+            session.cancel();
+        };
+        let running = loops.into_iter().map(|running| async {
+            let fall = Box::pin(running).await;
+            session.cancel();
+            fall
+        });
+        let (falls, ()) = tokio::join!(join_all(running), outdated);
+        ascent.note_end(&lack, begun);
+        for fall in falls.into_iter().flatten() {
+            match fall {
+                Fall::Bpf(why) => {
+                    tracing::warn!(
+                        "eBPF is given up, the kernel's device carries the overlay: {why}"
+                    );
+                    ascent.fallen = Some(format!("eBPF was given up: {why}"));
+                }
+                Fall::Device(why) => {
+                    tracing::warn!("the tunnel device cannot be made as it was: {why}");
+                    ascent.fallen = None;
+                }
+            }
+        }
+        Ok(if cancel.is_cancelled() {
+            Ended::Cancelled
+        } else {
+            Ended::Outdated
+        })
+    }
+
+    /// What `status` is told of an overlay at first.
+    fn state(
+        &self,
+        setting: &Setting,
+        checked: &Checked,
+        up: &Up,
+        own: Option<&SubnetKey>,
+        second: bool,
+    ) -> State {
+        let family = checked.overlay.family;
+        State {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
-            vni: conf.backend.vxlan.vni,
-            device: checked.device,
-            uplink: uplink.name.clone(),
-            uplink_index: uplink.index,
+            vni: checked.overlay.vni,
+            family,
+            second,
+            device: checked.device.clone(),
+            uplink: setting.uplink.name.clone(),
+            uplink_index: setting.uplink.index,
             public_ip: checked.public_ip,
-            vtep_mac: self.mac,
+            vtep_mac: self
+                .macs
+                .get(&family)
+                .copied()
+                .unwrap_or(VtepMac::new([0; 6])),
             network: checked.network,
-            subnet: own.and_then(|key| key.v4),
+            subnet: own.and_then(|key| own_of(key, family)),
             mtu: checked.mtu.get(),
-            datapath: path,
+            datapath: up.path.clone(),
             store: self.origin.clone(),
             store_connected: true,
             problems: Vec::new(),
             subnet_file: self.args.subnet_file.clone(),
             blackhole: self.args.firewall.ip_blackhole_route,
             fast_path: None,
-        };
-        datapath::retire(&self.net, &state).await;
-        let session = cancel.child_token();
-        // Its tasks end with it, however it ends.
-        let _tasks = session.clone().drop_guard();
-        if let DeviceKind::Veth { peer } = &desired.tunnel.kind {
+        }
+    }
+
+    /// The loop of one overlay, and the tasks that it needs.
+    #[expect(clippy::too_many_arguments, reason = "it is one step of a session")]
+    async fn overlay<'a>(
+        &self,
+        setting: &Setting,
+        checked: &Checked,
+        up: Up,
+        state: State,
+        parts: (Readiness, &'a mut Calls),
+        (views, own): (&watch::Receiver<View>, Option<&SubnetKey>),
+        session: &CancellationToken,
+    ) -> Result<Loop<'a>, StartError> {
+        let Up {
+            dataplane,
+            mut desired,
+            ..
+        } = up;
+        let (conf, uplink) = (&setting.conf, &setting.uplink);
+        if let Some(key) = own {
+            set_own(&mut desired, key);
+        }
+        let kind = desired.tunnel.as_ref().map(|tunnel| &tunnel.kind);
+        if let Some(DeviceKind::Veth { peer }) = kind {
             let receiver = Receiver {
-                vni: conf.backend.vxlan.vni,
-                mac: self.mac,
+                family: checked.overlay.family,
+                vni: checked.overlay.vni,
+                mac: state.vtep_mac,
             };
-            let port = conf.backend.vxlan.port;
             let keep = fragments::keep(
                 self.net.for_another_task(),
                 receiver,
                 checked.local,
-                port,
+                conf.backend.vxlan.port,
                 peer.clone(),
             );
             let ends = session.clone();
             tokio::spawn(async move { ends.run_until_cancelled(keep).await });
-        }
-        if let Some(own) = state.subnet {
-            // Before `subnet.env`, as upstream has it, and before the fast path looks at the rules.
-            let wanted = masquerade::Wanted::from_args(self.args, conf, checked.network, own);
-            masquerade::start(wanted, self.board.clone(), session.clone()).await;
         }
         let kernel_only = (state.datapath.mode == Mode::Kernel)
             .then(|| format!("eBPF is not in use: {}", state.datapath.reason));
@@ -289,64 +457,28 @@ impl Node<'_> {
             network: checked.network,
             tunnel: state.device.clone(),
             uplink: state.uplink.clone(),
-            instance: Instance::of(conf.backend.vxlan.vni).ok(),
+            instance: Instance::of(checked.overlay).ok(),
         };
         let fast_path = fast_path.start(session.clone()).await;
         let gate = Gatekeeper::new(fast_path, dataplane.epoch()?);
-        let changes = views.clone();
-        let running = Loop::new(
+        Ok(Loop::new(
             dataplane,
             desired,
-            changes,
+            views.clone(),
             state,
-            (ready, calls),
+            parts,
             (gate, xdp),
             self.args.datapath == DatapathChoice::Auto,
-        )
-        .run(session.clone());
-        let outdated = async {
-            tokio::select! {
-                Ok(()) = settings.changed() => {}
-                () = another_subnet(&mut views, own) => {}
-                () = Box::pin(ascent.better(self, setting, lack)) => {}
-                // Also when the loop has ended by itself.
-                () = session.cancelled() => {}
-            }
-            // The loop ends between two changes, never within one.
-            session.cancel();
-        };
-        let running = async {
-            let fall = Box::pin(running).await;
-            session.cancel();
-            fall
-        };
-        let (fall, ()) = tokio::join!(running, outdated);
-        ascent.note_end(lack, begun);
-        match fall {
-            Some(Fall::Bpf(why)) => {
-                tracing::warn!("eBPF is given up, the kernel's device carries the overlay: {why}");
-                ascent.fallen = Some(format!("eBPF was given up: {why}"));
-            }
-            Some(Fall::Device(why)) => {
-                tracing::warn!("the tunnel device cannot be made as it was: {why}");
-                ascent.fallen = None;
-            }
-            None => {}
-        }
-        Ok(if cancel.is_cancelled() {
-            Ended::Cancelled
-        } else {
-            Ended::Outdated
-        })
+        ))
     }
 }
 
-fn own_subnet(views: &watch::Receiver<View>) -> Option<SubnetKey> {
+pub(super) fn own_subnet(views: &watch::Receiver<View>) -> Option<SubnetKey> {
     views.borrow().own.as_ref().map(|lease| lease.key)
 }
 
 /// Until this node has another subnet than this one; for ever if the store's task has ended.
-async fn another_subnet(views: &mut watch::Receiver<View>, own: Option<SubnetKey>) {
+pub(super) async fn another_subnet(views: &mut watch::Receiver<View>, own: Option<SubnetKey>) {
     let is_other = |view: &View| {
         view.own
             .as_ref()

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::Ipv4Addr,
+    net::IpAddr,
     os::fd::{AsRawFd as _, OwnedFd},
     time::Duration,
 };
@@ -13,37 +13,58 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// Bytes of an IPv4 header without options and of an ICMP header.
-pub(super) const HEADERS: u32 = 28;
-/// Bytes of an ordinary ping.
-pub(super) const ORDINARY: u32 = HEADERS + 56;
+/// Bytes of an ICMP header.
+const ICMP_HEADER: u32 = 8;
+/// Bytes of an ordinary ping over IPv4.
+pub(super) const ORDINARY: u32 = 20 + ICMP_HEADER + 56;
 
-const ECHO_REQUEST: u8 = 8;
-const ECHO_REPLY: u8 = 0;
+/// What differs between ICMP and ICMPv6.
+struct Kind {
+    /// Bytes of an IP header without options or extensions.
+    header: u32,
+    request: u8,
+    reply: u8,
+    /// Whether the IP header comes with what is received.
+    whole: bool,
+}
+
+const V4: Kind = Kind {
+    header: 20,
+    request: 8,
+    reply: 0,
+    whole: true,
+};
+const V6: Kind = Kind {
+    header: 40,
+    request: 128,
+    reply: 129,
+    whole: false,
+};
 
 /// A socket to one address.
 pub(super) struct Pinger {
     socket: UdpSocket,
+    kind: &'static Kind,
     id: u16,
     sequence: u16,
 }
 
 impl Pinger {
     /// Opens it. Needs CAP_NET_RAW.
-    pub(super) fn open(to: Ipv4Addr) -> io::Result<Self> {
+    pub(super) fn open(to: IpAddr) -> io::Result<Self> {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-        let socket = socket(
-            AddressFamily::Inet,
-            SockType::Raw,
-            flags,
-            SockProtocol::Icmp,
-        )?;
-        never_fragment(&socket)?;
+        let (kind, family, protocol) = match to {
+            IpAddr::V4(_) => (&V4, AddressFamily::Inet, SockProtocol::Icmp),
+            IpAddr::V6(_) => (&V6, AddressFamily::Inet6, SockProtocol::IcmpV6),
+        };
+        let socket = socket(family, SockType::Raw, flags, protocol)?;
+        never_fragment(&socket, to)?;
         // Nothing but the protocol tells it from a UDP socket, once it is open.
         let socket = std::net::UdpSocket::from(socket);
         socket.connect((to, 0))?;
         Ok(Self {
             socket: UdpSocket::from_std(socket)?,
+            kind,
             id: std::process::id() as u16,
             sequence: 0,
         })
@@ -54,7 +75,7 @@ impl Pinger {
     pub(super) async fn ask(&mut self, size: u32, until: Instant) -> Option<Duration> {
         self.sequence = self.sequence.wrapping_add(1);
         let sent = Instant::now();
-        let packet = request(self.id, self.sequence, size);
+        let packet = request(self.kind, self.id, self.sequence, size);
         timeout_at(until, self.socket.send(&packet))
             .await
             .ok()?
@@ -69,7 +90,7 @@ impl Pinger {
                 continue;
             };
             let packet = buffer.get(..length).unwrap_or_default();
-            if answers(packet, self.id, self.sequence) {
+            if answers(self.kind, packet, self.id, self.sequence) {
                 return Some(sent.elapsed());
             }
         }
@@ -77,15 +98,26 @@ impl Pinger {
 }
 
 /// The DF bit, and no regard for what the kernel has learnt of the path: `IP_PMTUDISC_PROBE`.
-fn never_fragment(socket: &OwnedFd) -> io::Result<()> {
-    let value: libc::c_int = libc::IP_PMTUDISC_PROBE;
+fn never_fragment(socket: &OwnedFd, to: IpAddr) -> io::Result<()> {
+    let (level, option, value) = match to {
+        IpAddr::V4(_) => (
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_PMTUDISC_PROBE,
+        ),
+        IpAddr::V6(_) => (
+            libc::IPPROTO_IPV6,
+            libc::IPV6_MTU_DISCOVER,
+            libc::IPV6_PMTUDISC_PROBE,
+        ),
+    };
     // SAFETY: the value lives through the call and its size is its own.
     #[expect(unsafe_code, reason = "no safe wrapper knows this socket option")]
     let answer = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::IPPROTO_IP,
-            libc::IP_MTU_DISCOVER,
+            level,
+            option,
             (&raw const value).cast(),
             size_of_val(&value) as libc::socklen_t,
         )
@@ -98,11 +130,11 @@ fn never_fragment(socket: &OwnedFd) -> io::Result<()> {
 }
 
 /// The ICMP part of an echo request of this many bytes in all.
-fn request(id: u16, sequence: u16, size: u32) -> Vec<u8> {
+fn request(kind: &Kind, id: u16, sequence: u16, size: u32) -> Vec<u8> {
     let [id_high, id_low] = id.to_be_bytes();
     let [sequence_high, sequence_low] = sequence.to_be_bytes();
     let mut packet = vec![
-        ECHO_REQUEST,
+        kind.request,
         0,
         0,
         0,
@@ -111,7 +143,9 @@ fn request(id: u16, sequence: u16, size: u32) -> Vec<u8> {
         sequence_high,
         sequence_low,
     ];
-    packet.resize(size.saturating_sub(HEADERS) as usize + packet.len(), 0);
+    let headers = kind.header + ICMP_HEADER;
+    packet.resize(size.saturating_sub(headers) as usize + packet.len(), 0);
+    // The kernel writes that of ICMPv6, which covers addresses too.
     let sum = checksum(&packet).to_be_bytes();
     if let Some(field) = packet.get_mut(2..4) {
         field.copy_from_slice(&sum);
@@ -134,16 +168,15 @@ fn checksum(bytes: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// Whether a packet, IPv4 header included, is the answer.
-fn answers(packet: &[u8], id: u16, sequence: u16) -> bool {
-    let length = packet
-        .first()
-        .map_or(0, |first| usize::from(first & 0xf) * 4);
+/// Whether a packet, as received, is the answer.
+fn answers(kind: &Kind, packet: &[u8], id: u16, sequence: u16) -> bool {
+    let first = packet.first().filter(|_| kind.whole);
+    let length = first.map_or(0, |first| usize::from(first & 0xf) * 4);
     let Some(icmp) = packet.get(length..) else {
         return false;
     };
     let word = |at: usize| Some(u16::from_be_bytes([*icmp.get(at)?, *icmp.get(at + 1)?]));
-    icmp.first() == Some(&ECHO_REPLY) && word(4) == Some(id) && word(6) == Some(sequence)
+    icmp.first() == Some(&kind.reply) && word(4) == Some(id) && word(6) == Some(sequence)
 }
 
 #[cfg(test)]
@@ -153,7 +186,7 @@ mod tests {
     #[test]
     fn a_request_has_its_size_and_a_checksum_that_adds_up() {
         for size in [28, 29, 84, 1450] {
-            let packet = request(7, 9, size);
+            let packet = request(&V4, 7, 9, size);
             assert_eq!(packet.len() as u32 + 20, size);
             assert_eq!(checksum(&packet), 0);
         }
@@ -163,11 +196,15 @@ mod tests {
     fn only_the_very_answer_counts() {
         let mut packet = vec![0x45; 20];
         packet.extend([0, 0, 0, 0, 0, 7, 0, 9]);
-        assert!(answers(&packet, 7, 9));
-        assert!(!answers(&packet, 7, 8));
-        assert!(!answers(&packet[..27], 7, 9));
-        packet[20] = ECHO_REQUEST;
-        assert!(!answers(&packet, 7, 9));
-        assert!(!answers(&[], 7, 9));
+        assert!(answers(&V4, &packet, 7, 9));
+        assert!(!answers(&V6, &packet, 7, 9));
+        assert!(!answers(&V4, &packet, 7, 8));
+        assert!(!answers(&V4, &packet[..27], 7, 9));
+        packet[20] = V4.request;
+        assert!(!answers(&V4, &packet, 7, 9));
+        assert!(!answers(&V4, &[], 7, 9));
+        let packet = [V6.reply, 0, 0, 0, 0, 7, 0, 9];
+        assert!(answers(&V6, &packet, 7, 9));
+        assert!(!answers(&V6, &packet, 8, 9));
     }
 }

@@ -12,9 +12,10 @@ mod store;
 use std::time::Duration;
 
 use flannel_core::{
-    addr::Vni,
-    check::{Agent, Network, Observations, Report, Rules, UplinkSeen, judge, targets},
-    iface, mark,
+    addr::{Family, Vni},
+    check::{Agent, Network, Observations, Report, Rules, Second, UplinkSeen, judge},
+    iface,
+    mark::{self, Overlay},
 };
 use tokio::time::Instant;
 
@@ -22,7 +23,7 @@ use crate::{
     cli::Args,
     dataplane::netlink::{Netlink, NetlinkError},
     fastpath,
-    state::{Mode, State},
+    state::{Bare, Mode, State},
     telemetry::chain,
 };
 
@@ -44,12 +45,23 @@ pub(crate) async fn run(given: &Args, reach: Reach) -> Result<Report, NetlinkErr
     let patience = Instant::now() + reach.timeout / 2;
     let deadline = Instant::now() + reach.timeout;
     let state = State::read(&given.subnet_file).ok().flatten();
-    let running = state.as_ref().filter(|state| state.is_running());
-    let (args, origin) = store::arguments(given, state.as_ref(), running);
+    let bare = Bare::instead_of(state.as_ref(), &given.subnet_file);
+    let bare = bare.ok().flatten();
+    // Of another backend's agent nothing is left that is true.
+    let state = state.filter(|_| bare.is_none());
+    let second = State::read_second(&given.subnet_file).ok().flatten();
+    let second = second.filter(|_| state.is_some());
+    let known = Known::of(given, state.as_ref(), bare.as_ref());
+    let (args, origin) = store::arguments(given, known.store.as_deref(), known.agent.pid);
     let net = Netlink::open()?;
     let survey = net.survey(BRIDGE).await?;
     let uplinks = net.uplinks(&args.wanted()).await?;
-    let uplink = iface::select(&uplinks.links, &uplinks.routes, &args.wanted(), true, false)
+    let store = store::look(&args, origin, patience).await;
+    let families = store
+        .conf()
+        .map_or_else(|| vec![Family::V4], |conf| conf.families());
+    let [v4, v6] = Family::ALL.map(|family| families.contains(&family));
+    let uplink = iface::select(&uplinks.links, &uplinks.routes, &args.wanted(), v4, v6)
         .map(|chosen| UplinkSeen {
             chosen,
             asked_for: !args.uplink.iface.is_empty()
@@ -63,33 +75,82 @@ pub(crate) async fn run(given: &Args, reach: Reach) -> Result<Report, NetlinkErr
         links: uplinks.links,
         defaults: survey.defaults.clone(),
     };
-    let store = store::look(&args, origin, patience).await;
     let vni = store
         .conf()
         .map(|conf| conf.backend.vxlan.vni)
         .or(state.as_ref().map(|state| state.vni))
         .unwrap_or(Vni::DEFAULT);
-    let agent = agent(given, state.as_ref(), running);
-    let mut overlay = overlay::look(&net, &args, state.as_ref(), mark::device_name(vni)).await?;
+    let first = families.first().copied().unwrap_or(Family::V4);
+    let of = |family| Overlay { family, vni };
+    let mut overlay = overlay::look(&net, &args, state.as_ref(), of(first)).await?;
+    if let Some(bare) = &bare {
+        overlay.encrypted = overlay::encrypted(&net, bare).await?;
+    }
     overlay.bridge.clone_from(&survey.bridge);
     let mut seen = Observations {
-        node: node::look(&args, running.map(|state| state.pid)).await,
+        node: node::look(&args, known.agent.pid).await,
         sockets: sockets::look(&survey, &overlay.name, &mark::headroom_name(vni)),
         rules: rules().await,
-        agent,
+        agent: known.agent,
         network,
         store,
         overlay,
         probes: None,
+        second: None,
     };
-    let peers = targets(&seen);
-    overlay::add_paths(&net, &mut seen, peers.keys().copied()).await?;
+    overlay::look_at_peers(&net, &mut seen, reach.peers, deadline).await?;
     node::add_reverse(&mut seen);
-    if reach.peers {
-        let mtu = seen.overlay.device.as_ref().map(|device| device.mtu);
-        seen.probes = Some(probe::all(&peers, mtu, deadline).await);
+    // With wireguard and alloc nothing is of one family alone.
+    if families.len() > 1 && bare.is_none() {
+        let mut overlay = overlay::look(&net, &args, second.as_ref(), of(Family::V6)).await?;
+        overlay.bridge.clone_from(&survey.bridge);
+        let mut other = Observations {
+            overlay,
+            probes: None,
+            agent: Known::of(given, second.as_ref(), None).agent,
+            ..seen.clone()
+        };
+        overlay::look_at_peers(&net, &mut other, reach.peers, deadline).await?;
+        seen.second = Some(Second {
+            agent: other.agent,
+            overlay: other.overlay,
+            probes: other.probes,
+        });
     }
     Ok(judge(&seen))
+}
+
+/// What the agent has left.
+struct Known {
+    agent: Agent,
+    store: Option<String>,
+}
+
+impl Known {
+    fn of(args: &Args, state: Option<&State>, bare: Option<&Bare>) -> Self {
+        let Some(bare) = bare else {
+            return Self {
+                agent: agent(args, state, state.filter(|state| state.is_running())),
+                store: state.map(|state| state.store.clone()),
+            };
+        };
+        let running = bare.is_running();
+        let agent = Agent {
+            known: true,
+            pid: running.then_some(bare.pid),
+            version: Some(bare.version.clone()),
+            ours: env!("CARGO_PKG_VERSION"),
+            backend: Some(bare.backend),
+            mode: Some("kernel"),
+            reason: Some(format!("backend {}", bare.backend)),
+            problems: bare.problems.iter().filter(|_| running).cloned().collect(),
+            file: State::path(&args.subnet_file).display().to_string(),
+        };
+        Self {
+            agent,
+            store: Some(bare.store.clone()),
+        }
+    }
 }
 
 fn agent(args: &Args, state: Option<&State>, running: Option<&State>) -> Agent {
@@ -98,6 +159,7 @@ fn agent(args: &Args, state: Option<&State>, running: Option<&State>) -> Agent {
         pid: running.map(|state| state.pid),
         version: state.map(|state| state.version.clone()),
         ours: env!("CARGO_PKG_VERSION"),
+        backend: state.map(State::backend),
         mode: state.map(|state| match state.datapath.mode {
             Mode::Bpf => "bpf",
             Mode::Kernel => "kernel",
@@ -109,7 +171,7 @@ fn agent(args: &Args, state: Option<&State>, running: Option<&State>) -> Agent {
 }
 
 async fn rules() -> Rules {
-    let listed = fastpath::rules::list().await;
+    let listed = fastpath::rules::list(Family::V4).await;
     let mut managers = Vec::new();
     let everything: String = [&listed.legacy, &listed.compat, &listed.nft]
         .into_iter()

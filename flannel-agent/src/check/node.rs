@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    net::IpAddr,
     path::Path,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -50,6 +49,7 @@ pub(super) async fn look(args: &Args, agent: Option<u32>) -> Node {
         hooks: AttachMode::detect().as_str(),
         vxlan: vxlan(&host).await,
         ip_forward: setting(&format!("{IPV4}/ip_forward")).map(|value| value != 0),
+        forwarding_v6: setting("/proc/sys/net/ipv6/conf/all/forwarding").map(|value| value != 0),
         bridge_nf: setting("/proc/sys/net/bridge/bridge-nf-call-iptables").map(|value| value != 0),
         reverse: Reverse::default(),
         clock: clock(args),
@@ -64,7 +64,7 @@ pub(super) async fn look(args: &Args, agent: Option<u32>) -> Node {
 fn ladder(args: &Args) -> Option<Ladder> {
     let state = State::read(&args.subnet_file).ok()??;
     let findings = features::left(&args.subnet_file)?;
-    let strips = Instance::of(state.vni).is_ok_and(|instance| {
+    let strips = Instance::of(state.overlay()).is_ok_and(|instance| {
         instance.is_xdp_attached(state.uplink_index)
             && instance.totals().is_ok_and(|totals| totals.xdp.packets > 0)
     });
@@ -265,11 +265,12 @@ pub(super) fn add_reverse(seen: &mut Observations) {
         .overlay
         .ways
         .iter()
-        .filter(|(_, index)| **index != uplink.index)
+        // IPv6 has no such filter.
+        .filter(|(peer, index)| peer.is_ipv4() && **index != uplink.index)
         .map(|(peer, index)| {
             let link = seen.network.links.iter().find(|link| link.index == *index);
             let name = link.map_or("another interface", |link| link.name.as_str());
-            format!("{} by {name}", IpAddr::V4(*peer))
+            format!("{peer} by {name}")
         })
         .collect();
 }

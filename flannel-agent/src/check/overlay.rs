@@ -1,23 +1,25 @@
 //! The tunnel device, and what belongs to it.
 
-use std::{
-    fs, io,
-    net::{IpAddr, Ipv4Addr},
-    os::fd::AsRawFd as _,
-};
+use std::{collections::BTreeSet, fs, net::IpAddr};
 
 use flannel_core::{
-    check::{Attached, Observations, Offload, Overlay, SubnetFile},
+    check::{Attached, Encrypted, Observations, Offload, Overlay, SubnetFile, targets},
+    config::BackendKind,
+    mark,
     plan::{Device, Hook},
 };
+use tokio::time::Instant;
 
+use super::probe;
 use crate::{
     cli::Args,
     dataplane::{
         bpf::{AttachMode, Instance},
         netlink::{Netlink, NetlinkError},
+        offload,
     },
-    state::{Mode, State},
+    state::{Bare, Mode, State},
+    wireguard,
 };
 
 /// Looks.
@@ -25,22 +27,30 @@ pub(super) async fn look(
     net: &Netlink,
     args: &Args,
     state: Option<&State>,
-    name: String,
+    of: mark::Overlay,
 ) -> Result<Overlay, NetlinkError> {
-    let device = net.device(&name).await?;
+    let (name, family) = (of.device(), of.family);
+    // Where packets are routed to all peers, one of that name is somebody else's.
+    let tunnelled = state.is_none_or(State::is_tunnelled);
+    let device = if tunnelled {
+        net.device(&name, family).await?
+    } else {
+        None
+    };
     let path = args.subnet_file.display().to_string();
-    let attached = match (state, &device) {
-        (Some(state), Some(device)) if state.datapath.mode == Mode::Bpf => {
-            Some(attached(net, state, device).await?)
+    let attached = match state {
+        Some(state) if state.datapath.mode == Mode::Bpf && (device.is_some() || !tunnelled) => {
+            Some(attached(net, state, device.as_ref()).await?)
         }
         _ => None,
     };
     Ok(Overlay {
+        family,
         offload: device.as_ref().map_or(Offload::Unknown, |_| offload(&name)),
         device,
         subnet_file: fs::read_to_string(&args.subnet_file)
             .ok()
-            .map(|text| SubnetFile::parse(&path, &text)),
+            .map(|text| SubnetFile::parse(&path, &text, family)),
         subnet_path: path,
         attached,
         name,
@@ -49,19 +59,27 @@ pub(super) async fn look(
 }
 
 /// The programs that must be there with eBPF, whatever else is.
-async fn attached(net: &Netlink, state: &State, device: &Device) -> Result<Attached, NetlinkError> {
+async fn attached(
+    net: &Netlink,
+    state: &State,
+    device: Option<&Device>,
+) -> Result<Attached, NetlinkError> {
     let way = state.datapath.attach.clone().unwrap_or_default();
     let mut found = Attached {
         way,
         ..Attached::default()
     };
-    let instance = Instance::of(state.vni).ok();
-    for (hook, index) in [
-        (Hook::ToOverlay, device.index),
-        (Hook::FromWire, state.uplink_index),
-    ] {
+    let instance = Instance::of(state.overlay()).ok();
+    for hook in state.base_hooks().iter().copied() {
+        let tunnel = device.map(|device| device.index);
+        let on_uplink = (hook == Hook::FromWire).then_some(state.uplink_index);
+        let Some(index) = on_uplink.or(tunnel) else {
+            continue;
+        };
         let there = if found.way == AttachMode::Clsact.as_str() {
-            net.filter_program(hook, index).await?.is_some()
+            net.filter_program(hook, index, state.overlay())
+                .await?
+                .is_some()
         } else {
             instance
                 .as_ref()
@@ -77,68 +95,87 @@ async fn attached(net: &Netlink, state: &State, device: &Device) -> Result<Attac
     Ok(found)
 }
 
-/// Adds how the kernel reaches each peer.
-pub(super) async fn add_paths(
+/// The wireguard devices that the agent has noted.
+pub(super) async fn encrypted(net: &Netlink, state: &Bare) -> Result<Vec<Encrypted>, NetlinkError> {
+    let mut found = Vec::new();
+    for name in &state.devices {
+        let name = name.clone();
+        found.push(match wireguard::look(net, &name).await? {
+            Some(device) => Encrypted {
+                name,
+                mtu: device.mtu,
+                up: device.up.then_some(()).ok_or_else(|| "is down".to_owned()),
+                allowed: match device.inner {
+                    Ok(inner) => {
+                        let peers = inner.peers.into_values();
+                        Ok(peers.flat_map(|peer| peer.allowed).collect())
+                    }
+                    Err(error) => Err(error.to_string()),
+                },
+            },
+            None => Encrypted {
+                name,
+                mtu: 0,
+                up: Err("does not exist, or is of another kind".into()),
+                allowed: Ok(BTreeSet::new()),
+            },
+        });
+    }
+    Ok(found)
+}
+
+/// Adds how the kernel reaches each peer, and what becomes of packets to it.
+pub(super) async fn look_at_peers(
     net: &Netlink,
     seen: &mut Observations,
-    peers: impl Iterator<Item = Ipv4Addr>,
+    ask: bool,
+    deadline: Instant,
 ) -> Result<(), NetlinkError> {
-    let local = seen
-        .network
-        .uplink()
-        .and_then(flannel_core::iface::Uplink::local_v4);
-    let Some(local) = local else { return Ok(()) };
-    let found = net.underlay(local, peers.map(IpAddr::V4)).await?;
-    for (peer, way) in found.next_hops {
-        if let IpAddr::V4(peer) = peer {
-            seen.overlay.paths.insert(peer, way.mtu);
-            seen.overlay.ways.insert(peer, way.ifindex);
-        }
+    let peers = targets(seen);
+    add_paths(net, seen, peers.keys().copied()).await?;
+    if ask {
+        seen.probes = Some(probe::all(&peers, seen.device_mtu(), deadline).await);
     }
     Ok(())
 }
 
-/// `ETHTOOL_GTXCSUM` and `struct ethtool_value` in `include/uapi/linux/ethtool.h`.
-const GET_TX_CHECKSUM: u32 = 0x16;
-/// `SIOCETHTOOL` in `include/uapi/linux/sockios.h`: the C libraries do not agree on its type.
-const SIOCETHTOOL: libc::Ioctl = 0x8946;
-
-#[repr(C)]
-struct EthtoolValue {
-    command: u32,
-    data: u32,
+async fn add_paths(
+    net: &Netlink,
+    seen: &mut Observations,
+    peers: impl Iterator<Item = IpAddr>,
+) -> Result<(), NetlinkError> {
+    let family = seen.overlay.family;
+    let uplink = seen.network.uplink();
+    let local = uplink.and_then(|uplink| uplink.local(family));
+    let Some(local) = local else { return Ok(()) };
+    let found = net.underlay(local, peers).await?;
+    let conf = seen.store.conf().filter(|conf| {
+        conf.backend.vxlan.direct_routing || conf.backend.kind == BackendKind::HostGw
+    });
+    let network = conf.and_then(|conf| conf.range(family));
+    if let (Some((network, _)), Some(uplink)) = (network, seen.network.uplink()) {
+        seen.overlay.links = net.link_routes(network, Some(uplink.index)).await?;
+        seen.overlay.hops = found.next_hops.clone();
+        // How wide the path is, is another finding.
+        for hop in seen.overlay.hops.values_mut() {
+            hop.mtu = u32::MAX;
+        }
+    }
+    for (peer, way) in found.next_hops {
+        seen.overlay.paths.insert(peer, way.mtu);
+        seen.overlay.ways.insert(peer, way.ifindex);
+    }
+    Ok(())
 }
 
 /// The checksum offload of a device.
-#[expect(unsafe_code, reason = "no safe wrapper knows this ioctl")]
 fn offload(name: &str) -> Offload {
-    let Ok(socket) = std::net::UdpSocket::bind("0.0.0.0:0") else {
-        return Offload::Unknown;
-    };
-    let mut value = EthtoolValue {
-        command: GET_TX_CHECKSUM,
-        data: 0,
-    };
-    // SAFETY: a plain C struct for which all zeros is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request
-        .ifr_name
-        .iter_mut()
-        .take(libc::IFNAMSIZ - 1)
-        .zip(name.bytes())
-    {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_data = (&raw mut value).cast();
-    // SAFETY: the request and the value that it points at live through the call, and the kernel writes no more than the value.
-    let answer = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
-    if answer != 0 {
-        tracing::debug!(error = %io::Error::last_os_error(), name, "read the features of a device");
-        return Offload::Unknown;
-    }
-    if value.data == 0 {
-        Offload::Off
-    } else {
-        Offload::On
+    match offload::leaves_checksums(name) {
+        Ok(true) => Offload::On,
+        Ok(false) => Offload::Off,
+        Err(error) => {
+            tracing::debug!(%error, name, "read the features of a device");
+            Offload::Unknown
+        }
     }
 }

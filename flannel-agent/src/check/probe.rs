@@ -1,6 +1,6 @@
 //! Packets to all other nodes at once: over the underlay, through the overlay, and as large as the overlay should carry.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use flannel_core::check::{PeerProbe, Probes};
 use futures_util::{StreamExt as _, stream};
@@ -19,7 +19,7 @@ const MOST: Duration = Duration::from_millis(600);
 
 /// Asks all `peers`, given by public address and the address of their tunnel device. `mtu` is our tunnel device's, if there is one.
 pub(super) async fn all(
-    peers: &BTreeMap<Ipv4Addr, Ipv4Addr>,
+    peers: &BTreeMap<IpAddr, IpAddr>,
     mtu: Option<u32>,
     deadline: Instant,
 ) -> Probes {
@@ -51,7 +51,7 @@ pub(super) async fn all(
     probes
 }
 
-async fn one(public: Ipv4Addr, tunnel: Ipv4Addr, mtu: Option<u32>, deadline: Instant) -> PeerProbe {
+async fn one(public: IpAddr, tunnel: IpAddr, mtu: Option<u32>, deadline: Instant) -> PeerProbe {
     let through = async {
         match mtu {
             Some(mtu) => overlay(tunnel, mtu, deadline).await,
@@ -66,17 +66,13 @@ async fn one(public: Ipv4Addr, tunnel: Ipv4Addr, mtu: Option<u32>, deadline: Ins
     }
 }
 
-async fn reach(address: Ipv4Addr, deadline: Instant) -> Option<Duration> {
+async fn reach(address: IpAddr, deadline: Instant) -> Option<Duration> {
     // Where there is no way to the address, there is no socket to it.
     let mut pinger = Pinger::open(address).ok()?;
     answered(&mut pinger, ORDINARY, FIRST, ATTEMPTS, deadline).await
 }
 
-async fn overlay(
-    address: Ipv4Addr,
-    mtu: u32,
-    deadline: Instant,
-) -> (Option<Duration>, Option<u32>) {
+async fn overlay(address: IpAddr, mtu: u32, deadline: Instant) -> (Option<Duration>, Option<u32>) {
     let Ok(mut pinger) = Pinger::open(address) else {
         return (None, None);
     };

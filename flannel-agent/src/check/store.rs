@@ -12,19 +12,19 @@ use tokio::{
 use crate::{
     cli::{Args, KubeVariables},
     leases::{LeaseError, Store},
-    state::State,
 };
 
-/// The arguments to look by, and where they come from: those given, else those of the running daemon, else what it left.
+/// The arguments to look by, and where they come from: those given, else those of the running daemon, else what it left: the store's
+/// name.
 pub(super) fn arguments(
     given: &Args,
-    state: Option<&State>,
-    running: Option<&State>,
+    left: Option<&str>,
+    running: Option<u32>,
 ) -> (Args, &'static str) {
     if given.names_store() {
         return (given.clone(), "flags");
     }
-    if let Some(args) = running.and_then(|state| of_process(state.pid)) {
+    if let Some(args) = running.and_then(of_process) {
         return (
             Args {
                 subnet_file: given.subnet_file.clone(),
@@ -34,7 +34,6 @@ pub(super) fn arguments(
         );
     }
     let mut args = given.clone();
-    let left = state.map(|state| state.store.as_str());
     if let Some(server) = left.and_then(|store| store.strip_prefix("kubernetes ")) {
         let node = server.split_once(" node ").map(|(_, node)| node.to_owned());
         args.kube.kube_subnet_mgr = true;

@@ -5,7 +5,7 @@
 
 mod args;
 mod check;
-mod cleanup;
+pub(crate) mod cleanup;
 mod docker_opts;
 mod features;
 mod install_conf;

@@ -1,16 +1,14 @@
 //! `flannel-agent status`: what carries this node's traffic, read from the kernel and the pinned maps.
 
+mod bare;
+mod overlay;
 mod print;
 
 use std::collections::BTreeMap;
 
 use anyhow::Context as _;
-use flannel_common::{Counter, map::TRUST};
-use flannel_core::{
-    fastpath::Choice,
-    plan::{Device, GateMode, Hook, ObservedKind},
-    xdp,
-};
+use flannel_common::Counter;
+use flannel_core::{config::BackendKind, fastpath::Choice, plan::GateMode, xdp};
 use serde::Serialize;
 
 use super::{
@@ -18,20 +16,15 @@ use super::{
     features::{self as findings, Row, Standing},
     table,
 };
-use crate::{
-    dataplane::{
-        bpf::{self, AttachMode, Instance, Totals},
-        netlink::Netlink,
-    },
-    features,
-    state::{Excluded, FastPath, Mode, State},
-};
+use crate::state::{Bare, Excluded, Mode, State};
 
 #[derive(Debug, Serialize)]
 struct Status {
     /// Whether the data path is in place.
     ok: bool,
     agent: Agent,
+    /// How packets travel between nodes; `None` before an agent has run.
+    backend: Option<BackendKind>,
     datapath: Option<Path>,
     /// The way that packets are carried, and why no other; `None` before an agent has run.
     standing: Option<Standing>,
@@ -40,9 +33,18 @@ struct Status {
     #[serde(skip_serializing_if = "Option::is_none")]
     lease: Option<LeaseInfo>,
     device: Option<DeviceInfo>,
+    /// Peers on the link, to which packets go without a tunnel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    routes: Option<RoutesInfo>,
+    /// The encrypted overlay.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    wireguard: Option<WireguardInfo>,
     counters: Option<Counters>,
     fast_path: Option<FastPathInfo>,
     problems: Vec<String>,
+    /// The overlay of IPv6 of a node that has one of IPv4 too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ipv6: Option<Box<Self>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -93,6 +95,32 @@ struct DeviceInfo {
 }
 
 #[derive(Debug, Serialize)]
+struct RoutesInfo {
+    interface: String,
+    peers: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct WireguardInfo {
+    /// Which families a device carries.
+    mode: Option<String>,
+    public_key: Option<String>,
+    devices: Vec<WireguardDevice>,
+}
+
+#[derive(Debug, Serialize)]
+struct WireguardDevice {
+    name: String,
+    mtu: u32,
+    up: bool,
+    /// `None` where WireGuard does not tell, for want of a privilege.
+    port: Option<u16>,
+    peers: Option<usize>,
+    /// Peers with a session that carries packets now.
+    peers_alive: Option<usize>,
+}
+
+#[derive(Debug, Serialize)]
 struct Counters {
     encap: Count,
     decap: Count,
@@ -134,6 +162,9 @@ struct FastCounters {
     encap: Count,
     decap: Count,
     local: Count,
+    /// To and from nodes on the same link, without outer headers.
+    routed_out: Count,
+    routed_in: Count,
     tagged: u64,
     confirmed: u64,
     refuted: u64,
@@ -156,6 +187,10 @@ pub(super) async fn run(args: &Args, output: Output, features: bool) -> anyhow::
         Output::Json => table::line(&serde_json::to_string_pretty(&status)?),
         Output::Table => {
             print::status(&status);
+            if let Some(second) = &status.ipv6 {
+                table::line("");
+                print::status(second);
+            }
             if features {
                 findings::print(&status.features);
             }
@@ -164,214 +199,22 @@ pub(super) async fn run(args: &Args, output: Output, features: bool) -> anyhow::
     Ok(status.ok)
 }
 
+/// The overlay of this node, and inside it that of IPv6 beside that of IPv4.
 async fn collect(args: &Args) -> anyhow::Result<Status> {
-    let state = State::read(&args.subnet_file)
-        .with_context(|| format!("read {}", State::path(&args.subnet_file).display()))?;
-    let net = Netlink::open()?;
-    let instances = if bpf::mounted() {
-        Instance::all()?
-    } else {
-        Vec::new()
-    };
-    let wanted = state.as_ref().map(|state| state.vni);
-    let instance = instances
-        .iter()
-        .find(|(vni, _)| wanted.is_none_or(|wanted| wanted == *vni));
-    let name = state
-        .as_ref()
-        .map(|state| state.device.clone())
-        .or_else(|| instance.map(|(vni, _)| flannel_core::mark::device_name(*vni)));
-    let device = match &name {
-        Some(name) => net.device(name).await?.map(|device| (name.clone(), device)),
-        None => None,
-    };
-    let totals = match instance {
-        Some((_, instance)) => Some(instance.totals().context("read the counters")?),
-        None => None,
-    };
-    let counters = totals.as_ref().map(counters);
-    let pods = instance
-        .and_then(|(_, instance)| instance.pods().ok())
-        .map_or(0, |pods| pods.len());
-    let fast_path = state
-        .as_ref()
-        .and_then(|state| state.fast_path.as_ref())
-        .map(|fast| fast_path(fast, pods, totals.as_ref()));
-    let running = state.as_ref().is_some_and(State::is_running);
-    let mut problems = state
-        .as_ref()
-        .map(|state| state.problems.clone())
-        .unwrap_or_default();
-    let fast_problems = state.iter().filter_map(|state| state.fast_path.as_ref());
-    problems.extend(fast_problems.flat_map(|fast| fast.problems.iter().cloned()));
-    if state.is_none() {
-        problems.push(format!(
-            "no agent has run here: {} does not exist; start flannel-agent, or give --subnet-file",
-            State::path(&args.subnet_file).display()
-        ));
-    } else if !running {
-        problems.push(
-            "the agent is not running: traffic goes on, changes in the cluster are not followed"
-                .into(),
-        );
-        if instance.is_some_and(|(_, instance)| !instance.is_kept()) {
-            problems.push(format!(
-                "no agent has kept the eBPF maps for {TRUST} seconds: the kernel's device carries the traffic"
-            ));
-        }
+    let read = || format!("read {}", State::path(&args.subnet_file).display());
+    let first = State::read(&args.subnet_file).with_context(read)?;
+    if let Some(bare) = Bare::instead_of(first.as_ref(), &args.subnet_file).with_context(read)? {
+        return bare::collect(&bare).await;
     }
-    let path = match (&state, instance) {
-        (Some(state), instance) => {
-            let attached = match instance {
-                Some((_, instance)) => {
-                    attached(state, instance, device.as_ref().map(|(_, d)| d), &net).await?
-                }
-                None => Vec::new(),
-            };
-            if state.datapath.mode == Mode::Bpf && attached.len() < Hook::BASE.len() {
-                problems.push(
-                    "an eBPF program is not attached: the kernel's device carries that direction"
-                        .into(),
-                );
-            }
-            Some(Path {
-                mode: state.datapath.mode,
-                reason: state.datapath.reason.clone(),
-                attach: state.datapath.attach.clone(),
-                attached,
-                xdp: state.datapath.xdp.as_ref().map(|xdp| XdpInfo {
-                    wanted: xdp.wanted,
-                    standing: xdp.standing,
-                    attached: instance
-                        .is_some_and(|(_, instance)| instance.is_xdp_attached(state.uplink_index)),
-                    reason: xdp.reason.clone(),
-                }),
-            })
-        }
-        (None, _) => None,
-    };
-    let found = features::left(&args.subnet_file).unwrap_or_default();
-    let strips = path
-        .as_ref()
-        .and_then(|path| path.xdp.as_ref())
-        .is_some_and(|xdp| xdp.attached)
-        && totals.as_ref().is_some_and(|totals| totals.xdp.packets > 0);
-    let standing = state
-        .as_ref()
-        .map(|state| Standing::from(state.ladder(&found, strips)));
-    match &device {
-        None => problems.push("there is no tunnel device".into()),
-        Some((name, device)) if !device.up => problems.push(format!("{name} is down")),
-        Some(_) => {}
+    let second = State::read_second(&args.subnet_file).with_context(read)?;
+    let mut status = overlay::collect(args, first).await?;
+    if let Some(second) = second {
+        let second = overlay::collect(args, Some(second)).await?;
+        status.ok &= second.ok;
+        status.ipv6 = Some(Box::new(second));
     }
-    Ok(Status {
-        ok: device.as_ref().is_some_and(|(_, device)| device.up) && path.is_some(),
-        agent: Agent {
-            running,
-            pid: state.as_ref().filter(|_| running).map(|state| state.pid),
-            version: state.as_ref().map(|state| state.version.clone()),
-        },
-        datapath: path,
-        standing,
-        features: findings::rows(&found),
-        lease: state.as_ref().map(|state| LeaseInfo {
-            subnet: state.subnet.map(|subnet| subnet.to_string()),
-            network: state.network.to_string(),
-            public_ip: state.public_ip.to_string(),
-            uplink: state.uplink.clone(),
-            mtu: state.mtu,
-            store: state.store.clone(),
-            store_connected: running && state.store_connected,
-        }),
-        device: device.map(|(name, device)| describe(name, &device)),
-        counters,
-        fast_path,
-        problems,
-    })
+    Ok(status)
 }
 
-async fn attached(
-    state: &State,
-    instance: &Instance,
-    device: Option<&Device>,
-    net: &Netlink,
-) -> anyhow::Result<Vec<&'static str>> {
-    let mut names = Vec::new();
-    for (hook, index) in [
-        (Hook::ToOverlay, device.map(|d| d.index)),
-        (Hook::FromWire, Some(state.uplink_index)),
-    ] {
-        let Some(index) = index else { continue };
-        let there = if state.datapath.attach.as_deref() == Some(AttachMode::Clsact.as_str()) {
-            net.filter_program(hook, index).await?.is_some()
-        } else {
-            instance.is_attached(hook, index)
-        };
-        if there {
-            names.push(hook.as_str());
-        }
-    }
-    Ok(names)
-}
-
-fn describe(name: String, device: &Device) -> DeviceInfo {
-    DeviceInfo {
-        name,
-        kind: match device.kind {
-            ObservedKind::Vxlan { .. } => "vxlan",
-            ObservedKind::Veth { .. } => "veth",
-            ObservedKind::Other(_) => "other",
-        },
-        index: device.index.get(),
-        mac: device.mac.to_string(),
-        mtu: device.mtu,
-        up: device.up,
-        peers: device.routes.len(),
-    }
-}
-
-fn fast_path(fast: &FastPath, pods: usize, totals: Option<&Totals>) -> FastPathInfo {
-    let none = Totals::default();
-    let totals = totals.unwrap_or(&none);
-    FastPathInfo {
-        wanted: fast.wanted,
-        mode: fast.mode,
-        reason: fast.reason.clone(),
-        pods,
-        excluded: fast.excluded.clone(),
-        counters: FastCounters {
-            encap: totals.fast_encap.into(),
-            decap: totals.fast_decap.into(),
-            local: totals.fast_local.into(),
-            tagged: totals.gate_tagged,
-            confirmed: totals.gate_confirmed,
-            refuted: totals.gate_refuted,
-            admitted: totals.gate_admitted,
-        },
-        sysctls: fast.sysctls.clone(),
-    }
-}
-
-fn sum(one: Counter, other: Counter) -> Counter {
-    Counter {
-        packets: one.packets.wrapping_add(other.packets),
-        bytes: one.bytes.wrapping_add(other.bytes),
-    }
-}
-
-fn counters(totals: &Totals) -> Counters {
-    Counters {
-        encap: sum(totals.encap, totals.fast_encap).into(),
-        decap: sum(totals.decap, totals.fast_decap).into(),
-        xdp: totals.xdp.into(),
-        not_carried: totals
-            .reasons
-            .iter()
-            .map(|(direction, reason, packets)| NotCarried {
-                direction: direction.as_str(),
-                reason: reason.as_str(),
-                packets: *packets,
-            })
-            .collect(),
-    }
-}
+const NOT_RUNNING: &str =
+    "the agent is not running: traffic goes on, changes in the cluster are not followed";

@@ -6,15 +6,13 @@
 
 use std::{
     io::{self, IoSliceMut},
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, SocketAddr},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     time::Duration,
 };
 
 use flannel_core::{addr::IfIndex, datagram::Receiver};
-use nix::sys::socket::{
-    ControlMessageOwned, MsgFlags, SockaddrIn, recvmsg, setsockopt, sockopt::IpRecvTos,
-};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt::IpRecvTos};
 use thiserror::Error;
 use tokio::{io::Interest, net::UdpSocket, time::sleep};
 
@@ -29,7 +27,7 @@ const MAX_DATAGRAM: usize = 65_535;
 pub enum FragmentError {
     /// The port is somebody else's, or sockets are not permitted.
     #[error("listen for reassembled packets on {0}")]
-    Listen(SocketAddrV4, #[source] io::Error),
+    Listen(SocketAddr, #[source] io::Error),
     /// No raw socket.
     #[error("open a packet socket on interface {}", .0.get())]
     Packet(IfIndex, #[source] io::Error),
@@ -42,7 +40,7 @@ pub enum FragmentError {
 const RETRY: Duration = Duration::from_millis(200);
 
 /// Keeps [`carry`] going, whatever becomes of the device. Each trouble is one line.
-pub async fn keep(net: Netlink, receiver: Receiver, local: Ipv4Addr, port: u16, far_end: String) {
+pub async fn keep(net: Netlink, receiver: Receiver, local: IpAddr, port: u16, far_end: String) {
     let mut said = None;
     loop {
         let text = match net.index(&far_end).await {
@@ -68,11 +66,11 @@ pub async fn keep(net: Netlink, receiver: Receiver, local: Ipv4Addr, port: u16, 
 /// that the tunnel device receives them. Runs until it is dropped or the socket breaks.
 async fn carry(
     receiver: Receiver,
-    local: Ipv4Addr,
+    local: IpAddr,
     port: u16,
     far_end: IfIndex,
 ) -> Result<(), FragmentError> {
-    let address = SocketAddrV4::new(local, port);
+    let address = SocketAddr::new(local, port);
     let socket = listen(address).map_err(|source| FragmentError::Listen(address, source))?;
     let out = Injector::open(far_end).map_err(|source| FragmentError::Packet(far_end, source))?;
     let mut buffer = vec![0; MAX_DATAGRAM];
@@ -108,18 +106,42 @@ async fn carry(
     }
 }
 
-fn listen(address: SocketAddrV4) -> io::Result<UdpSocket> {
+fn listen(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = std::net::UdpSocket::bind(address)?;
     socket.set_nonblocking(true)?;
-    setsockopt(&socket, IpRecvTos, &true)?;
+    match address {
+        SocketAddr::V4(_) => setsockopt(&socket, IpRecvTos, &true)?,
+        SocketAddr::V6(_) => receive_class(&socket)?,
+    }
     UdpSocket::from_std(socket)
+}
+
+/// Asks for the traffic class of what is received.
+#[expect(unsafe_code, reason = "no safe wrapper knows this socket option")]
+fn receive_class(socket: &std::net::UdpSocket) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the value is a C int that lives through the call, and its size is its own.
+    let answer = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IPV6,
+            libc::IPV6_RECVTCLASS,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if answer == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// One datagram: its length and the TOS byte of the header it came under.
 fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, u8)> {
     let mut control = nix::cmsg_space!(libc::c_int);
     let mut slices = [IoSliceMut::new(buffer)];
-    let message = recvmsg::<SockaddrIn>(
+    let message = recvmsg::<()>(
         socket.as_raw_fd(),
         &mut slices,
         Some(&mut control),
@@ -127,6 +149,7 @@ fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, u8)> {
     )?;
     let tos = message.cmsgs()?.find_map(|message| match message {
         ControlMessageOwned::Ipv4Tos(tos) => Some(tos),
+        ControlMessageOwned::Ipv6TClass(class) => u8::try_from(class).ok(),
         _ => None,
     });
     Ok((message.bytes, tos.unwrap_or(0)))

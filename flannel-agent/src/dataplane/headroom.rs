@@ -11,7 +11,8 @@ use crate::telemetry::chain;
 impl Dataplane {
     /// Makes or removes the device. It is worth a little speed and nothing else, so a failure is said once and left at that.
     pub async fn tend_headroom(&mut self, desired: &Desired) {
-        let DeviceKind::Vxlan { vni, port, .. } = &desired.tunnel.kind else {
+        let kind = desired.tunnel.as_ref().map(|tunnel| &tunnel.kind);
+        let Some(DeviceKind::Vxlan { vni, port, .. }) = kind else {
             return;
         };
         if self.headroom_refused {

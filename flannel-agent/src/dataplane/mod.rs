@@ -7,23 +7,25 @@ mod cni;
 pub mod fragments;
 mod headroom;
 pub mod netlink;
+pub(crate) mod offload;
 mod pods;
 mod stand_in;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     path::Path,
     time::Instant,
 };
 
 use flannel_core::{
-    addr::IfIndex,
+    addr::{Family, IfIndex},
+    mark::Overlay,
     plan::{Attachment, BpfState, Desired, DeviceKind, Hook, Observed, Op, Settings},
     pods::PodSources,
     xdp::Sample,
 };
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use thiserror::Error;
 
 use bpf::{AttachMode, Bpf, BpfError};
@@ -66,7 +68,8 @@ pub enum Scope {
 pub struct Dataplane {
     net: Netlink,
     bpf: Option<Bpf>,
-    local: Ipv4Addr,
+    overlay: Overlay,
+    local: IpAddr,
     /// The last look.
     seen: Observed,
     /// Whether there was one yet.
@@ -86,10 +89,16 @@ pub struct Dataplane {
 
 impl Dataplane {
     /// Takes over the handles. `local` is our address on the underlay, `cni_dir` the cache directory of CNI.
-    pub fn new(net: Netlink, bpf: Option<Bpf>, local: Ipv4Addr, cni_dir: &Path) -> Self {
+    pub fn new(
+        net: Netlink,
+        bpf: Option<Bpf>,
+        (overlay, local): (Overlay, IpAddr),
+        cni_dir: &Path,
+    ) -> Self {
         Self {
             net,
             bpf,
+            overlay,
             local,
             seen: Observed::default(),
             looked: false,
@@ -100,6 +109,19 @@ impl Dataplane {
             pods: PodWatch::new(cni_dir),
             headroom_refused: false,
         }
+    }
+
+    /// Ends before anything was attached: what was loaded goes, and with it the device of that name.
+    pub async fn take_back(self, device: Option<&String>) -> Result<(), DataplaneError> {
+        if let Some(bpf) = self.bpf {
+            bpf.discard();
+        }
+        if let Some(name) = device
+            && let Some(index) = self.net.index(name).await?
+        {
+            self.net.delete_device(index).await?;
+        }
+        Ok(())
     }
 
     /// Reads what is ours, and what it depends on. Pods are read only while the gate is not off.
@@ -147,7 +169,7 @@ impl Dataplane {
         let mut hooks = Vec::new();
         for (hook, ifindex) in bpf.pod_hooks() {
             let filter = match bpf.attach_mode() {
-                AttachMode::Clsact => self.net.filter_program(hook, ifindex).await?,
+                AttachMode::Clsact => self.net.filter_program(hook, ifindex, self.overlay).await?,
                 AttachMode::Tcx => None,
             };
             hooks.push((hook, ifindex, filter));
@@ -159,6 +181,11 @@ impl Dataplane {
             state.pod_hooks = pod_hooks;
         }
         Ok(())
+    }
+
+    /// The address family of what is carried.
+    pub const fn family(&self) -> Family {
+        self.overlay.family
     }
 
     /// What was last read.
@@ -212,8 +239,9 @@ impl Dataplane {
 
     /// Says that the maps are kept, see [`Bpf::keep`].
     pub fn keep(&mut self, desired: &Desired) -> Result<(), DataplaneError> {
-        let alone =
-            matches!(desired.tunnel.kind, DeviceKind::Veth { .. }) || self.seen.stand_in.is_some();
+        let tunnel = desired.tunnel.as_ref();
+        let alone = tunnel.is_some_and(|tunnel| matches!(tunnel.kind, DeviceKind::Veth { .. }))
+            || self.seen.stand_in.is_some();
         match &mut self.bpf {
             // Until all peers are known, what an earlier run left may be of the past.
             Some(bpf) if alone || desired.peers.is_some() => Ok(bpf.keep(alone)?),
@@ -231,7 +259,7 @@ impl Dataplane {
     }
 
     /// Takes pods away whose interface is gone, without a look.
-    pub fn drop_pods(&mut self, addresses: &[Ipv4Addr]) -> Result<(), DataplaneError> {
+    pub fn drop_pods(&mut self, addresses: &[IpAddr]) -> Result<(), DataplaneError> {
         let Some(bpf) = &mut self.bpf else {
             return Ok(());
         };
@@ -245,10 +273,18 @@ impl Dataplane {
     }
 
     async fn observe_kernel(&mut self, desired: &Desired) -> Result<(), DataplaneError> {
-        self.seen.device = self.net.device(&desired.tunnel.name).await?;
+        self.seen.device = match &desired.tunnel {
+            Some(tunnel) => self.net.device(&tunnel.name, self.overlay.family).await?,
+            None => None,
+        };
         self.observe_stand_in(desired).await?;
         self.interests = self.tunnel().into_iter().collect();
-        let Some(settings) = &desired.bpf else {
+        let direct = desired.direct.as_ref().map(|direct| direct.uplink);
+        if let Some(network) = desired.network() {
+            self.seen.links = self.net.link_routes(network, direct).await?;
+        }
+        let bpf = desired.bpf.as_ref().map(|settings| settings.uplink);
+        let Some(uplink) = direct.or(bpf) else {
             return Ok(());
         };
         let vteps: BTreeSet<IpAddr> = desired
@@ -257,14 +293,16 @@ impl Dataplane {
             .flat_map(|peers| peers.values().map(|peer| peer.vtep))
             .collect();
         let underlay = Box::pin(self.net.underlay(self.local, vteps)).await?;
-        for (ifindex, address) in underlay.unconfirmed.difference(&self.asked) {
+        // Where the stack sends everything, it asks by itself.
+        let unconfirmed = underlay.unconfirmed.difference(&self.asked);
+        for (ifindex, address) in unconfirmed.filter(|_| bpf.is_some()) {
             // A failure here only means that the kernel path carries this peer a little longer.
             if let Err(error) = self.net.confirm(*ifindex, *address).await {
                 tracing::debug!(%error, "confirm a next hop");
             }
         }
         self.asked = underlay.unconfirmed;
-        self.interests.insert(settings.uplink);
+        self.interests.insert(uplink);
         self.interests
             .extend(underlay.next_hops.values().map(|hop| hop.ifindex));
         self.seen.underlay = underlay.next_hops;
@@ -281,11 +319,17 @@ impl Dataplane {
             (Hook::ToOverlay, tunnel),
             (Hook::FromWire, Some(settings.uplink)),
             (Hook::FromOverlay, tunnel),
+            (Hook::ToLink, Some(settings.uplink)),
         ] {
             let Some(ifindex) = ifindex else { continue };
-            let filter = match bpf.attach_mode() {
-                AttachMode::Clsact => self.net.filter_program(hook, ifindex).await?,
-                AttachMode::Tcx => None,
+            let filter = match (bpf.attach_mode(), &self.seen.device) {
+                (AttachMode::Clsact, Some(device)) if hook == Hook::ToOverlay => {
+                    self.net.encapsulating_filter(device, self.overlay).await?
+                }
+                (AttachMode::Clsact, _) => {
+                    self.net.filter_program(hook, ifindex, self.overlay).await?
+                }
+                (AttachMode::Tcx, _) => None,
             };
             hooks.push((hook, ifindex, filter));
         }
@@ -326,7 +370,11 @@ impl Dataplane {
     }
 
     /// Makes one change.
-    pub async fn apply(&mut self, op: &Op, kind: &DeviceKind) -> Result<(), DataplaneError> {
+    pub async fn apply(
+        &mut self,
+        op: &Op,
+        kind: Option<&DeviceKind>,
+    ) -> Result<(), DataplaneError> {
         match op {
             Op::StandIn(op) => self.apply_to_stand_in(op).await,
             op => self.apply_to(op, kind, self.tunnel()).await,
@@ -337,7 +385,7 @@ impl Dataplane {
     async fn apply_to(
         &mut self,
         op: &Op,
-        kind: &DeviceKind,
+        kind: Option<&DeviceKind>,
         device: Option<IfIndex>,
     ) -> Result<(), DataplaneError> {
         let net = &self.net;
@@ -346,11 +394,11 @@ impl Dataplane {
             // One that stands in for what stands in there is none.
             Op::StandIn(_) => {}
             Op::Attach { hook, ifindex } => {
-                let filter = net.filter_program(*hook, *ifindex).await?;
+                let filter = net.filter_program(*hook, *ifindex, self.overlay).await?;
                 self.bpf_for(op)?.attach(*hook, *ifindex, filter)?;
             }
             Op::Detach { hook, ifindex } => {
-                let filter = net.filter_program(*hook, *ifindex).await?;
+                let filter = net.filter_program(*hook, *ifindex, self.overlay).await?;
                 self.bpf_for(op)?.detach(*hook, *ifindex, filter)?;
             }
             Op::AttachXdp { ifindex } => self.bpf_for(op)?.attach_xdp(*ifindex)?,
@@ -359,13 +407,19 @@ impl Dataplane {
             Op::DelPod { address } => self.bpf_for(op)?.del_pod(*address)?,
             Op::CreateDevice(tunnel) => net.create_device(tunnel).await?,
             Op::DeleteDevice { index, .. } => self.delete(*index).await?,
-            Op::SetMtu { index, mtu } => net.set_mtu(*index, *mtu).await?,
+            Op::SetMtu { index, mtu } => {
+                if let Some(DeviceKind::Veth { peer }) = kind {
+                    net.set_mtu_of(peer, *mtu).await?;
+                }
+                net.set_mtu(*index, *mtu).await?;
+            }
             Op::SetMac { index, mac } => net.set_mac(*index, *mac).await?,
             Op::SetUp { index } => {
                 if let Some(bpf) = &self.bpf {
                     bpf.prepare(*index);
                 }
-                net.set_up(*index, kind).await?;
+                let none = || DataplaneError::NoDevice(op.to_string());
+                net.set_up(*index, kind.ok_or_else(none)?).await?;
             }
             Op::PutAddress { index, address } => net.put_address(*index, *address).await?,
             Op::DelAddress { index, address } => net.del_address(*index, *address).await?,
@@ -385,6 +439,17 @@ impl Dataplane {
                 net.put_route(tunnel?, *subnet, *gateway, *mtu).await?;
             }
             Op::DelRoute { subnet } => net.del_route(tunnel?, *subnet).await?,
+            Op::PutLinkRoute {
+                subnet,
+                gateway,
+                ifindex,
+                ..
+            } => net.put_link_route(*ifindex, *subnet, *gateway).await?,
+            Op::DelLinkRoute {
+                subnet,
+                gateway,
+                ifindex,
+            } => net.del_link_route(*ifindex, *subnet, *gateway).await?,
             Op::PutNode { id, node } => self.bpf_for(op)?.put_node(*id, node)?,
             Op::ClearNode { id } => self.bpf_for(op)?.clear_node(*id)?,
             Op::PutSubnet { index, id } => self.bpf_for(op)?.put_subnet(*index, *id)?,
@@ -420,9 +485,6 @@ impl Rest {
 }
 
 /// This node's subnet.
-fn own_subnet(desired: &Desired) -> Option<Ipv4Net> {
-    desired.own.iter().find_map(|own| match own {
-        IpNet::V4(own) => Some(*own),
-        IpNet::V6(_) => None,
-    })
+fn own_subnet(desired: &Desired) -> Option<IpNet> {
+    desired.own.first().copied()
 }

@@ -6,7 +6,7 @@ use flannel_core::{
     addr::IfIndex,
     pods::{Bridge, PodSources},
 };
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::{
     cni::CniCache,
@@ -67,7 +67,7 @@ impl PodWatch {
     }
 
     /// Reads everything anew. If that fails, what is known stays as it was.
-    pub(super) async fn read(&mut self, net: &Netlink, own: Ipv4Net) -> Result<(), NetlinkError> {
+    pub(super) async fn read(&mut self, net: &Netlink, own: IpNet) -> Result<(), NetlinkError> {
         // What a notification says from here on may be in what is read or not.
         self.stale = false;
         match net.pod_sources(own).await {
@@ -150,7 +150,10 @@ fn neighbour_news(sources: &PodSources, change: &NeighbourChange) -> PodNews {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, net::Ipv4Addr};
+    use std::{
+        collections::BTreeMap,
+        net::{IpAddr, Ipv4Addr},
+    };
 
     use flannel_core::{addr::VtepMac, pods::Port};
 
@@ -162,6 +165,10 @@ mod tests {
 
     fn mac(number: u8) -> VtepMac {
         VtepMac::new([2, 0, 0, 0, 5, number])
+    }
+
+    fn pod(host: u8) -> IpAddr {
+        Ipv4Addr::new(10, 5, 1, host).into()
     }
 
     fn watch() -> PodWatch {
@@ -180,7 +187,7 @@ mod tests {
                     mtu: 1450,
                 }),
                 ports: BTreeMap::from([(index(20), port)]),
-                neighbours: BTreeMap::from([(Ipv4Addr::new(10, 5, 1, 2), mac(2))]),
+                neighbours: BTreeMap::from([(pod(2), mac(2))]),
                 fdb: BTreeMap::from([(mac(2), index(20))]),
                 cni: Vec::new(),
                 own: "10.5.1.0/24".parse().unwrap(),
@@ -201,7 +208,7 @@ mod tests {
     fn neighbour(host: u8, with: u8) -> Change {
         Change::Neighbour(NeighbourChange {
             index: 9,
-            neighbour: Some((Ipv4Addr::new(10, 5, 1, host), mac(with))),
+            neighbour: Some((pod(host), mac(with))),
             heard: None,
         })
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use flannel_core::{
     addr::IfIndex,
     mark,
-    plan::{Desired, DeviceKind, Hook, ObservedKind, Op},
+    plan::{Desired, DeviceKind, ObservedKind, Op},
 };
 use tokio::time::sleep;
 
@@ -21,8 +21,12 @@ impl Dataplane {
         &mut self,
         desired: &Desired,
     ) -> Result<(), DataplaneError> {
-        self.seen.stand_in = match mark::stand_in(&desired.tunnel.name) {
-            Some((name, _)) => self.net.device(&name).await?,
+        self.seen.stand_in = match desired
+            .tunnel
+            .as_ref()
+            .and_then(|tunnel| mark::stand_in(&tunnel.name))
+        {
+            Some((name, _)) => self.net.device(&name, self.overlay.family).await?,
             None => None,
         };
         Ok(())
@@ -30,10 +34,11 @@ impl Dataplane {
 
     /// Reads what is attached to the pair.
     pub(super) async fn observe_stand_in_program(&mut self) -> Result<(), DataplaneError> {
-        let Some(index) = self.stand_in() else {
+        let Some(device) = &self.seen.stand_in else {
             return Ok(());
         };
-        let filter = self.net.filter_program(Hook::ToOverlay, index).await?;
+        let index = device.index;
+        let filter = self.net.encapsulating_filter(device, self.overlay).await?;
         if let (Some(bpf), Some(state)) = (&mut self.bpf, &mut self.seen.bpf) {
             state.stand_in = bpf.stand_in_attachment(index, filter);
         }
@@ -61,7 +66,7 @@ impl Dataplane {
                     _ => String::new(),
                 };
                 let kind = DeviceKind::Veth { peer: kind };
-                self.apply_to(op, &kind, self.stand_in()).await
+                self.apply_to(op, Some(&kind), self.stand_in()).await
             }
         }
     }

@@ -2,39 +2,40 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
 };
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use flannel_core::{
-    addr::IfIndex,
+    addr::{Family, IfIndex},
     fastpath::devices::{Device, Filter, Role},
     mark,
     plan::Hook,
 };
 use futures_util::TryStreamExt as _;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rtnetlink::{
     Handle,
     packet_route::{
-        address::AddressAttribute,
         link::{InfoKind, LinkAttribute, LinkInfo},
         tc::{TcAttribute, TcFilterBpfOption, TcMessage, TcOption},
     },
 };
 
+use crate::dataplane::netlink::own_address;
+
 /// `TCA_BPF_FLAG_ACT_DIRECT` in `include/uapi/linux/pkt_cls.h`.
 const DIRECT_ACTION: u32 = 1;
 
 /// Looks at the devices of pods, their bridges (those with an address of the cluster network) and the tunnel device, and lists the
-/// node's own addresses. What cannot be read of a device is said there.
+/// node's own addresses of that network's family. What cannot be read of a device is said there.
 pub(super) async fn look(
     handle: &Handle,
-    network: Ipv4Net,
+    network: IpNet,
     tunnel: &str,
     pods: &BTreeSet<IfIndex>,
-) -> Result<(BTreeMap<IfIndex, Device>, BTreeSet<Ipv4Addr>), String> {
-    let addresses = addresses(handle).await?;
+) -> Result<(BTreeMap<IfIndex, Device>, BTreeSet<IpAddr>), String> {
+    let addresses = addresses(handle, Family::of_net(&network)).await?;
     let bridges = addresses
         .iter()
         .filter(|(_, address)| network.contains(address))
@@ -68,8 +69,8 @@ pub(super) async fn look(
     ))
 }
 
-/// The node's IPv4 addresses, with the interfaces that have them.
-async fn addresses(handle: &Handle) -> Result<Vec<(u32, Ipv4Addr)>, String> {
+/// The node's addresses of a family, with the interfaces that have them.
+async fn addresses(handle: &Handle, family: Family) -> Result<Vec<(u32, IpAddr)>, String> {
     let messages: Vec<_> = handle
         .address()
         .get()
@@ -77,16 +78,9 @@ async fn addresses(handle: &Handle) -> Result<Vec<(u32, Ipv4Addr)>, String> {
         .try_collect()
         .await
         .map_err(|error| format!("list addresses: {error}"))?;
-    let own = messages.iter().flat_map(|message| {
-        message
-            .attributes
-            .iter()
-            .filter_map(|attribute| match attribute {
-                AddressAttribute::Local(IpAddr::V4(address)) => {
-                    Some((message.header.index, *address))
-                }
-                _ => None,
-            })
+    let own = messages.iter().filter_map(|message| {
+        let address = own_address(message)?;
+        (Family::of(address) == family).then_some((message.header.index, address))
     });
     Ok(own.collect())
 }

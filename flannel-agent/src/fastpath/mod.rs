@@ -9,19 +9,19 @@ mod sysctls;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
     time::Duration,
 };
 
 use flannel_core::{
-    addr::IfIndex,
+    addr::{Family, IfIndex},
     fastpath::{
         Choice, Decision, Device, Firewall, Place, Settled, Signals, Sysctls, decide,
         learning::{Tally, cannot_learn},
     },
     plan::GateMode,
 };
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rtnetlink::{Handle, MulticastGroup};
 use tokio::{
     sync::{
@@ -59,8 +59,8 @@ pub(crate) struct Watch {
     pub(crate) choice: Choice,
     /// Why the programs cannot run here at all.
     pub(crate) unsupported: Option<String>,
-    /// The cluster network.
-    pub(crate) network: Ipv4Net,
+    /// The cluster network. The watch is for its family: where there are both, there are two.
+    pub(crate) network: IpNet,
     /// Name of the tunnel device.
     pub(crate) tunnel: String,
     /// Name of the uplink.
@@ -109,7 +109,7 @@ impl Watch {
         let (decisions_in, decisions) = watch::channel(decision.clone());
         let report = watching.report(&decision, &sysctls);
         let (reports_in, reports) = watch::channel(report);
-        announce(watching.node.choice, &decision);
+        announce(&watching.node, &decision);
         tokio::spawn(async move {
             cancel
                 .run_until_cancelled(watching.run(Settled::new(decision), decisions_in, reports_in))
@@ -125,6 +125,10 @@ impl Watch {
     /// Whether settings are to be written.
     fn sets(&self) -> bool {
         self.choice != Choice::Off && self.unsupported.is_none()
+    }
+
+    fn family(&self) -> Family {
+        Family::of_net(&self.network)
     }
 }
 
@@ -162,7 +166,7 @@ struct Watching {
     /// Rules that could not be listed.
     unlisted: Vec<String>,
     devices: BTreeMap<IfIndex, Device>,
-    own: BTreeSet<Ipv4Addr>,
+    own: BTreeSet<IpAddr>,
     tally: Option<Tally>,
     unlearning: Option<String>,
     started: Instant,
@@ -193,7 +197,7 @@ impl Watching {
                 while changes.try_recv().is_ok() {}
             }
             let sysctls = sysctls::look(true);
-            let seen = glance(&sysctls);
+            let seen = glance(&sysctls, self.node.family());
             if !told && !settled.is_waiting() && seen == self.seen && last.elapsed() < RESYNC {
                 continue;
             }
@@ -219,7 +223,7 @@ impl Watching {
                     return false;
                 }
                 if (old.mode, &old.reason) != (current.mode, &current.reason) {
-                    announce(self.node.choice, &current);
+                    announce(&self.node, &current);
                 }
                 *old = current;
                 true
@@ -234,9 +238,9 @@ impl Watching {
         let mut unlooked = None;
         if self.node.sets() {
             // Before the reading: what changes meanwhile is seen by the next glance.
-            let seen = glance(&sysctls);
+            let seen = glance(&sysctls, self.node.family());
             if (seen.generation, &seen.legacy) != (self.seen.generation, &self.seen.legacy) {
-                (self.firewall, self.unlisted) = rules::read().await;
+                (self.firewall, self.unlisted) = rules::read(self.node.family()).await;
             }
             self.seen = seen;
             let looked = match &self.handle {
@@ -329,28 +333,34 @@ impl Watching {
 }
 
 /// Says how the gate stands: a warning where somebody asked for more.
-fn announce(wanted: Choice, decision: &Decision) {
+fn announce(node: &Watch, decision: &Decision) {
     let Decision { mode, reason, .. } = decision;
+    let (wanted, family) = (node.choice, node.family());
     let less = match wanted {
         Choice::Auto | Choice::Off => false,
         Choice::Established => *mode < GateMode::Established,
         Choice::Syn => *mode < GateMode::Syn,
     };
     if less {
-        tracing::warn!(%wanted, %mode, reason, "fast path");
+        tracing::warn!(%family, %wanted, %mode, reason, "fast path");
     } else {
-        tracing::info!(%wanted, %mode, reason, "fast path");
+        tracing::info!(%family, %wanted, %mode, reason, "fast path");
     }
 }
 
-fn glance(sysctls: &Sysctls) -> Seen {
+fn glance(sysctls: &Sysctls, family: Family) -> Seen {
     let shape_of = |table: String| {
-        let shape = netfilter::legacy_shape(&table);
+        let shape = netfilter::legacy_shape(&table, family);
         (table, shape.map(Vec::from))
     };
     Seen {
         generation: netfilter::generation(),
-        legacy: Some(rules::legacy_tables().into_iter().map(shape_of).collect()),
+        legacy: Some(
+            rules::legacy_tables(family)
+                .into_iter()
+                .map(shape_of)
+                .collect(),
+        ),
         values: sysctls.all().map(|sysctl| sysctl.value).into(),
     }
 }

@@ -1,7 +1,12 @@
 //! Noticing that the packet filter's rules have changed, without listing them.
 
-use std::{io, net::UdpSocket, os::fd::AsRawFd as _};
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, UdpSocket},
+    os::fd::AsRawFd as _,
+};
 
+use flannel_core::addr::Family;
 use rtnetlink::sys::{AsyncSocket as _, AsyncSocketExt as _, Socket, SocketAddr, TokioSocket};
 use tokio::sync::mpsc::{self, error::TrySendError};
 
@@ -16,9 +21,9 @@ const GETGEN: u16 = 16;
 const GEN_ID: u16 = 1;
 /// Bytes of `struct nlmsghdr` and `struct nfgenmsg`.
 const HEADERS: usize = 20;
-/// `IPT_SO_GET_INFO` in `include/uapi/linux/netfilter_ipv4/ip_tables.h`.
+/// `IPT_SO_GET_INFO` in `include/uapi/linux/netfilter_ipv4/ip_tables.h`, and `IP6T_SO_GET_INFO` in its IPv6 counterpart.
 const GET_INFO: libc::c_int = 64;
-/// `sizeof(struct ipt_getinfo)`: the name, eleven words, the number of entries, and their size.
+/// `sizeof(struct ipt_getinfo)`, which `struct ip6t_getinfo` equals: the name, eleven words, the number of entries, and their size.
 const INFO: usize = 84;
 /// `XT_TABLE_MAXNAMELEN`.
 const TABLE_NAME: usize = 32;
@@ -86,8 +91,13 @@ pub(crate) async fn watch(out: mpsc::Sender<()>) -> io::Result<()> {
 
 /// What the kernel tells of a legacy table in a few bytes: hooks, offsets, numbers and sizes of its rules. A change that leaves all
 /// of them alone goes unnoticed here. The table must be known to exist: asking for one makes it.
-pub(super) fn legacy_shape(table: &str) -> Option<[u8; INFO]> {
-    let socket = UdpSocket::bind("127.0.0.1:0").ok()?;
+pub(super) fn legacy_shape(table: &str, family: Family) -> Option<[u8; INFO]> {
+    let (socket, level) = match family {
+        Family::V4 => (UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)), libc::SOL_IP),
+        // Loopback need not have an address where IPv6 is switched off on devices.
+        Family::V6 => (UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)), libc::SOL_IPV6),
+    };
+    let socket = socket.ok()?;
     let mut info = [0u8; INFO];
     let name = table.as_bytes();
     if name.len() >= TABLE_NAME {
@@ -100,7 +110,7 @@ pub(super) fn legacy_shape(table: &str) -> Option<[u8; INFO]> {
     let answer = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
-            libc::SOL_IP,
+            level,
             GET_INFO,
             info.as_mut_ptr().cast(),
             &raw mut length,

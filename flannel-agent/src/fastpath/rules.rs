@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeSet, fs, time::Duration};
 
-use flannel_core::fastpath::{Firewall, iptables, nft};
+use flannel_core::{
+    addr::Family,
+    fastpath::{Firewall, iptables, nft},
+};
 use tokio::time::sleep;
 
 use super::netfilter;
@@ -13,33 +16,69 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How often, and how long apart, a listing is tried.
 const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(50);
-/// Names of the legacy tables of this network namespace. Reading it loads no module, which `iptables` does.
-const LEGACY_TABLES: &str = "/proc/thread-self/net/ip_tables_names";
 /// Tables that iptables-nft makes.
 const BUILT_IN: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
-/// Programs that list the tables of each variant, and the word in their version by which the variant is known.
-const LEGACY_SAVE: &[(&str, Option<&str>)] = &[
-    ("iptables-legacy-save", None),
-    ("iptables-save", Some("legacy")),
-];
-const COMPAT_SAVE: &[(&str, Option<&str>)] = &[
-    ("iptables-nft-save", None),
-    ("iptables-save", Some("nf_tables")),
-];
+/// A program that lists tables, and the word in its version by which the variant is known if its name does not tell.
+type Save = (&'static str, Option<&'static str>);
+
+/// What there is in this namespace of one family, and by which programs it is listed.
+#[derive(Debug)]
+struct Sources {
+    /// `iptables`, as messages name it.
+    name: &'static str,
+    /// Names of the legacy tables. Reading it loads no module, which `iptables` does.
+    legacy_tables: &'static str,
+    legacy: [Save; 2],
+    compat: [Save; 2],
+}
+
+const IPV4: Sources = Sources {
+    name: "iptables",
+    legacy_tables: "/proc/thread-self/net/ip_tables_names",
+    legacy: [
+        ("iptables-legacy-save", None),
+        ("iptables-save", Some("legacy")),
+    ],
+    compat: [
+        ("iptables-nft-save", None),
+        ("iptables-save", Some("nf_tables")),
+    ],
+};
+
+const IPV6: Sources = Sources {
+    name: "ip6tables",
+    legacy_tables: "/proc/thread-self/net/ip6_tables_names",
+    legacy: [
+        ("ip6tables-legacy-save", None),
+        ("ip6tables-save", Some("legacy")),
+    ],
+    compat: [
+        ("ip6tables-nft-save", None),
+        ("ip6tables-save", Some("nf_tables")),
+    ],
+};
+
+const fn sources(family: Family) -> &'static Sources {
+    match family {
+        Family::V4 => &IPV4,
+        Family::V6 => &IPV6,
+    }
+}
+
 /// The table generation of a network namespace in which nft was never used.
 pub(crate) const UNUSED: u32 = 1;
 
-/// The rules, and what of them could not be read, one line each. Rules that change while they are listed make a listing fail: it is
-/// tried again.
-pub(super) async fn read() -> (Firewall, Vec<String>) {
+/// The rules for one family, and what of them could not be read, one line each. Rules that change while they are listed make a
+/// listing fail: it is tried again.
+pub(super) async fn read(family: Family) -> (Firewall, Vec<String>) {
     for _attempt in 1..ATTEMPTS {
-        let (firewall, unreadable) = attempt().await;
+        let (firewall, unreadable) = attempt(family).await;
         if unreadable.is_empty() {
             return (firewall, unreadable);
         }
         sleep(PAUSE).await;
     }
-    attempt().await
+    attempt(family).await
 }
 
 /// The rules as the tools list them.
@@ -56,25 +95,23 @@ pub(crate) struct Listing {
 }
 
 /// Lists the rules, with the precautions of [`read`].
-pub(crate) async fn list() -> Listing {
+pub(crate) async fn list(family: Family) -> Listing {
     let mut listing = Listing::default();
-    if !legacy_tables().is_empty() {
-        match dump(LEGACY_SAVE).await {
+    if !legacy_tables(family).is_empty() {
+        match list_legacy(family).await {
             Ok(text) => listing.legacy = Some(text),
-            Err(error) => listing
-                .unreadable
-                .push(format!("iptables rules (legacy) cannot be listed: {error}")),
+            Err(error) => listing.unreadable.push(error),
         }
     }
     if netfilter::generation().is_some_and(|generation| generation > UNUSED) {
         match run("nft", &["-j", "list", "ruleset"]).await {
             Ok(text) => {
-                let tables = nft::ip_tables(&text).unwrap_or_default();
+                let tables = nft::tables(&text, family).unwrap_or_default();
                 if tables
                     .iter()
                     .any(|table| BUILT_IN.contains(&table.as_str()))
                 {
-                    listing.compat = dump(COMPAT_SAVE).await.ok();
+                    listing.compat = dump(&sources(family).compat).await.ok();
                 }
                 listing.nft = Some(text);
             }
@@ -86,20 +123,27 @@ pub(crate) async fn list() -> Listing {
     listing
 }
 
-async fn attempt() -> (Firewall, Vec<String>) {
+async fn list_legacy(family: Family) -> Result<String, String> {
+    let sources = sources(family);
+    dump(&sources.legacy)
+        .await
+        .map_err(|error| format!("{} rules (legacy) cannot be listed: {error}", sources.name))
+}
+
+async fn attempt(family: Family) -> (Firewall, Vec<String>) {
     let mut firewall = Firewall::default();
     let mut unreadable = Vec::new();
-    if !legacy_tables().is_empty() {
-        match dump(LEGACY_SAVE).await {
-            Ok(text) => firewall.chains.extend(iptables::parse(&text, "legacy")),
-            Err(error) => {
-                unreadable.push(format!("iptables rules (legacy) cannot be listed: {error}"));
-            }
+    if !legacy_tables(family).is_empty() {
+        match list_legacy(family).await {
+            Ok(text) => firewall
+                .chains
+                .extend(iptables::parse(&text, "legacy", family)),
+            Err(error) => unreadable.push(error),
         }
     }
     // A kernel without nftables has no generation, and no rules of it.
     if netfilter::generation().is_some_and(|generation| generation > UNUSED)
-        && let Err(error) = read_nft(&mut firewall).await
+        && let Err(error) = read_nft(&mut firewall, family).await
     {
         unreadable.push(format!("nftables rules cannot be listed: {error}"));
     }
@@ -107,34 +151,38 @@ async fn attempt() -> (Firewall, Vec<String>) {
 }
 
 /// The legacy tables there are.
-pub(super) fn legacy_tables() -> Vec<String> {
-    let names = fs::read_to_string(LEGACY_TABLES).unwrap_or_default();
+pub(super) fn legacy_tables(family: Family) -> Vec<String> {
+    let names = fs::read_to_string(sources(family).legacy_tables).unwrap_or_default();
     names.lines().map(str::to_owned).collect()
 }
 
-async fn read_nft(firewall: &mut Firewall) -> Result<(), String> {
+async fn read_nft(firewall: &mut Firewall, family: Family) -> Result<(), String> {
     let listed = run("nft", &["-j", "list", "ruleset"]).await?;
     let mut elsewhere = BTreeSet::new();
     // Only asked where it has something to tell: older versions create their tables on being asked.
-    if nft::ip_tables(&listed)?
+    if nft::tables(&listed, family)?
         .iter()
         .any(|table| BUILT_IN.contains(&table.as_str()))
     {
         // Without it nft's own listing must do, which shows extensions of iptables without what they ask.
-        match dump(COMPAT_SAVE).await {
+        match dump(&sources(family).compat).await {
             Ok(text) => {
                 elsewhere = iptables::tables(&text);
-                firewall.chains.extend(iptables::parse(&text, "nft"));
+                firewall
+                    .chains
+                    .extend(iptables::parse(&text, "nft", family));
             }
             Err(error) => tracing::debug!(error, "list the rules of iptables-nft"),
         }
     }
-    firewall.chains.extend(nft::parse(&listed, &elsewhere)?);
+    firewall
+        .chains
+        .extend(nft::parse(&listed, family, &elsewhere)?);
     Ok(())
 }
 
 /// The output of the first of these programs that there is and that is of the wanted variant.
-async fn dump(tried: &[(&str, Option<&str>)]) -> Result<String, String> {
+async fn dump(tried: &[Save]) -> Result<String, String> {
     for (name, variant) in tried {
         if program::find(name).is_none() {
             continue;

@@ -20,8 +20,10 @@ pub(super) fn alive(name: &str, verbose: bool) -> Answer {
 pub(super) fn ready(lacking: &Lacking, notes: &Notes, verbose: bool) -> Answer {
     let status = if lacking.is_empty() { 200 } else { 503 };
     if verbose {
+        let others = lacking.keys().filter(|part| !Part::ALL.contains(part));
         let mut lines: Vec<String> = Part::ALL
             .iter()
+            .chain(others)
             .map(|part| match lacking.get(part) {
                 None => match notes.get(part) {
                     None => format!("[+]{} ok", part.as_str()),

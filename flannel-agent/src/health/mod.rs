@@ -24,6 +24,8 @@ pub enum Part {
     Lease,
     /// The tunnel device, routes, neighbours and programs.
     Datapath,
+    /// The same of the overlay of IPv6 beside that of IPv4. Only a node with both has such a part.
+    SecondDatapath,
     /// The rules in iptables or nftables.
     Firewall,
     /// `subnet.env`.
@@ -31,7 +33,7 @@ pub enum Part {
 }
 
 impl Part {
-    /// All of them.
+    /// Those of every node.
     pub const ALL: [Self; 6] = [
         Self::Uplink,
         Self::Config,
@@ -48,6 +50,7 @@ impl Part {
             Self::Config => "network-config",
             Self::Lease => "lease",
             Self::Datapath => "datapath",
+            Self::SecondDatapath => "datapath-v6",
             Self::Firewall => "firewall",
             Self::SubnetFile => "subnet-file",
         }
@@ -87,6 +90,11 @@ impl Board {
     pub fn settle(&self, part: Part) {
         self.lacking
             .send_if_modified(|lacking| lacking.remove(&part).is_some());
+    }
+
+    /// Whether the part is in place.
+    pub fn is_settled(&self, part: Part) -> bool {
+        !self.lacking.borrow().contains_key(&part)
     }
 
     /// The part is not in place, and this is why.

@@ -24,11 +24,12 @@ use std::{
 
 use flannel_core::{
     acquire::Identity,
+    addr::Family,
     config::NetConf,
     kube::{Families, Field, Names, Node, granularity, read_cluster, stored_attrs, subnets_of},
     lease::{Lease, SubnetKey},
 };
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -272,18 +273,16 @@ impl KubeLeases {
     }
 
     /// The length of the smallest subnet in the cluster as far as it is known, not less than `at_least`.
-    pub fn granularity(&self, network: Ipv4Net, at_least: u8) -> u8 {
-        let families = Families {
-            v4: true,
-            v6: false,
-        };
+    pub fn granularity(&self, network: IpNet, at_least: u8) -> u8 {
+        let family = Family::of_net(&network);
+        let families = Families { v4: true, v6: true };
         let known = self.shared.known.borrow();
         let own = self.shared.own.get();
         let subnets = known
             .nodes
             .values()
             .filter(|node| node.takes_part(&self.shared.names) || Some(&node.name) == own.as_ref())
-            .filter_map(|node| subnets_of(node, families).ok()?.v4);
+            .filter_map(|node| subnets_of(node, families).ok()?.subnet(family));
         granularity(network, subnets, at_least)
     }
 
@@ -309,13 +308,9 @@ impl KubeLeases {
     /// Lists all leases, once, and which of them is this node's.
     pub async fn look(&self) -> Result<(Snapshot, Option<SubnetKey>), LeaseError> {
         let conf = self.net_conf().await?;
-        let families = NetConf::parse_assigned(&conf).map_or(
-            Families {
-                v4: true,
-                v6: false,
-            },
-            |conf| Families::from(&conf),
-        );
+        let both = Families { v4: true, v6: true };
+        let conf = NetConf::parse_assigned(&conf);
+        let families = conf.map_or(both, |conf| Families::from(&conf));
         let own = name::find(self).await?;
         let (nodes, _) = feed::list(&self.shared.connection, true).await?;
         let cluster = read_cluster(nodes.values(), &self.shared.names, families, "");

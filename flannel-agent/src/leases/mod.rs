@@ -298,7 +298,8 @@ fn log_acquired(held: &Held, us: &Identity) {
             tracing::info!("Found lease (ip: {ip} ipv6: {ipv6}) for current IP ({node}), reusing");
         }
         Outcome::Previous => {
-            tracing::info!("Found previously leased subnet ({ip}), reusing");
+            let subnet = name(v4.as_ref().or(v6.as_ref()));
+            tracing::info!("Found previously leased subnet ({subnet}), reusing");
         }
         Outcome::New => {
             tracing::info!("Allocated lease (ip: {ip} ipv6: {ipv6}) to current node ({node})");

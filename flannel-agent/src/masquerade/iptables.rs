@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use flannel_core::masquerade::{
-    Request,
-    backend::Backend,
-    iptables::{self, Dump, Moment, Plan},
-    nft::Family,
+use flannel_core::{
+    addr::Family,
+    masquerade::{
+        Request,
+        backend::Backend,
+        iptables::{self, Dump, Moment, Plan},
+    },
 };
 use tokio::time::sleep;
 

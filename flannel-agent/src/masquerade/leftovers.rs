@@ -1,12 +1,17 @@
 //! What `cleanup` finds of ours in the packet filter and among the routes, and how it goes.
 
-use flannel_core::masquerade::{
-    Request,
-    backend::Backend,
-    iptables::{self, Dump, Moment, Plan},
-    nft::{self, Family},
+use std::collections::BTreeMap;
+
+use flannel_core::{
+    addr::Family,
+    masquerade::{
+        Request,
+        backend::Backend,
+        iptables::{self, Dump, Moment, Plan},
+        nft,
+    },
 };
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 
 use super::{
     nftables,
@@ -42,13 +47,13 @@ pub(crate) enum RemoveError {
     Netlink(#[from] NetlinkError),
 }
 
+/// The networks that this node had, of each family, with its subnets of them.
+pub(crate) type Own = BTreeMap<Family, (IpNet, Option<IpNet>)>;
+
 /// What an agent with these networks has left. Without networks: everything that bears our names. Another instance's rules are
 /// none of ours as long as ours are known. A `blackhole` route, which anybody might have made, is looked for only if we are known to
 /// make one.
-pub(crate) async fn find(
-    nets: Option<(Ipv4Net, Option<Ipv4Net>)>,
-    blackhole: bool,
-) -> Vec<Leftover> {
+pub(crate) async fn find(own: &Own, blackhole: bool) -> Vec<Leftover> {
     let mut found = Vec::new();
     for family in Family::ALL {
         let tools = Tools::find(family).await;
@@ -57,7 +62,7 @@ pub(crate) async fn find(
                 continue;
             };
             let plan = match tool.dump(family).await {
-                Ok(dump) => removal(&dump, family, nets),
+                Ok(dump) => removal(&dump, family, own),
                 Err(error) => {
                     tracing::warn!(%error, "look for rules of ours");
                     continue;
@@ -79,38 +84,39 @@ pub(crate) async fn find(
             let Ok(Some(listed)) = nftables::list(family).await else {
                 continue;
             };
-            let own = nets.map(|(network, _)| IpNet::V4(network));
-            if own.is_some() && nft::other_network(family, &listed, own).is_some() {
+            let networks = own.values().map(|(network, _)| *network);
+            if !own.is_empty() && nft::other_network(family, &listed, networks).is_some() {
                 continue;
             }
             found.push(Leftover {
-                what: format!("nftables table {}", family.table()),
+                what: format!("nftables table {}", nft::table(family)),
                 how: How::Table(family),
             });
         }
     }
-    if blackhole
-        && let Some(subnet) = nets.and_then(|(_, subnet)| subnet)
-        && let Ok(net) = Netlink::open()
-        && net.has_blackhole(subnet).await.unwrap_or(false)
-    {
-        found.push(Leftover {
-            what: format!("route blackhole {subnet}"),
-            how: How::Blackhole(subnet.into()),
-        });
+    let subnets = own.values().filter_map(|(_, subnet)| *subnet);
+    for subnet in subnets.filter(|_| blackhole) {
+        if let Ok(net) = Netlink::open()
+            && net.has_blackhole(subnet).await.unwrap_or(false)
+        {
+            found.push(Leftover {
+                what: format!("route blackhole {subnet}"),
+                how: How::Blackhole(subnet),
+            });
+        }
     }
     found
 }
 
-fn removal(dump: &Dump, family: Family, nets: Option<(Ipv4Net, Option<Ipv4Net>)>) -> Plan {
-    match (nets, family) {
-        (None, _) => iptables::clear(dump),
-        // The agent does IPv4 alone: what is there of IPv6 is another's.
-        (Some(_), Family::V6) => Plan::default(),
-        (Some((network, subnet)), Family::V4) => {
+fn removal(dump: &Dump, family: Family, own: &Own) -> Plan {
+    match own.get(&family) {
+        None if own.is_empty() => iptables::clear(dump),
+        // What is there of a family that this node did not have is another's.
+        None => Plan::default(),
+        Some((network, subnet)) => {
             let nothing = Request {
-                network: network.into(),
-                subnet: subnet.unwrap_or(network).into(),
+                network: *network,
+                subnet: subnet.unwrap_or(*network),
                 previous: None,
                 masq: false,
                 forward: false,
@@ -123,14 +129,11 @@ fn removal(dump: &Dump, family: Family, nets: Option<(Ipv4Net, Option<Ipv4Net>)>
 
 impl Leftover {
     /// Removes it.
-    pub(crate) async fn remove(
-        &self,
-        nets: Option<(Ipv4Net, Option<Ipv4Net>)>,
-    ) -> Result<(), RemoveError> {
+    pub(crate) async fn remove(&self, own: &Own) -> Result<(), RemoveError> {
         match &self.how {
             How::Iptables(tool, family) => {
                 let dump = tool.dump(*family).await?;
-                let plan = removal(&dump, *family, nets);
+                let plan = removal(&dump, *family, own);
                 if !plan.is_empty() {
                     tool.restore(&plan.payload).await?;
                 }

@@ -12,14 +12,11 @@ mod programs;
 use std::{collections::BTreeSet, fs, time::Duration};
 
 use flannel_core::{
+    addr::Family,
     config::NetConf,
-    masquerade::{
-        Request,
-        backend::Backend,
-        iptables::Moment,
-        nft::{Family, Ruleset},
-    },
-    subnet_env,
+    lease::SubnetKey,
+    masquerade::{Request, backend::Backend, iptables::Moment, nft::Ruleset},
+    subnet_env::{self, Previous},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tokio::{
@@ -81,16 +78,16 @@ pub struct Wanted {
     pub v4: Option<Nets<Ipv4Net>>,
     /// IPv6, where the node has it.
     pub v6: Option<Nets<Ipv6Net>>,
+    /// Network and subnet of a family that the node had before and has no longer: its rules go.
+    pub given_up: Option<(IpNet, IpNet)>,
 }
 
 impl Wanted {
     /// What the flags ask for, of a node with these networks. The earlier ones are read from the subnet file.
-    pub(crate) fn from_args(
-        args: &Args,
-        conf: &NetConf,
-        network: Ipv4Net,
-        subnet: Ipv4Net,
-    ) -> Self {
+    ///
+    /// A family has rules if it has a network and this node a subnet of it. Upstream looks at the network alone, and makes rules about
+    /// `::/0` of an `IPv6Network` that is not used.
+    pub(crate) fn from_args(args: &Args, conf: &NetConf, own: &SubnetKey) -> Self {
         let text = fs::read_to_string(&args.subnet_file).unwrap_or_default();
         let previous = subnet_env::parse_previous(&text);
         let flags = &args.firewall;
@@ -105,16 +102,34 @@ impl Wanted {
             forward: flags.iptables_forward_rules,
             blackhole: flags.ip_blackhole_route,
             resync: Duration::from_secs(flags.iptables_resync.into()),
-            v4: Some(Nets {
-                network,
+            given_up: given_up(own, &previous),
+            v4: conf.ipv4.zip(own.v4).map(|(conf, subnet)| Nets {
+                network: conf.network,
                 subnet,
                 previous: previous.network.zip(previous.subnet),
             }),
-            v6: None,
+            v6: conf.ipv6.zip(own.v6).map(|(conf, subnet)| Nets {
+                network: conf.network,
+                subnet,
+                previous: previous.ipv6_network.zip(previous.ipv6_subnet),
+            }),
         }
     }
 
-    /// What each of the families wants, as far as the node has it.
+    /// The node's subnets, each with the one before it.
+    fn subnets(&self) -> Vec<(IpNet, Option<IpNet>)> {
+        let v4 = self.v4.map(|nets| {
+            let before = nets.previous.map(|(_, subnet)| subnet.trunc().into());
+            (nets.subnet.trunc().into(), before)
+        });
+        let v6 = self.v6.map(|nets| {
+            let before = nets.previous.map(|(_, subnet)| subnet.trunc().into());
+            (nets.subnet.trunc().into(), before)
+        });
+        v4.into_iter().chain(v6).collect()
+    }
+
+    /// What each of the families wants, as far as the node has it or had it.
     fn requests(&self) -> [Option<Request>; 2] {
         let request = |network, subnet, previous| Request {
             network,
@@ -144,7 +159,26 @@ impl Wanted {
                 before,
             )
         });
-        [v4, v6]
+        let gone = |family| {
+            let (network, subnet) = self.given_up?;
+            let gone = request(network, subnet, None).withdrawn();
+            (Family::of_net(&network) == family).then_some(gone)
+        };
+        [
+            v4.or_else(|| gone(Family::V4)),
+            v6.or_else(|| gone(Family::V6)),
+        ]
+    }
+}
+
+/// What the node had of a family that it has no longer.
+fn given_up(own: &SubnetKey, previous: &Previous) -> Option<(IpNet, IpNet)> {
+    let v4 = previous.network.zip(previous.subnet);
+    let v6 = previous.ipv6_network.zip(previous.ipv6_subnet);
+    match (own.v4, own.v6) {
+        (None, _) => v4.map(|(network, subnet)| (network.into(), subnet.into())),
+        (_, None) => v6.map(|(network, subnet)| (network.into(), subnet.into())),
+        (Some(_), Some(_)) => None,
     }
 }
 
@@ -283,7 +317,7 @@ impl Keeping {
             }
         }
         if self.wanted.blackhole {
-            troubles.extend(blackhole::pass(&self.wanted.requests()).await);
+            troubles.extend(blackhole::pass(&self.wanted, moment).await);
         }
         if self
             .looked

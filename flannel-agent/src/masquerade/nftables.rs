@@ -1,8 +1,11 @@
 //! The rules in nftables.
 
-use flannel_core::masquerade::{
-    iptables::Moment,
-    nft::{self, Change, Family},
+use flannel_core::{
+    addr::Family,
+    masquerade::{
+        iptables::Moment,
+        nft::{self, Change},
+    },
 };
 
 use super::{Trouble, Wanted, programs::PATIENCE};
@@ -48,10 +51,10 @@ impl Nftables {
                 if moment == Moment::Resync {
                     tracing::info!(
                         "the nftables rules of table {} are missing or altered; recreating them",
-                        family.table()
+                        nft::table(family)
                     );
                 } else {
-                    tracing::info!("nftables: setting up rules ({})", family.as_str());
+                    tracing::info!("nftables: setting up rules ({})", nft::word(family));
                 }
                 program::run("nft", &["-f", "-"], &payload, PATIENCE).await?;
                 *settled = list(family).await?;
@@ -63,7 +66,7 @@ impl Nftables {
                 Ok(Some(other)) => troubles.push(Trouble::lack(format!(
                     "table {} has rules of another instance of flannel, for {other}: only one can use nftables in a network namespace, \
                      give the other EnableNFTables=false",
-                    family.table()
+                    nft::table(family)
                 ))),
                 Err(ProgramError::Missing(_)) => {
                     troubles.push(Trouble {
@@ -76,7 +79,7 @@ impl Nftables {
                 }
                 Err(error) => troubles.push(Trouble::lack(format!(
                     "the nftables rules of table {} cannot be put in place: {error}",
-                    family.table()
+                    nft::table(family)
                 ))),
             }
         }
@@ -86,7 +89,7 @@ impl Nftables {
 
 /// The table as nft shows it; `None` where there is none.
 pub(super) async fn list(family: Family) -> Result<Option<String>, ProgramError> {
-    let arguments = ["list", "table", family.as_str(), family.table()];
+    let arguments = ["list", "table", nft::word(family), nft::table(family)];
     match program::run("nft", &arguments, "", PATIENCE).await {
         Ok(text) => Ok(Some(text)),
         Err(ProgramError::Failed { said, .. }) if said.contains("No such file or directory") => {
@@ -108,15 +111,15 @@ pub(super) async fn retire() -> Vec<Trouble> {
             Ok(Some(_)) => {
                 let removal = nft::remove(family);
                 match program::run("nft", &["-f", "-"], &removal, PATIENCE).await {
-                    Ok(_) => tracing::info!("remove nftables table {}", family.table()),
+                    Ok(_) => tracing::info!("remove nftables table {}", nft::table(family)),
                     Err(error) => troubles.push(Trouble::note(format!(
                         "nftables table {} cannot be removed: {error}",
-                        family.table()
+                        nft::table(family)
                     ))),
                 }
             }
             // Without the program there are no tables of an earlier start either, or nobody can tell.
-            Err(error) => tracing::debug!(%error, "look for nftables table {}", family.table()),
+            Err(error) => tracing::debug!(%error, "look for nftables table {}", nft::table(family)),
         }
     }
     troubles

@@ -1,11 +1,13 @@
 //! Looking for rules of others that drop what ours accept.
 
-use flannel_core::masquerade::{
-    Request,
-    backend::Backend,
-    iptables::FILTER,
-    nft::Family,
-    obstacle::{in_iptables, in_nftables},
+use flannel_core::{
+    addr::Family,
+    masquerade::{
+        Request,
+        backend::Backend,
+        iptables::FILTER,
+        obstacle::{in_iptables, in_nftables},
+    },
 };
 
 use super::{

@@ -2,10 +2,12 @@
 
 use std::{fs, time::Duration};
 
-use flannel_core::masquerade::{
-    backend::{self, Backend, Found, Version},
-    iptables::Dump,
-    nft::Family,
+use flannel_core::{
+    addr::Family,
+    masquerade::{
+        backend::{self, Backend, Found, Version},
+        iptables::Dump,
+    },
 };
 
 use crate::{

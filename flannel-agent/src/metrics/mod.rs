@@ -8,7 +8,8 @@ mod process;
 mod scrape;
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -24,7 +25,8 @@ use prometheus_client::{
 
 use crate::{
     dataplane::{Scope, bpf::POD_ENTRIES},
-    state::State,
+    health::Part,
+    state::{Bare, State},
 };
 
 use labels::{Change, Look, Outcome};
@@ -45,11 +47,20 @@ struct Counted {
     known: Mutex<Known>,
 }
 
-/// What the loop last knew.
+/// What was last known.
 #[derive(Clone, Debug, Default)]
 struct Known {
+    /// By what an overlay is on the health board.
+    overlays: BTreeMap<Part, Overlay>,
+    /// The same of a backend without eBPF.
+    bare: Option<(usize, Bare)>,
+}
+
+/// What the loop of an overlay last knew.
+#[derive(Clone, Debug)]
+struct Overlay {
     peers: usize,
-    state: Option<State>,
+    state: State,
     maps: Vec<MapUse>,
     /// Interface and hook of programs that are attached.
     attached: Vec<(u32, &'static str)>,
@@ -93,23 +104,33 @@ impl Metrics {
         self.0.changes.get_or_create(&change).inc();
     }
 
-    /// The node as the loop has left it.
-    pub(crate) fn know(&self, seen: &Observed, desired: &Desired, state: &State) {
-        let known = Known {
-            peers: desired
-                .peers
-                .as_ref()
-                .map_or(0, std::collections::BTreeMap::len),
-            state: Some(state.clone()),
+    /// An overlay as its loop has left it.
+    pub(crate) fn know(&self, part: Part, seen: &Observed, desired: &Desired, state: &State) {
+        let overlay = Overlay {
+            peers: desired.peers.as_ref().map_or(0, BTreeMap::len),
+            state: state.clone(),
             maps: maps(seen),
             attached: attached(seen),
         };
-        *self.0.known.lock().unwrap_or_else(PoisonError::into_inner) = known;
+        self.lock().overlays.insert(part, overlay);
+    }
+
+    /// There is no such overlay any more.
+    pub(crate) fn forget(&self, part: Part) {
+        self.lock().overlays.remove(&part);
+    }
+
+    /// The node of a backend without eBPF.
+    pub(crate) fn know_bare(&self, peers: usize, state: &Bare) {
+        self.lock().bare = Some((peers, state.clone()));
     }
 
     fn known(&self) -> Known {
-        let known = self.0.known.lock();
-        known.unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.0.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn register(&self, registry: &mut Registry) {

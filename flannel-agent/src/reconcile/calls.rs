@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
     time::{Duration, Instant},
 };
 
@@ -24,6 +24,9 @@ use crate::{
     dataplane::Dataplane,
 };
 
+/// Calls that may wait for an overlay.
+const BACKLOG: usize = 64;
+
 /// What was said, over all sessions, and who waits for an answer.
 #[derive(Debug)]
 pub(crate) struct Calls {
@@ -34,7 +37,45 @@ pub(crate) struct Calls {
 }
 
 impl Calls {
-    pub(crate) fn new(incoming: mpsc::Receiver<Call>) -> Self {
+    /// One for each overlay: every one of them hears what is said, and who asks is answered once all have done their part.
+    pub(crate) fn split(mut incoming: mpsc::Receiver<Call>, count: usize) -> Vec<Self> {
+        if count == 1 {
+            return vec![Self::new(incoming)];
+        }
+        let (outs, ins): (Vec<_>, Vec<_>) = (0..count).map(|_| mpsc::channel(BACKLOG)).unzip();
+        tokio::spawn(async move {
+            while let Some(Call { news, answer }) = incoming.recv().await {
+                let mut answers = Vec::new();
+                for out in &outs {
+                    let (one, all) = oneshot::channel();
+                    let call = Call {
+                        news: news.clone(),
+                        answer: one,
+                    };
+                    if out.send(call).await.is_ok() {
+                        answers.push(all);
+                    }
+                }
+                tokio::spawn(async move {
+                    let mut worst: Option<Answer> = None;
+                    for one in answers {
+                        let Ok(one) = one.await else { continue };
+                        let better = |worst: &Answer| worst.state != Outcome::Carried;
+                        if !worst.as_ref().is_some_and(better) {
+                            worst = Some(one);
+                        }
+                    }
+                    if let Some(worst) = worst {
+                        // Who has gone away need not know.
+                        let _gone = answer.send(worst);
+                    }
+                });
+            }
+        });
+        ins.into_iter().map(Self::new).collect()
+    }
+
+    fn new(incoming: mpsc::Receiver<Call>) -> Self {
         Self {
             incoming,
             announced: Announced::default(),
@@ -55,7 +96,7 @@ impl Calls {
     pub(super) fn apply(
         &mut self,
         sources: Option<&mut PodSources>,
-        known: Option<&BTreeMap<Ipv4Addr, Pod>>,
+        known: Option<&BTreeMap<IpAddr, Pod>>,
     ) -> BTreeSet<IfIndex> {
         let Some(sources) = sources else {
             self.announced.clear();
@@ -136,19 +177,16 @@ impl Loop<'_> {
         }
         let sources = self.dataplane.pod_sources()?;
         let ours = |pod: &&CniPod| sources.own.contains(&pod.address);
-        if report.pods.iter().find(ours).is_none() {
+        let pods: Vec<CniPod> = report.pods.iter().filter(ours).cloned().collect();
+        if pods.is_empty() {
             return stack("it is in another subnet");
         }
         let known = self.desired.pods.as_ref()?;
-        if all_known(&report.pods, known) {
-            return in_place(&self.dataplane, report, known)
+        if all_known(&pods, known) {
+            return in_place(&self.dataplane, &pods, known)
                 .then(|| Answer::new(Outcome::Carried, ""));
         }
-        let names: BTreeSet<&String> = report
-            .pods
-            .iter()
-            .flat_map(|pod| &pod.host_interfaces)
-            .collect();
+        let names: BTreeSet<&String> = pods.iter().flat_map(|pod| &pod.host_interfaces).collect();
         let mut ports = sources.ports.iter();
         let excluded = ports.find_map(|(index, port)| {
             names
@@ -160,11 +198,11 @@ impl Loop<'_> {
 }
 
 /// Whether the map has the pods as they are to be.
-fn in_place(dataplane: &Dataplane, report: &Report, known: &BTreeMap<Ipv4Addr, Pod>) -> bool {
+fn in_place(dataplane: &Dataplane, pods: &[CniPod], known: &BTreeMap<IpAddr, Pod>) -> bool {
     let Some(bpf) = &dataplane.seen().bpf else {
         return false;
     };
-    report.pods.iter().all(|pod| {
+    pods.iter().all(|pod| {
         let wanted = known.get(&pod.address);
         wanted.is_some() && bpf.pods.get(&pod.address).and_then(Option::as_ref) == wanted
     })

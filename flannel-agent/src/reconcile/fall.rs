@@ -45,18 +45,19 @@ impl Falling {
     }
 
     /// Takes a failed change into account.
-    pub(super) fn note(&mut self, op: &Op, error: &DataplaneError, kind: &DeviceKind) {
+    pub(super) fn note(&mut self, op: &Op, error: &DataplaneError, kind: Option<&DeviceKind>) {
         match error {
             DataplaneError::Netlink(refused)
                 if matches!(op, Op::CreateDevice(_))
-                    && matches!(kind, DeviceKind::Vxlan { .. })
+                    && matches!(kind, Some(DeviceKind::Vxlan { .. }))
                     && refused.errno() == Some(libc::EOPNOTSUPP) =>
             {
                 self.decided = Some(Fall::Device(chain(error)));
             }
             DataplaneError::Bpf(_) | DataplaneError::NoBpf(_)
                 if self.may_fall
-                    && matches!(kind, DeviceKind::Vxlan { .. })
+                    // Without a tunnel it is the kernel's routes that do without.
+                    && !matches!(kind, Some(DeviceKind::Veth { .. }))
                     && !matches!(op, Op::StandIn(_)) =>
             {
                 self.failed = true;

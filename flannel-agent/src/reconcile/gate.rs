@@ -1,7 +1,7 @@
 //! How the gate is to stand, and which pods it serves: what the loop adds to the desired state from the decision and from what it
 //! has learnt.
 
-use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
 use flannel_core::{
     addr::{IfIndex, VtepMac},
@@ -174,7 +174,7 @@ impl Gatekeeper {
     }
 
     /// Forgets the pods behind an interface that is gone, and returns their addresses.
-    pub(crate) fn forget(&mut self, desired: &mut Desired, ifindex: IfIndex) -> Vec<Ipv4Addr> {
+    pub(crate) fn forget(&mut self, desired: &mut Desired, ifindex: IfIndex) -> Vec<IpAddr> {
         let gone = self
             .table
             .as_mut()

@@ -2,11 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
 };
 
 use flannel_core::{
-    plan::{Desired, Settings, Tunnel},
+    plan::{Desired, Direct, Settings, Tunnel},
     pods::Pod,
 };
 use ipnet::IpNet;
@@ -14,10 +14,11 @@ use ipnet::IpNet;
 /// What was desired when a plan was last empty, but for the peers: with thousands of them a plan takes longer than a look.
 #[derive(Debug)]
 pub(super) struct Quiet {
-    tunnel: Tunnel,
+    tunnel: Option<Tunnel>,
+    direct: Option<Direct>,
     own: BTreeSet<IpNet>,
     bpf: Option<Settings>,
-    pods: Option<BTreeMap<Ipv4Addr, Pod>>,
+    pods: Option<BTreeMap<IpAddr, Pod>>,
     /// What that plan found that no change of ours can mend.
     problems: Vec<String>,
 }
@@ -26,6 +27,7 @@ impl Quiet {
     pub(super) fn of(desired: &Desired, problems: Vec<String>) -> Self {
         Self {
             tunnel: desired.tunnel.clone(),
+            direct: desired.direct.clone(),
             own: desired.own.clone(),
             bpf: desired.bpf.clone(),
             pods: desired.pods.clone(),
@@ -41,6 +43,7 @@ impl Quiet {
     /// Whether a plan for the same peers and the same kernel would be the same.
     pub(super) fn suits(&self, desired: &Desired) -> bool {
         self.tunnel == desired.tunnel
+            && self.direct == desired.direct
             && self.own == desired.own
             && self.bpf == desired.bpf
             && self.pods == desired.pods

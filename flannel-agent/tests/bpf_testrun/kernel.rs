@@ -10,8 +10,11 @@ use aya::{
 use flannel_agent::dataplane::bpf::{OBJECT, room};
 use flannel_common::{
     Config, Counter, CounterId, Direction, DropReason, LAYOUT_VERSION, NodeRecord, OuterV4,
-    config_flags, map::helper_flags, node_flags, reason_index,
+    config_flags, node_flags, reason_index,
 };
+use flannel_core::addr::Family;
+
+use crate::lacking::helpers;
 
 /// Our node and its peer.
 pub(crate) const LOCAL: [u8; 4] = [192, 168, 77, 11];
@@ -71,17 +74,10 @@ impl Kernel {
 
     /// The same with another object.
     pub(crate) fn load_object(object: &[u8]) -> Kernel {
-        // Before 5.12 a kernel has not got them, and the verifier refuses their names.
-        let lacking = std::env::var("FLANNEL_TEST_LACKS").unwrap_or_default();
-        let helpers = if lacking.split(',').any(|word| word == "helpers") {
-            0
-        } else {
-            helper_flags::COARSE_CLOCK | helper_flags::CHECK_MTU
-        };
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("nodes", NODES)
             .map_max_entries("subnets", SUBNETS)
-            .override_global("KERNEL_HELPERS", &helpers, true)
+            .override_global("KERNEL_HELPERS", &helpers(), true)
             .load(object)
             .expect("load the object");
         for name in [
@@ -90,6 +86,7 @@ impl Kernel {
             "from_pod",
             "to_pod",
             "from_overlay",
+            "to_link",
         ] {
             program(&mut ebpf, name)
                 .load()
@@ -97,7 +94,7 @@ impl Kernel {
         }
         // Of the object as it is: one whose helpers fail gives no answer.
         let mut whole = Ebpf::load(OBJECT).expect("load the object");
-        let room = room(&mut whole).expect("ask the kernel about header room");
+        let room = room(&mut whole, Family::V4).expect("ask the kernel about header room");
         let mut kernel = Kernel { ebpf, room };
         kernel.put_config(&kernel.config());
         kernel.put_node(1, &peer());

@@ -63,10 +63,6 @@ fn bad_network_configurations_are_refused() {
             network(r#""SubnetMin":"10.244.9.0","SubnetMax":"10.244.8.0""#),
             &["10.244.9.0", "10.244.8.0", "swap"],
         ),
-        (
-            network(r#""EnableIPv6":true,"IPv6Network":"fd00::/48""#),
-            &["EnableIPv6", "false"],
-        ),
         (network(r#""EnableIPv4":false"#), &["EnableIPv4", "true"]),
         (
             network(r#""EnableIPv4":"yes""#),
@@ -83,8 +79,8 @@ fn bad_network_configurations_are_refused() {
         (vxlan(r#","MTU":40"#), &["MTU is 40", "1330"]),
         (vxlan(r#","GBP":1"#), &["GBP", "(1)", "true or false"]),
         (
-            r#"{"Network":"10.244.0.0/16","Backend":{"Type":"wireguard"}}"#.into(),
-            &["wireguard", "vxlan"],
+            r#"{"Network":"10.244.0.0/16","Backend":{"Type":"ipsec"}}"#.into(),
+            &["ipsec", "vxlan"],
         ),
         (
             r#"{"Network":"10.244.0.0/16","Backend":{"Type":"a\nb"}}"#.into(),
@@ -113,7 +109,7 @@ fn bad_network_configurations_are_refused() {
     let endpoints = format!("--etcd-endpoints={}", etcd.endpoint());
     let flags = place.flags();
     let refused = cases.iter().filter(|(_, needles)| {
-        let is_backend = |needle: &&str| ["wireguard", "backend type", "a\\nb"].contains(needle);
+        let is_backend = |needle: &&str| ["ipsec", "backend type", "a\\nb"].contains(needle);
         needles.iter().any(is_backend)
     });
     for (conf, needles) in refused {

@@ -3,7 +3,10 @@
 use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use flannel_agent::leases::{ErrorKind, Outcome, Store};
-use flannel_core::{addr::VtepMac, lease::VxlanData};
+use flannel_core::{
+    addr::{Family, VtepMac},
+    lease::VxlanData,
+};
 use tokio::{task::JoinSet, time::timeout};
 
 use super::{CONFIG_KEY, SUBNETS, config, lease_key};
@@ -22,7 +25,7 @@ async fn keys_values_and_ttl_are_those_of_upstream() {
 
     let mac: VtepMac = "1a:cf:f4:7b:c6:ea".parse().unwrap();
     let mut wanted = with_previous(offer(12, CONF), "10.5.3.0-24");
-    wanted.attrs.v4 = Some(VxlanData { vni: 1, mac });
+    wanted.attrs.v4 = Some(VxlanData { vni: 1, mac }.into());
     assert_eq!(store.own_stored(&wanted.identity).await.unwrap(), None);
     let held = store.acquire(&wanted).await.unwrap();
     assert_eq!(held.outcome, Outcome::Previous);
@@ -61,10 +64,8 @@ async fn dual_stack_keys_and_values_are_those_of_upstream() {
     wanted.attrs.public_ipv6 = Some("fd77::11".parse().unwrap());
     wanted.identity.public_ipv6 = wanted.attrs.public_ipv6;
     let data = |mac: &str| {
-        Some(VxlanData {
-            vni: 1,
-            mac: mac.parse().unwrap(),
-        })
+        let mac = mac.parse().unwrap();
+        Some(VxlanData { vni: 1, mac }.into())
     };
     wanted.attrs.v4 = data("ae:90:b6:ed:0c:2e");
     wanted.attrs.v6 = data("76:53:12:e2:42:3d");
@@ -247,7 +248,7 @@ async fn leases_of_dual_stack_and_of_older_nodes_are_understood() {
     };
     assert_eq!(sorted(keys), sorted(wanted));
     let mac = |name: &str| {
-        let data = snapshot.leases[&key(name)].v4.as_ref();
+        let data = snapshot.leases[&key(name)].vxlan(Family::V4);
         data.map(|data| (data.vni, data.mac.to_string()))
     };
     let has = |vni, mac: &str| Some((vni, mac.to_owned()));

@@ -4,6 +4,7 @@ mod acquire;
 mod conf;
 mod connect;
 mod failover;
+mod families;
 mod keep;
 mod outage;
 

@@ -8,9 +8,9 @@
 
 use std::time::Instant;
 
-use flannel_testkit::services::Flavour;
+use flannel_testkit::{Family, services::Flavour};
 
-use super::{Gate, Mode};
+use super::{Extra, Gate, Mode};
 
 /// A case: its name, and what it does. It says what is wrong.
 pub(crate) type Case = (&'static str, fn(&mut Gate) -> anyhow::Result<()>);
@@ -18,12 +18,32 @@ pub(crate) type Case = (&'static str, fn(&mut Gate) -> anyhow::Result<()>);
 /// Runs all cases in one lab and fails with all that is wrong.
 #[track_caller]
 pub(crate) fn run(mode: Mode, flavour: Flavour, cases: &[Case]) {
+    run_with(mode, flavour, Extra::default(), cases);
+}
+
+/// The same in a lab of another kind.
+#[track_caller]
+pub(crate) fn run_with(mode: Mode, flavour: Flavour, extra: Extra<'_>, cases: &[Case]) {
     if !flannel_testkit::privileged() {
         return;
     }
-    let mut gate = Gate::start(mode, flavour);
+    let mut gate = Gate::with([mode; 3], flavour, extra);
     let failures = run_in(&mut gate, cases);
-    assert!(failures.is_empty(), "{mode:?}, {flavour:?}: {failures:#?}");
+    let lab = (extra.family, extra.routed_by.unwrap_or("a tunnel"));
+    assert!(
+        failures.is_empty(),
+        "{mode:?}, {flavour:?}, {lab:?}: {failures:#?}"
+    );
+}
+
+/// The same over IPv6.
+#[track_caller]
+pub(crate) fn run_over_ipv6(mode: Mode, flavour: Flavour, cases: &[Case]) {
+    let extra = Extra {
+        family: Family::V6,
+        ..Extra::default()
+    };
+    run_with(mode, flavour, extra, cases);
 }
 
 /// Runs all cases in a lab and gives all that is wrong.
@@ -83,4 +103,20 @@ macro_rules! in_all_modes {
     };
 }
 
-pub(crate) use in_all_modes;
+/// Over IPv6 a test of each mode in which the gate is open, one for each kind of rules: what the other combinations differ in has no
+/// family.
+macro_rules! over_ipv6 {
+    ($cases:expr) => {
+        #[test]
+        fn established_with_nftables_over_ipv6() {
+            gate_rig::cases::run_over_ipv6(Mode::Established, Flavour::Nftables, $cases);
+        }
+
+        #[test]
+        fn syn_with_iptables_over_ipv6() {
+            gate_rig::cases::run_over_ipv6(Mode::Syn, Flavour::Iptables, $cases);
+        }
+    };
+}
+
+pub(crate) use {in_all_modes, over_ipv6};

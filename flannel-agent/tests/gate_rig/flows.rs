@@ -110,12 +110,7 @@ impl Gate {
     pub(crate) fn set_lease(&self, lease: Duration) {
         let lease = u64::try_from(lease.as_nanos()).expect("a lease");
         for node in 0..self.modes.len() {
-            let mut config = self.rig.config_bytes(node);
-            config[LEASE_AT..LEASE_AT + 8].copy_from_slice(&lease.to_ne_bytes());
-            self.rig.map_write(node, "config", 0, &config);
+            self.write_config(node, self.layout().lease, &lease.to_ne_bytes());
         }
     }
 }
-
-/// Offset of the lease in the map `config`.
-const LEASE_AT: usize = std::mem::offset_of!(flannel_common::Config, lease);

@@ -6,30 +6,36 @@
 //! | 1 | `B`, `B2` | the remote backend and its neighbour |
 //! | 2 | `C` | a third node with a backend of its own |
 //!
-//! All pods have hairpin mode on; a host outside the cluster is on the underlay.
+//! All pods have hairpin mode on; a host outside the cluster is on the underlay. Everything is of one family, IPv4 unless said otherwise.
 
 #![allow(dead_code, reason = "every test binary uses a part of it")]
 
 pub(crate) mod cases;
+mod cast;
 pub(crate) mod flows;
 
 use std::{
     collections::BTreeMap,
-    net::{Ipv4Addr, SocketAddrV4},
+    mem::offset_of,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
 
-use flannel_common::{counter::CounterId, flow::mode};
+use flannel_common::{Config, counter::CounterId, map::ConfigV6};
 use flannel_testkit::{
-    LabOptions, Netns, Node, Pod, eventually,
+    Family, LabOptions, Netns, Node, Pod, Prefix, eventually,
     services::{Flavour, HostPort, Policy, Service, Services, Transport},
     traffic::{TcpPair, TcpServer, UdpEnd},
 };
 
-use crate::rig::{NET_CONF, PATIENCE, Rig, list, per_cpu};
+pub(crate) use cast::{Mode, Vip, Who};
+
+use crate::rig::{PATIENCE, Rig, list, net_conf, per_cpu};
 
 /// Number of nodes.
 const NODES: u8 = 3;
+/// Number of the host outside.
+const OUTSIDE: u8 = 200;
 /// The port at which backends listen.
 pub(crate) const BACKEND: u16 = 8080;
 /// The port at which backends listen for datagrams.
@@ -43,104 +49,12 @@ pub(crate) const NODE_PORT: u16 = 30_080;
 /// A port of every node, only a backend of the node answers.
 pub(crate) const LOCAL_NODE_PORT: u16 = 30_081;
 
-/// A rung of the fast path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Mode {
-    Off,
-    Established,
-    Syn,
-    /// As the agent decides, which is [`Mode::Established`] unless something on the node speaks against it.
-    Auto,
-}
-
-impl Mode {
-    /// Those that do not depend on the node.
-    pub(crate) const ALL: [Mode; 3] = [Mode::Off, Mode::Established, Mode::Syn];
-
-    pub(crate) fn flag(self) -> &'static str {
-        match self {
-            Mode::Off => "--bpf-fast-path=off",
-            Mode::Established => "--bpf-fast-path=established",
-            Mode::Syn => "--bpf-fast-path=syn",
-            Mode::Auto => "--bpf-fast-path=auto",
-        }
-    }
-
-    fn raw(self) -> u32 {
-        match self {
-            Mode::Off => mode::OFF,
-            Mode::Established | Mode::Auto => mode::ESTABLISHED,
-            Mode::Syn => mode::SYN,
-        }
-    }
-}
-
-/// A pod of the rig.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Who {
-    A,
-    A2,
-    B,
-    B2,
-    C,
-}
-
-impl Who {
-    pub(crate) const ALL: [Who; 5] = [Who::A, Who::A2, Who::B, Who::B2, Who::C];
-
-    pub(crate) fn node(self) -> usize {
-        match self {
-            Who::A | Who::A2 => 0,
-            Who::B | Who::B2 => 1,
-            Who::C => 2,
-        }
-    }
-}
-
-/// The services, each with its own cluster address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Vip {
-    /// Backed by `B`.
-    Remote,
-    /// Backed by `A2`.
-    Local,
-    /// Backed by `A`.
-    Own,
-    /// Backed by `A2`, `B` and `C`.
-    Random,
-    /// UDP, backed by `B` and `C`.
-    Dns,
-    /// UDP, backed by `B`.
-    RemoteUdp,
-    /// With [`NODE_PORT`], backed by `B`.
-    NodePort,
-    /// With [`LOCAL_NODE_PORT`], backed by `B`.
-    LocalNodePort,
-    /// With session affinity, backed by `A2`, `B` and `C`.
-    Sticky,
-}
-
-impl Vip {
-    pub(crate) fn address(self) -> SocketAddrV4 {
-        let (host, port) = match self {
-            Vip::Remote => (10, 80),
-            Vip::Local => (11, 80),
-            Vip::Own => (12, 80),
-            Vip::Random => (13, 80),
-            Vip::Dns => (14, 53),
-            Vip::RemoteUdp => (15, 53),
-            Vip::NodePort => (16, 80),
-            Vip::LocalNodePort => (17, 80),
-            Vip::Sticky => (18, 80),
-        };
-        SocketAddrV4::new(Ipv4Addr::new(10, 96, 0, host), port)
-    }
-}
-
 /// Packets by what became of them, see [`CounterId`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Fast {
+    /// To other nodes, in the tunnel or without.
     pub(crate) encap: u64,
+    /// From other nodes, likewise.
     pub(crate) decap: u64,
     pub(crate) local: u64,
     pub(crate) tagged: u64,
@@ -164,6 +78,9 @@ pub(crate) struct Extra<'a> {
     /// Instead of the MTU of the subnet file.
     pub(crate) pod_mtu: Option<u32>,
     pub(crate) lab: LabOptions,
+    pub(crate) family: Family,
+    /// Nodes are routed to instead of tunnelled, by this network configuration's backend (`Backend`, as JSON).
+    pub(crate) routed_by: Option<&'a str>,
     /// What every node gets before its agent.
     pub(crate) prepare: Option<&'a dyn Fn(&Node)>,
 }
@@ -191,23 +108,31 @@ impl Gate {
     }
 
     pub(crate) fn with(modes: [Mode; NODES as usize], flavour: Flavour, extra: Extra<'_>) -> Gate {
+        let family = extra.family;
         let options = LabOptions {
             nodes: NODES,
+            families: family.into(),
             ..extra.lab
         };
-        let mut rig = Rig::with(options, NET_CONF);
-        let outside = rig.lab().host("outside", 200).expect("a host outside");
+        let vxlan = r#"{"Type":"vxlan"}"#;
+        let backend = extra.routed_by.unwrap_or(vxlan);
+        let mut rig = Rig::with(options, &net_conf(family.into()).replace(vxlan, backend));
+        let outside = rig.lab().host("outside", OUTSIDE).expect("a host outside");
         let all: Vec<Who> = Who::ALL.to_vec();
-        let address = |who: Who, port: u16| -> SocketAddrV4 {
-            let subnet = rig.node(who.node()).subnet;
+        let address = |who: Who, port: u16| -> SocketAddr {
+            let subnet = rig.node(who.node()).subnet_of(family);
             let number = if matches!(who, Who::A2 | Who::B2) {
                 3
             } else {
                 2
             };
-            SocketAddrV4::new(subnet.host(number), port)
+            SocketAddr::new(subnet.host(number), port)
         };
-        let services = services(address);
+        let services = services(family, address);
+        let network = match family {
+            Family::V4 => options.network.into(),
+            Family::V6 => options.network_v6,
+        };
         let host_port = HostPort {
             transport: Transport::Tcp,
             port: HOST_PORT,
@@ -224,7 +149,7 @@ impl Gate {
                 } else {
                     &[]
                 };
-                Services::install(node, flavour, options.network, &services, host_ports)
+                Services::install(node, flavour, network, &services, host_ports)
                     .expect("the rules of kube-proxy")
             })
             .collect();
@@ -247,7 +172,11 @@ impl Gate {
             pod.set_hairpin(true).expect("hairpin mode");
             pods.insert(who, pod);
         }
-        rig.wait_converged();
+        if extra.routed_by.is_some() {
+            rig.wait_routed();
+        } else {
+            rig.wait_converged();
+        }
         let gate = Gate {
             services: installed,
             pods,
@@ -277,8 +206,31 @@ impl Gate {
         &self.pods[&who].ns
     }
 
-    pub(crate) fn ip(&self, who: Who) -> Ipv4Addr {
-        self.pods[&who].ip
+    pub(crate) fn family(&self) -> Family {
+        self.rig.family()
+    }
+
+    pub(crate) fn ip(&self, who: Who) -> IpAddr {
+        self.pods[&who].address(self.family())
+    }
+
+    /// Address and port of a Service.
+    pub(crate) fn vip(&self, vip: Vip) -> SocketAddr {
+        vip.address(self.family())
+    }
+
+    /// The address of the host outside.
+    pub(crate) fn outside_ip(&self) -> IpAddr {
+        match self.family() {
+            Family::V4 => Ipv4Addr::new(192, 168, 77, OUTSIDE).into(),
+            // The digits are the same.
+            Family::V6 => Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 0x200).into(),
+        }
+    }
+
+    /// MTU of pods on an underlay with the usual one.
+    pub(crate) fn pod_mtu(&self) -> u32 {
+        1500 - self.family().overhead()
     }
 
     /// Makes another pod the one of this name.
@@ -286,9 +238,19 @@ impl Gate {
         self.pods.insert(who, pod);
     }
 
+    /// The subnet of a node's pods.
+    pub(crate) fn subnet(&self, node: usize) -> Prefix {
+        self.rig.node(node).subnet_of(self.family())
+    }
+
     /// The address of node `node`'s tunnel device.
-    pub(crate) fn tunnel_ip(&self, node: usize) -> Ipv4Addr {
-        self.rig.node(node).subnet.host(0)
+    pub(crate) fn tunnel_ip(&self, node: usize) -> IpAddr {
+        self.subnet(node).host(0)
+    }
+
+    /// The address of node `node` on the underlay.
+    pub(crate) fn node_ip(&self, node: usize) -> IpAddr {
+        self.rig.node(node).address(self.family())
     }
 
     /// Listens at [`BACKEND`].
@@ -310,7 +272,7 @@ impl Gate {
     /// A socket that takes datagrams for any address of the pod, groups and broadcasts among them.
     #[track_caller]
     pub(crate) fn udp_anywhere(&self, who: Who, port: u16) -> UdpEnd {
-        UdpEnd::bind(self.ns(who), Ipv4Addr::UNSPECIFIED, port).expect("bind")
+        UdpEnd::bind(self.ns(who), self.family().unspecified(), port).expect("bind")
     }
 
     /// Connects pod to pod.
@@ -323,7 +285,7 @@ impl Gate {
     pub(crate) fn connect_to(
         &self,
         from: Who,
-        target: SocketAddrV4,
+        target: SocketAddr,
         servers: &[&TcpServer],
     ) -> TcpPair {
         TcpPair::connect(self.ns(from), target, servers)
@@ -336,8 +298,8 @@ impl Gate {
         let dump = self.rig.map_dump(node, "counters");
         let packets = |id: CounterId| per_cpu(&dump[id as usize]);
         Fast {
-            encap: packets(CounterId::FastEncap),
-            decap: packets(CounterId::FastDecap),
+            encap: packets(CounterId::FastEncap) + packets(CounterId::FastRoutedOut),
+            decap: packets(CounterId::FastDecap) + packets(CounterId::FastRoutedIn),
             local: packets(CounterId::FastLocal),
             tagged: packets(CounterId::GateTagged),
             confirmed: packets(CounterId::GateConfirmed),
@@ -383,7 +345,9 @@ impl Gate {
             let missing: Vec<&Pod> = self
                 .pods
                 .iter()
-                .filter(|(who, pod)| who.node() == node && !known.contains(&pod.ip))
+                .filter(|(who, pod)| {
+                    who.node() == node && !known.contains(&pod.address(self.family()))
+                })
                 .map(|(_, pod)| pod)
                 .collect();
             if missing.is_empty() {
@@ -396,7 +360,7 @@ impl Gate {
 
     /// Whether the maps of a node say this mode; else which one they say.
     pub(crate) fn has_mode(&self, node: usize, mode: Mode) -> Result<(), String> {
-        match u32_at(&self.rig.config_bytes(node), MODE_AT) {
+        match u32_at(&self.rig.config_bytes(node), self.layout().mode) {
             raw if raw == mode.raw() => Ok(()),
             raw => Err(format!("the mode is {raw}")),
         }
@@ -404,13 +368,16 @@ impl Gate {
 
     /// The addresses in the map `pods`.
     #[track_caller]
-    pub(crate) fn known_pods(&self, node: usize) -> Vec<Ipv4Addr> {
+    pub(crate) fn known_pods(&self, node: usize) -> Vec<IpAddr> {
         let dump = self.rig.map_dump(node, "pods");
         list(&dump)
             .iter()
             .filter_map(|entry| {
                 let key = flows::hex_bytes(&entry["key"]);
-                Some(Ipv4Addr::from(<[u8; 4]>::try_from(key).ok()?))
+                match self.family() {
+                    Family::V4 => Some(<[u8; 4]>::try_from(key).ok()?.into()),
+                    Family::V6 => Some(<[u8; 16]>::try_from(key).ok()?.into()),
+                }
             })
             .collect()
     }
@@ -428,18 +395,38 @@ impl Gate {
     /// Writes another mode into the maps of a node, whose agent must not run: it would put it right.
     #[track_caller]
     pub(crate) fn force_mode(&self, node: usize, raw: u32) {
-        let mut config = self.rig.config_bytes(node);
-        config[MODE_AT..MODE_AT + 4].copy_from_slice(&raw.to_ne_bytes());
-        self.rig.map_write(node, "config", 0, &config);
+        self.write_config(node, self.layout().mode, &raw.to_ne_bytes());
     }
 
     /// Makes every entry of `flows` of a node count for nothing. Its agent must not run.
     #[track_caller]
     pub(crate) fn bump_epoch(&self, node: usize) {
+        let at = self.layout().epoch;
+        let epoch = u32_at(&self.rig.config_bytes(node), at).wrapping_add(1);
+        self.write_config(node, at, &epoch.to_ne_bytes());
+    }
+
+    /// Writes a part of the map `config`.
+    #[track_caller]
+    fn write_config(&self, node: usize, at: usize, value: &[u8]) {
         let mut config = self.rig.config_bytes(node);
-        let epoch = u32_at(&config, EPOCH_AT).wrapping_add(1);
-        config[EPOCH_AT..EPOCH_AT + 4].copy_from_slice(&epoch.to_ne_bytes());
+        config[at..at + value.len()].copy_from_slice(value);
         self.rig.map_write(node, "config", 0, &config);
+    }
+
+    fn layout(&self) -> ConfigLayout {
+        match self.family() {
+            Family::V4 => ConfigLayout {
+                mode: offset_of!(Config, mode),
+                epoch: offset_of!(Config, epoch),
+                lease: offset_of!(Config, lease),
+            },
+            Family::V6 => ConfigLayout {
+                mode: offset_of!(ConfigV6, mode),
+                epoch: offset_of!(ConfigV6, epoch),
+                lease: offset_of!(ConfigV6, lease),
+            },
+        }
     }
 
     /// Deletes every entry of a hash map.
@@ -450,10 +437,13 @@ impl Gate {
     }
 }
 
-/// Offset of the mode in the map `config`.
-const MODE_AT: usize = std::mem::offset_of!(flannel_common::Config, mode);
-/// Offset of the epoch in the map `config`.
-const EPOCH_AT: usize = std::mem::offset_of!(flannel_common::Config, epoch);
+/// Offsets in the map `config`.
+struct ConfigLayout {
+    mode: usize,
+    epoch: usize,
+    lease: usize,
+}
+
 /// The lease that the agent sets unless told otherwise.
 pub(crate) const LEASE: Duration = Duration::from_secs(5);
 
@@ -468,15 +458,14 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes(bytes)
 }
 
-fn services(address: impl Fn(Who, u16) -> SocketAddrV4) -> Vec<Service> {
+fn services(family: Family, address: impl Fn(Who, u16) -> SocketAddr) -> Vec<Service> {
     let tcp = |name: &str, vip: Vip, backends: &[Who]| {
-        let backends: Vec<SocketAddrV4> =
-            backends.iter().map(|who| address(*who, BACKEND)).collect();
-        Service::tcp(name, vip.address(), &backends)
+        let backends: Vec<SocketAddr> = backends.iter().map(|who| address(*who, BACKEND)).collect();
+        Service::tcp(name, vip.address(family), &backends)
     };
     let udp = |name: &str, vip: Vip, backends: &[Who]| {
-        let backends: Vec<SocketAddrV4> = backends.iter().map(|who| address(*who, DNS)).collect();
-        Service::udp(name, vip.address(), &backends)
+        let backends: Vec<SocketAddr> = backends.iter().map(|who| address(*who, DNS)).collect();
+        Service::udp(name, vip.address(family), &backends)
     };
     vec![
         tcp("remote", Vip::Remote, &[Who::B]),

@@ -2,7 +2,7 @@
 
 use std::{
     io::Write,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -11,8 +11,9 @@ use flannel_agent::leases::{Held, Offer, Snapshot, Store, StoreConfig, View};
 use flannel_core::{
     acquire::Identity,
     addr::VtepMac,
-    config::NetConf,
-    lease::{LeaseAttrs, SubnetKey},
+    config::{BackendKind, NetConf},
+    key::PublicKey,
+    lease::{LeaseAttrs, SubnetKey, VxlanData, WireguardData},
 };
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -43,6 +44,70 @@ pub(crate) fn offer(node: u8, conf: &str) -> Offer {
         attrs,
         previous: None,
     }
+}
+
+/// A network of both families.
+pub(crate) fn dual_conf(kind: BackendKind) -> String {
+    format!(
+        r#"{{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd05::/48","Backend":{{"Type":"{kind}"}}}}"#
+    )
+}
+
+/// A network of IPv6 alone.
+pub(crate) fn v6_conf(kind: BackendKind) -> String {
+    format!(
+        r#"{{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd05::/48","Backend":{{"Type":"{kind}"}}}}"#
+    )
+}
+
+/// What node `node` of both families asks for: as [`attrs`], and fd77::`node`.
+pub(crate) fn dual(node: u8, kind: BackendKind) -> Offer {
+    let data = |family: u8| match kind {
+        BackendKind::Vxlan => {
+            let mac = VtepMac::new([0x0a, 0, 0, 0, family, node]);
+            Some(VxlanData { vni: 1, mac }.into())
+        }
+        BackendKind::Wireguard => Some(
+            WireguardData {
+                public_key: PublicKey::new([node; 32]),
+                port: 51_820 + u16::from(family),
+            }
+            .into(),
+        ),
+        BackendKind::HostGw | BackendKind::Alloc => None,
+    };
+    let public_ipv6: Ipv6Addr = format!("fd77::{node:x}").parse().expect("address");
+    let attrs = LeaseAttrs {
+        public_ip: Some(Ipv4Addr::new(192, 168, 77, node)),
+        // Upstream's alloc publishes none.
+        public_ipv6: (kind != BackendKind::Alloc).then_some(public_ipv6),
+        backend_type: kind.lease_type().to_owned(),
+        v4: data(0),
+        v6: data(1),
+    };
+    Offer {
+        conf: NetConf::parse(&dual_conf(kind)).expect("network configuration"),
+        identity: Identity {
+            public_ip: attrs.public_ip,
+            public_ipv6: Some(public_ipv6),
+        },
+        attrs,
+        previous: None,
+    }
+}
+
+/// What node `node` of IPv6 alone asks for.
+pub(crate) fn v6_only(node: u8, kind: BackendKind) -> Offer {
+    let mut offer = dual(node, kind);
+    offer.conf = NetConf::parse(&v6_conf(kind)).expect("network configuration");
+    offer.identity.public_ip = None;
+    offer.attrs = LeaseAttrs {
+        public_ip: None,
+        public_ipv6: offer.identity.public_ipv6,
+        v4: None,
+        ..offer.attrs
+    };
+    offer
 }
 
 /// The offer of a node that held `subnet` before its restart.

@@ -3,7 +3,10 @@
 use std::{fs, net::Ipv4Addr, path::PathBuf, time::Duration};
 
 use flannel_agent::leases::{KubeOptions, Offer, StoreConfig};
-use flannel_core::config::NetConf;
+use flannel_core::{
+    addr::Family,
+    config::{BackendKind, NetConf},
+};
 use flannel_testkit::apiserver::{ApiServer, Asked, Kind, Rule, service_account, upstream_rules};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -60,7 +63,7 @@ impl Cluster {
     /// Makes a node look as one with flannel.
     pub(crate) fn peer(&self, name: &str, host: u8) {
         let attrs = attrs(host);
-        let mac = attrs.v4.expect("vxlan data").mac;
+        let mac = attrs.vxlan(Family::V4).expect("vxlan data").mac;
         let data = format!(r#"{{"VNI":1,"VtepMAC":"{mac}"}}"#);
         let ip = format!("192.168.77.{host}");
         let fields = [
@@ -129,6 +132,15 @@ pub(crate) fn store(options: KubeOptions) -> StoreConfig {
 
 pub(crate) fn offer(node: u8) -> Offer {
     with_conf(node, CONF)
+}
+
+/// What a node of both families asks for.
+pub(crate) fn dual(node: u8, kind: BackendKind) -> Offer {
+    let conf = lease_rig::dual_conf(kind);
+    Offer {
+        conf: NetConf::parse_assigned(&conf).expect("network configuration"),
+        ..lease_rig::dual(node, kind)
+    }
 }
 
 pub(crate) fn with_conf(node: u8, conf: &str) -> Offer {

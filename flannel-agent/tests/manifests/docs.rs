@@ -26,6 +26,9 @@ const FOREIGN: [(&str, &[&str]); 12] = [
         "cargo xtask",
         &[
             "arch",
+            "backend",
+            "direct-routing",
+            "family",
             "flanneld",
             "guard",
             "json",

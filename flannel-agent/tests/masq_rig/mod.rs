@@ -49,6 +49,7 @@ pub(crate) fn wanted() -> Wanted {
         resync: RESYNC,
         v4: Some(nets("10.5.0.0/16", "10.5.6.0/24")),
         v6: Some(nets("fd05::/48", "fd05:0:0:13::/64")),
+        given_up: None,
     }
 }
 

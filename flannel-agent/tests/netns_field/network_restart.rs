@@ -1,6 +1,6 @@
 //! Somebody sets the node's network up anew while traffic flows.
 
-use std::{net::SocketAddrV4, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use flannel_testkit::{
     LabOptions, eventually,
@@ -136,8 +136,8 @@ fn masquerade_outlives_the_restart_of_a_container_engine() {
         }
         rig.start_all(&["--ip-masq"]);
         let outside = rig.lab().host("outside", 200).expect("a host outside");
-        let server = TcpServer::listen(&outside, [192, 168, 77, 200].into(), PORT).unwrap();
-        let seen = |rig: &Rig| -> anyhow::Result<SocketAddrV4> {
+        let server = TcpServer::listen(&outside, [192, 168, 77, 200], PORT).unwrap();
+        let seen = |rig: &Rig| -> anyhow::Result<SocketAddr> {
             let within = Duration::from_secs(1);
             let pair =
                 TcpPair::connect_within(within, &rig.pod(0).ns, 0, server.address, &[&server])?;
@@ -145,7 +145,7 @@ fn masquerade_outlives_the_restart_of_a_container_engine() {
         };
         let masqueraded = |rig: &Rig| {
             let seen = seen(rig).map_err(|error| format!("{error:#}"))?;
-            (*seen.ip() == rig.node(0).ip)
+            (seen.ip() == rig.node(0).ip)
                 .then_some(())
                 .ok_or(format!("seen as {seen}"))
         };

@@ -1,7 +1,7 @@
 //! Connections through Services with masquerade: where an outer or inner checksum is wrong the first packet of each is lost again
 //! and again, and the connection comes about after 63 seconds, or never.
 
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 
 use flannel_testkit::{
     LabOptions, Netns, Offloads, conntrack, privileged,
@@ -19,7 +19,7 @@ const TIMES: usize = 5;
 
 /// Connects at the first attempt, and gives the connection when data has passed in both directions.
 #[track_caller]
-fn at_once(what: &str, from: &Netns, to: SocketAddrV4, server: &TcpServer) -> TcpPair {
+fn at_once(what: &str, from: &Netns, to: SocketAddr, server: &TcpServer) -> TcpPair {
     let mut pair =
         TcpPair::connect(from, to, &[server]).unwrap_or_else(|error| panic!("{what}: {error:#}"));
     // That of the handshake, which has taken all of a second if there was one.
@@ -36,13 +36,13 @@ fn at_once(what: &str, from: &Netns, to: SocketAddrV4, server: &TcpServer) -> Tc
 #[track_caller]
 fn masqueraded_once(what: &str, gate: &Gate, pair: &TcpPair) {
     let entries = |node: usize| {
-        let entries = conntrack::list(gate.rig.ns(node)).expect("conntrack");
+        let entries = conntrack::list_of(gate.rig.ns(node), gate.family()).expect("conntrack");
         entries
             .into_iter()
             .filter(|entry| entry.protocol == "tcp" && entry.touches(pair.seen))
             .collect::<Vec<_>>()
     };
-    assert_eq!(*pair.seen.ip(), gate.tunnel_ip(0), "{what}");
+    assert_eq!(pair.seen.ip(), gate.tunnel_ip(0), "{what}");
     let there = entries(1);
     // Admitted by its first packet it is none of the stack's business there.
     let bypassed = gate.modes[1] == Mode::Syn && there.is_empty();
@@ -69,17 +69,17 @@ fn no_stall(offloads: Offloads, mode: Mode, flags: &[&str], flavour: Flavour) {
     };
     let gate = Gate::with([mode; 3], flavour, extra);
     let server = gate.serve(B);
-    let node_port = SocketAddrV4::new(gate.rig.node(0).ip, NODE_PORT);
+    let node_port = SocketAddr::new(gate.node_ip(0), NODE_PORT);
     for round in 0..TIMES {
         let what =
             |case: &str| format!("{offloads:?} {mode:?} {flags:?} {flavour:?} {round} {case}");
         let case = what("pod to cluster IP");
-        let pair = at_once(&case, gate.ns(A), Vip::Remote.address(), &server);
-        assert_eq!(*pair.seen.ip(), gate.ip(A), "{case}: masqueraded");
+        let pair = at_once(&case, gate.ns(A), gate.vip(Vip::Remote), &server);
+        assert_eq!(pair.seen.ip(), gate.ip(A), "{case}: masqueraded");
         pair.close().expect("close");
         // Those whose source must change, because the way back would be another: where upstream's stalls were.
         for (case, from, to) in [
-            ("node to cluster IP", gate.rig.ns(0), Vip::Remote.address()),
+            ("node to cluster IP", gate.rig.ns(0), gate.vip(Vip::Remote)),
             ("outside to node port", &gate.outside, node_port),
             ("pod elsewhere to node port", gate.ns(C), node_port),
         ] {

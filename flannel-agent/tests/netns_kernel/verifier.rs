@@ -9,14 +9,11 @@ use std::{
 
 use aya::maps::MapData;
 use aya_obj::{Map, Object, ProgramSection};
-use flannel_common::map::helper_flags;
+use flannel_agent::dataplane::bpf::{OBJECT, OBJECT_V6};
 use flannel_testkit::privileged;
 use nix::libc;
 
-use crate::{keep, lacks, raise_memlock};
-
-/// The object that the agent embeds.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FLANNEL_EBPF_OBJECT"));
+use crate::{keep, lacking::helpers, raise_memlock};
 
 /// `BPF_MAP_UPDATE_ELEM`, `BPF_PROG_LOAD` and `BPF_MAP_FREEZE`, and what is loaded, in `include/uapi/linux/bpf.h`.
 const MAP_UPDATE: libc::c_long = 2;
@@ -60,14 +57,15 @@ fn the_verifier_takes_every_program_and_says_what_it_saw() {
         return;
     }
     raise_memlock();
-    let mut object = Object::parse(OBJECT).expect("the object");
-    // As the agent sets it.
-    let helpers = if lacks("helpers") {
-        0
-    } else {
-        helper_flags::COARSE_CLOCK | helper_flags::CHECK_MTU
-    };
-    let helpers = helpers.to_ne_bytes();
+    for (object, prefix) in [(OBJECT, ""), (OBJECT_V6, "v6_")] {
+        load_all(object, prefix);
+    }
+}
+
+/// Loads the programs of an object, without the flags of which old kernels know nothing. What is kept of them begins with `prefix`.
+fn load_all(object: &[u8], prefix: &str) {
+    let mut object = Object::parse(object).expect("the object");
+    let helpers = helpers().to_ne_bytes();
     let globals = HashMap::from([("KERNEL_HELPERS", (&helpers[..], true))]);
     object.patch_map_data(globals).expect("a global");
     let maps: Vec<(String, Map, MapData)> = object
@@ -119,12 +117,13 @@ fn the_verifier_takes_every_program_and_says_what_it_saw() {
         let outcome = prog_load(&load);
         let length = log.iter().position(|byte| *byte == 0).unwrap_or(0);
         let said = String::from_utf8_lossy(&log[..length]).into_owned();
-        keep(&format!("verifier/{name}.log"), &said);
+        keep(&format!("verifier/{prefix}{name}.log"), &said);
         let end: Vec<&str> = said.lines().rev().take(5).collect();
-        outcome.unwrap_or_else(|error| panic!("load {name}: {error}: {end:?}"));
-        let seen = processed(&said).unwrap_or_else(|| panic!("no account of {name}: {end:?}"));
+        outcome.unwrap_or_else(|error| panic!("load {prefix}{name}: {error}: {end:?}"));
+        let seen =
+            processed(&said).unwrap_or_else(|| panic!("no account of {prefix}{name}: {end:?}"));
         assert!(seen >= code.len() as u64 / 2, "{seen} of {}", code.len());
-        keep("facts", &format!("insns_{name} {seen}\n"));
+        keep("facts", &format!("insns_{prefix}{name} {seen}\n"));
     }
 }
 

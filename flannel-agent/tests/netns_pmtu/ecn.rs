@@ -1,10 +1,13 @@
 //! Congestion marks through the tunnel (RFC 6040), beside the kernel's device.
 
-use std::time::Duration;
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
 use flannel_testkit::{
     Capture, Direction, RawSocket,
-    packet::{Csum, Inner, Vxlan},
+    packet::{Address, Header as _, Inner, Vxlan},
     privileged, traffic,
 };
 
@@ -19,8 +22,9 @@ const DSCP: u8 = 0xb8;
 type Marks = (u8, u8, Option<u8>);
 
 /// A packet of each ECN codepoint from pod to pod. Gives the marks, and the last frame as it was on the wire.
-fn through(rig: &Rig) -> (Vec<Marks>, Vxlan) {
+fn through<A: Address>(rig: &Rig) -> (Vec<Marks>, Vxlan<A>) {
     let (from, to) = (rig.pod(0), rig.pod(1));
+    let (source, destination) = (A::of(from), A::of(to));
     let gateway = flannel_testkit::json::link(rig.ns(0), "cni0").expect("cni0")["address"]
         .as_str()
         .expect("a MAC address")
@@ -41,64 +45,65 @@ fn through(rig: &Rig) -> (Vec<Marks>, Vxlan) {
         )
         .expect("a capture");
         let arrival = Capture::start(&to.ns, "eth0", "udp").expect("a capture");
-        let mut frame = Inner::udp(from.ip, to.ip, PORT, b"marked").with_macs(from.mac, gateway);
-        frame.ip.tos = DSCP | ecn;
+        let frame = Inner::udp(source, destination, PORT, b"marked");
+        let mut frame = frame.with_macs(from.mac, gateway);
+        frame.ip.set_tos(DSCP | ecn);
         let socket = RawSocket::open(&from.ns, "eth0").expect("a socket");
         socket.send(&frame.bytes()).expect("send");
-        traffic::ping_once(&from.ns, to.ip, Duration::from_secs(2)).expect("a ping");
+        traffic::ping_once(&from.ns, destination, Duration::from_secs(2)).expect("a ping");
         let sent: Vec<_> = wire
             .stop()
             .expect("the wire")
-            .vxlan()
+            .vxlan_of::<A>()
             .into_iter()
             .filter(|frame| {
                 frame
                     .parse_inner()
-                    .is_ok_and(|inner| inner.ip.tos & !3 == DSCP && inner.ip.src == from.ip)
+                    .is_ok_and(|inner| inner.ip.tos() & !3 == DSCP && inner.ip.source() == source)
             })
-            .filter(is_marked)
+            .filter(is_marked::<A>)
             .collect();
         assert_eq!(sent.len(), 1, "{sent:?}");
-        assert_eq!(sent[0].ip.tos & !3, 0, "the DSCP got out");
-        assert_eq!(sent[0].ip.csum, Csum::Right);
-        let arrived = tos_of_arrivals(&arrival.stop().expect("the arrival").packets);
+        assert_eq!(sent[0].ip.tos() & !3, 0, "the DSCP got out");
+        assert!(sent[0].ip.is_summed());
+        let arrived = tos_of_arrivals::<A>(&arrival.stop().expect("the arrival").packets);
         assert_eq!(arrived.len(), 1, "{arrived:?}");
         assert_eq!(arrived[0] & !3, DSCP);
-        marks.push((ecn, sent[0].ip.tos, Some(arrived[0] & 3)));
+        marks.push((ecn, sent[0].ip.tos(), Some(arrived[0] & 3)));
         last = sent.into_iter().next();
     }
     (marks, last.expect("a frame"))
 }
 
-fn is_marked(frame: &Vxlan) -> bool {
+fn is_marked<A: Address>(frame: &Vxlan<A>) -> bool {
     frame.inner.ends_with(b"marked")
 }
 
-fn tos_of_arrivals(packets: &[flannel_testkit::Packet]) -> Vec<u8> {
+fn tos_of_arrivals<A: Address>(packets: &[flannel_testkit::Packet]) -> Vec<u8> {
     packets
         .iter()
-        .filter_map(|packet| Inner::parse(&packet.data).ok())
-        .inspect(|inner| assert_eq!(inner.ip.csum, Csum::Right, "{inner:?}"))
-        .map(|inner| inner.ip.tos)
+        .filter_map(|packet| Inner::<A>::read(&packet.data).ok())
+        .inspect(|inner| assert!(inner.ip.is_summed(), "{inner:?}"))
+        .map(|inner| inner.ip.tos())
         .collect()
 }
 
 /// Frames with every pair of marks, as routers on the way may leave them, given to node 1: what its pod gets.
-fn from_the_wire(rig: &Rig, frame: &Vxlan) -> Vec<Marks> {
+fn from_the_wire<A: Address>(rig: &Rig, frame: &Vxlan<A>) -> Vec<Marks> {
     let to = rig.pod(1);
     let socket = RawSocket::open(rig.lab().underlay(), &rig.node(1).port).expect("a socket");
     let mut marks = Vec::new();
     for inner_ecn in 0..4 {
         for outer_ecn in 0..4 {
             let mut inner = frame.parse_inner().expect("an inner frame");
-            inner.ip.tos = DSCP | inner_ecn;
+            inner.ip.set_tos(DSCP | inner_ecn);
             let mut frame = frame.clone();
-            frame.ip.tos = outer_ecn;
+            frame.ip.set_tos(outer_ecn);
             frame.inner = inner.bytes();
             let arrival = Capture::start(&to.ns, "eth0", "udp").expect("a capture");
             socket.send(&frame.bytes()).expect("send");
             rig.ping(0, 1).expect("a ping");
-            let arrived = tos_of_arrivals(&arrival.stop().expect("the arrival").packets);
+            let arrived = tos_of_arrivals::<A>(&arrival.stop().expect("the arrival").packets);
             assert!(arrived.len() <= 1, "{arrived:?}");
             marks.push((inner_ecn, outer_ecn, arrived.first().map(|tos| tos & 3)));
         }
@@ -108,14 +113,23 @@ fn from_the_wire(rig: &Rig, frame: &Vxlan) -> Vec<Marks> {
 
 #[test]
 fn congestion_marks_cross_as_rfc_6040_says() {
+    marks_cross::<Ipv4Addr>();
+}
+
+#[test]
+fn congestion_marks_of_ipv6_cross_as_rfc_6040_says() {
+    marks_cross::<Ipv6Addr>();
+}
+
+fn marks_cross<A: Address>() {
     if !privileged() {
         return;
     }
     let mut all = Vec::new();
-    for carrier in Carrier::ALL {
-        let rig = two_nodes(carrier);
+    for carrier in Carrier::all(A::FAMILY).iter().copied() {
+        let rig = two_nodes(A::FAMILY, carrier);
         let before = (carrier != Carrier::Kernel).then(|| (rig.counters(0), rig.counters(1)));
-        let (out, frame) = through(&rig);
+        let (out, frame) = through::<A>(&rig);
         let back = from_the_wire(&rig, &frame);
         if let Some((sender, receiver)) = before {
             assert!(

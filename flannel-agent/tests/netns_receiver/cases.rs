@@ -1,26 +1,37 @@
 //! How a deviation is made, and what should become of it.
 
-use std::net::Ipv4Addr;
-
-use flannel_testkit::packet::{Csum, Inner, L4, Vxlan};
-
-use crate::{inner, outer};
+use flannel_testkit::packet::{Address, Csum, Inner, L4, Vxlan};
 
 /// Port of the pod's socket to which the packets go.
 pub(crate) const PORT: u16 = 9;
 /// Port of the socket that hears the last packet.
 pub(crate) const SENTINEL_PORT: u16 = 10;
-/// An address of a pod of the peer.
-pub(crate) const PEER_POD: Ipv4Addr = Ipv4Addr::new(10, 244, 9, 2);
+
+/// A family of which packets are received.
+pub(crate) trait Received: Address {
+    /// The peer, and a pod of it.
+    const PEER: Self;
+    const PEER_POD: Self;
+    /// The outer UDP checksum that our nodes send.
+    const CSUM: Csum;
+    /// Why a packet of another family is left alone.
+    const NOT_THIS: Outcome;
+
+    /// Writes the number of a case into a header, where routers leave it alone, and fragments have it.
+    fn mark(header: &mut Self::Header, number: u16);
+    /// The number in the header of a packet from the peer's pods; 0 for any other.
+    fn number(frame: &[u8]) -> u16;
+    /// All deviations.
+    fn all(list: &mut List<Self>);
+}
 
 /// The node under test.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Target {
-    pub(crate) node: Ipv4Addr,
+pub(crate) struct Target<A> {
+    pub(crate) node: A,
     pub(crate) node_mac: [u8; 6],
     pub(crate) vtep_mac: [u8; 6],
-    pub(crate) pod: Ipv4Addr,
-    pub(crate) peer: Ipv4Addr,
+    pub(crate) pod: A,
 }
 
 /// What eBPF does with a frame.
@@ -74,24 +85,24 @@ impl Case {
     }
 }
 
-impl Target {
-    /// A packet for the pod with the number of its case in the inner source MAC and the inner identification.
-    pub(crate) fn inner(&self, number: u16, len: usize) -> Inner {
+impl<A: Received> Target<A> {
+    /// A packet for the pod with the number of its case in the inner source MAC and the inner header.
+    pub(crate) fn inner(&self, number: u16, len: usize) -> Inner<A> {
         let data: Vec<u8> = (0..len).map(|at| at as u8).collect();
         let [a, b] = number.to_be_bytes();
-        let mut inner = Inner::udp(PEER_POD, self.pod, PORT, &data)
+        let mut inner = Inner::udp(A::PEER_POD, self.pod, PORT, &data)
             .with_macs([0x02, 0xfe, 0, 0, a, b], self.vtep_mac);
-        inner.ip.id = number;
+        A::mark(&mut inner.ip, number);
         inner
     }
 
-    /// A frame as our own node would send it: no UDP checksum.
-    pub(crate) fn outer(&self, inner: Vec<u8>) -> Vxlan {
+    /// A frame as our own node would send it.
+    pub(crate) fn outer(&self, inner: Vec<u8>) -> Vxlan<A> {
         Vxlan {
             dst_mac: self.node_mac,
             src_mac: [0x02, 0xfe, 0xff, 0, 0, 9],
-            udp_csum: Csum::Zero,
-            ..Vxlan::new(self.peer, self.node, 1, inner)
+            udp_csum: A::CSUM,
+            ..Vxlan::new(A::PEER, self.node, 1, inner)
         }
     }
 
@@ -102,29 +113,28 @@ impl Target {
             *dst_port = SENTINEL_PORT;
         }
         let mut frame = self.outer(inner.bytes());
-        frame.ip.id = u16::MAX;
+        A::mark(&mut frame.ip, u16::MAX);
         frame.fragments(300).expect("fragments")
     }
 }
 
 /// All cases. Each has its number from its place in the list.
-pub(crate) fn all(target: &Target) -> Vec<Case> {
+pub(crate) fn all<A: Received>(target: &Target<A>) -> Vec<Case> {
     let mut list = List {
         target: *target,
         cases: Vec::new(),
     };
-    outer::all(&mut list);
-    inner::all(&mut list);
+    A::all(&mut list);
     list.cases
 }
 
 /// The cases so far.
-pub(crate) struct List {
-    pub(crate) target: Target,
+pub(crate) struct List<A> {
+    pub(crate) target: Target<A>,
     cases: Vec<Case>,
 }
 
-impl List {
+impl<A: Received> List<A> {
     fn number(&self) -> u16 {
         self.cases.len() as u16 + 1
     }
@@ -134,7 +144,7 @@ impl List {
         &mut self,
         name: impl Into<String>,
         outcome: Outcome,
-        make: impl FnOnce(&Target, u16) -> Vec<Vec<u8>>,
+        make: impl FnOnce(&Target<A>, u16) -> Vec<Vec<u8>>,
     ) {
         let number = self.number();
         let frames = make(&self.target, number);
@@ -156,7 +166,7 @@ impl List {
         &mut self,
         name: impl Into<String>,
         outcome: Outcome,
-        change: impl FnOnce(&mut Vxlan),
+        change: impl FnOnce(&mut Vxlan<A>),
     ) {
         self.raw(name, outcome, |target, number| {
             let mut frame = target.outer(target.inner(number, 40).bytes());
@@ -170,12 +180,12 @@ impl List {
         change(self.cases.last_mut().expect("a case"));
     }
 
-    /// A usual frame with one change to its inner packet, without a UDP checksum and with a right one.
+    /// A usual frame with one change to its inner packet, as [`List::with_and_without_checksum`] says.
     pub(crate) fn inner(
         &mut self,
         name: &str,
         outcome: Outcome,
-        change: impl Fn(&mut Inner, &Target),
+        change: impl Fn(&mut Inner<A>, &Target<A>),
     ) {
         self.inner_bytes(name, outcome, |target, number| {
             let mut inner = target.inner(number, 40);
@@ -189,7 +199,7 @@ impl List {
         &mut self,
         name: &str,
         outcome: Outcome,
-        make: impl Fn(&Target, u16) -> Vec<u8>,
+        make: impl Fn(&Target<A>, u16) -> Vec<u8>,
     ) {
         self.with_and_without_checksum(name, outcome, |target, number| {
             target.outer(make(target, number))
@@ -197,15 +207,19 @@ impl List {
     }
 
     /// A frame without a UDP checksum and with a right one, which eBPF leaves to the kernel's stack to verify. `too_short` comes first.
+    /// Over IPv6 there is a checksum in any case.
     pub(crate) fn with_and_without_checksum(
         &mut self,
         name: &str,
         outcome: Outcome,
-        make: impl Fn(&Target, u16) -> Vxlan,
+        make: impl Fn(&Target<A>, u16) -> Vxlan<A>,
     ) {
         self.raw(name, outcome, |target, number| {
             vec![make(target, number).bytes()]
         });
+        if A::CSUM == Csum::Right {
+            return;
+        }
         self.raw(
             format!("{name}, with checksum"),
             outcome,

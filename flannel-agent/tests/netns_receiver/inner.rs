@@ -1,30 +1,24 @@
 //! Deviations of what is inside.
 
-use std::net::Ipv4Addr;
+use flannel_testkit::packet::{Header as _, Inner};
 
-use flannel_testkit::packet::{Csum, Inner, L4, fragment};
-
-use crate::cases::{List, Outcome, PEER_POD, Target};
+use crate::cases::{List, Outcome, Received, Target};
 
 const CARRIED: Outcome = Outcome::Carried;
-const NOT_IPV4: Outcome = Outcome::Left("not_ipv4");
 const TOO_SHORT: Outcome = Outcome::Left("too_short");
 
-/// Tunnel MTU in bytes, and what injection allows beyond it: a VLAN tag.
-const MTU: usize = 1_450;
+/// What injection allows beyond the tunnel's MTU: a VLAN tag.
 const ALLOWANCE: usize = 4;
-/// IPv4 and UDP header.
-const HEADERS: usize = 28;
 
-pub(crate) fn all(list: &mut List) {
+/// All that both families have. `garbage` is what becomes of an inner frame that is none.
+pub(crate) fn all<A: Received>(list: &mut List<A>, garbage: Outcome) {
     macs(list);
-    types(list);
+    types(list, garbage);
     packets(list);
     congestion(list);
-    sizes(list);
 }
 
-fn macs(list: &mut List) {
+fn macs<A: Received>(list: &mut List<A>) {
     let other = Outcome::Left("other_host");
     for (mac, outcome) in [
         ([0xff; 6], CARRIED),
@@ -61,37 +55,24 @@ fn macs(list: &mut List) {
             },
         );
     }
-    list.inner("broadcast", CARRIED, |inner, _| {
-        inner.dst_mac = [0xff; 6];
-        inner.ip.dst = Ipv4Addr::BROADCAST;
-    });
 }
 
-fn types(list: &mut List) {
+fn types<A: Received>(list: &mut List<A>, garbage: Outcome) {
+    // That of the other family is among them.
+    let other = A::Header::ETHERTYPE ^ 0x0800 ^ 0x86dd;
     for ethertype in [
-        0x0806, 0x86dd, 0x8100, 0x88cc, 0x1234, 0x0026, 0x0000, 0xffff,
+        0x0806, other, 0x8100, 0x88cc, 0x1234, 0x0026, 0x0000, 0xffff,
     ] {
         list.inner(
             &format!("inner type {ethertype:#06x}"),
-            NOT_IPV4,
+            A::NOT_THIS,
             |inner, _| {
                 inner.ethertype = ethertype;
             },
         );
     }
-    let header = |target: &Target, number: u16| target.inner(number, 0).bytes()[..14].to_vec();
-    list.inner_bytes("ARP request", NOT_IPV4, |target, number| {
-        let mut frame = header(target, number);
-        frame[..6].fill(0xff);
-        frame[12..14].copy_from_slice(&[0x08, 0x06]);
-        frame.extend([0, 1, 8, 0, 6, 4, 0, 1]);
-        frame.extend_from_within(6..12);
-        frame.extend(PEER_POD.octets());
-        frame.extend([0; 6]);
-        frame.extend(target.pod.octets());
-        frame
-    });
-    for len in [0, 1, 13, 14, 15, 33] {
+    let header = |target: &Target<A>, number: u16| target.inner(number, 0).bytes()[..14].to_vec();
+    for len in [0, 1, 13, 14, 15, 13 + A::FAMILY.header()] {
         list.inner_bytes(
             &format!("inner frame of {len} bytes"),
             TOO_SHORT,
@@ -102,99 +83,31 @@ fn types(list: &mut List) {
             },
         );
     }
-    list.inner_bytes("inner garbage", NOT_IPV4, |target, number| {
+    list.inner_bytes("inner garbage", garbage, |target, number| {
         let mut frame = header(target, number);
         frame.truncate(12);
         frame.extend((0..200_u8).map(|at| at.wrapping_mul(151).wrapping_add(77)));
         frame
     });
-    list.inner_bytes("garbage that says it is IPv4", CARRIED, |target, number| {
-        let mut frame = header(target, number);
-        frame.extend((0..200_u8).map(|at| at.wrapping_mul(151).wrapping_add(77) & !3));
-        frame
-    });
 }
 
-fn packets(list: &mut List) {
+fn packets<A: Received>(list: &mut List<A>) {
     for ttl in [0, 1, 2, 255] {
         list.inner(&format!("inner TTL {ttl}"), CARRIED, |inner, _| {
-            inner.ip.ttl = ttl;
+            inner.ip.set_ttl(ttl);
         });
-    }
-    list.inner("inner header checksum wrong", CARRIED, |inner, _| {
-        inner.ip.csum = Csum::Wrong;
-    });
-    for len in [0, 20, 67, 69, u16::MAX] {
-        list.inner(&format!("inner IP length {len}"), CARRIED, |inner, _| {
-            inner.ip.total_len = Some(len);
-        });
-    }
-    list.inner("inner options", CARRIED, |inner, _| {
-        inner.ip.options = vec![1, 1, 1, 0];
-    });
-    for src in [
-        [127, 0, 0, 1],
-        [224, 0, 0, 1],
-        [10, 244, 1, 2],
-        [8, 8, 8, 8],
-    ] {
-        list.inner(&format!("inner source {src:?}"), CARRIED, |inner, _| {
-            inner.ip.src = src.into();
-        });
-    }
-    for dst in [
-        [10, 244, 1, 0],
-        [10, 244, 1, 1],
-        [10, 244, 1, 77],
-        [10, 244, 9, 3],
-        [127, 0, 0, 1],
-        [224, 0, 0, 1],
-    ] {
-        list.inner(
-            &format!("inner destination {dst:?}"),
-            CARRIED,
-            |inner, _| {
-                inner.ip.dst = dst.into();
-            },
-        );
-    }
-    for csum in [Csum::Zero, Csum::Wrong] {
-        list.inner(
-            &format!("inner UDP checksum {csum:?}"),
-            CARRIED,
-            |inner, _| {
-                if let L4::Udp { csum: field, .. } = &mut inner.l4 {
-                    *field = csum;
-                }
-            },
-        );
     }
     list.inner("inner TCP", CARRIED, |inner, target| {
-        let tcp = Inner::tcp(PEER_POD, target.pod, 9, b"out of the blue");
+        let tcp = Inner::tcp(A::PEER_POD, target.pod, 9, b"out of the blue");
         inner.l4 = tcp.l4;
     });
     list.inner("inner echo", CARRIED, |inner, target| {
-        let echo = Inner::echo(PEER_POD, target.pod, 1, 1, b"are you there");
+        let echo = Inner::echo(A::PEER_POD, target.pod, 1, 1, b"are you there");
         inner.l4 = echo.l4;
-    });
-    for piece in 0..2 {
-        list.inner_bytes(
-            &format!("inner fragment {piece}"),
-            CARRIED,
-            |target, number| {
-                let whole = target.inner(number, 400).bytes();
-                fragment(&whole, 300).expect("fragments").swap_remove(piece)
-            },
-        );
-    }
-    list.inner_bytes("inner padding", CARRIED, |target, number| {
-        let mut frame = target.inner(number, 0).bytes();
-        frame.resize(60, 0);
-        frame
     });
 }
 
-fn congestion(list: &mut List) {
+fn congestion<A: Received>(list: &mut List<A>) {
     for outer in 0..4 {
         for inner in 0..4 {
             for dscp in [0x00, 0xb8] {
@@ -204,9 +117,9 @@ fn congestion(list: &mut List) {
                     format!("congestion bits {outer} outside, {inner} inside, DSCP {dscp:#04x}");
                 list.with_and_without_checksum(&name, outcome, |target, number| {
                     let mut packet = target.inner(number, 40);
-                    packet.ip.tos = dscp | inner;
+                    packet.ip.set_tos(dscp | inner);
                     let mut frame = target.outer(packet.bytes());
-                    frame.ip.tos = outer;
+                    frame.ip.set_tos(outer);
                     frame
                 });
             }
@@ -214,27 +127,32 @@ fn congestion(list: &mut List) {
     }
 }
 
-fn sizes(list: &mut List) {
+/// Packets of about the tunnel's MTU in bytes, with one change each.
+pub(crate) fn sizes<A: Received>(
+    list: &mut List<A>,
+    mtu: usize,
+    name: &str,
+    change: impl Fn(&mut Inner<A>),
+) {
+    let headers = A::FAMILY.header() + 8;
     for len in [
-        MTU - 1,
-        MTU,
-        MTU + 1,
-        MTU + ALLOWANCE,
-        MTU + ALLOWANCE + 1,
+        mtu - 1,
+        mtu,
+        mtu + 1,
+        mtu + ALLOWANCE,
+        mtu + ALLOWANCE + 1,
         1_900,
     ] {
-        let outcome = if len > MTU + ALLOWANCE {
+        let outcome = if len > mtu + ALLOWANCE {
             Outcome::Left("over_tunnel_mtu")
         } else {
             CARRIED
         };
-        for dont_fragment in [false, true] {
-            let name = format!("inner packet of {len} bytes, DF {dont_fragment}");
-            list.inner_bytes(&name, outcome, |target, number| {
-                let mut inner = target.inner(number, len - HEADERS);
-                inner.ip.dont_fragment = dont_fragment;
-                inner.bytes()
-            });
-        }
+        let name = format!("inner packet of {len} bytes{name}");
+        list.inner_bytes(&name, outcome, |target, number| {
+            let mut inner = target.inner(number, len - headers);
+            change(&mut inner);
+            inner.bytes()
+        });
     }
 }

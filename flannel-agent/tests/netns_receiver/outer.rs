@@ -1,41 +1,30 @@
 //! Deviations of the outer headers: what RFC 7348 and the kernel's receiver say something about, one at a time.
 
-use flannel_testkit::packet::{Csum, checksum};
+use flannel_testkit::packet::{Csum, Header as _};
 
-use crate::cases::{List, Outcome};
+use crate::cases::{List, Outcome, Received};
 
 /// Where the outer headers begin.
 const IP: usize = 14;
-const UDP: usize = 34;
-/// Outer headers up to the end of the UDP header, and of the VXLAN header.
-const UDP_END: usize = 42;
-const VXLAN_END: usize = 50;
 
-pub(crate) fn all(list: &mut List) {
-    checksums(list);
+pub(crate) fn all<A: Received>(list: &mut List<A>) {
+    list.inner("as usual", Outcome::Carried, |_, _| ());
     vxlan_header(list);
-    outer_addresses(list);
-    outer_ip(list);
+    ports(list);
+    macs(list);
+    for ttl in [0, 1, 255] {
+        list.outer(format!("outer TTL {ttl}"), Outcome::Carried, |frame| {
+            frame.ip.set_ttl(ttl);
+        });
+    }
+    list.outer("outer DSCP", Outcome::Carried, |frame| {
+        frame.ip.set_tos(0xb8);
+    });
     lengths(list);
     fragments(list);
 }
 
-fn checksums(list: &mut List) {
-    list.inner("as usual", Outcome::Carried, |_, _| ());
-    list.outer(
-        "wrong UDP checksum",
-        Outcome::Left("outer_checksum"),
-        |frame| {
-            frame.udp_csum = Csum::Wrong;
-        },
-    );
-    list.amend(|case| {
-        case.beyond_checksum = Outcome::Carried;
-        case.unverified = true;
-    });
-}
-
-fn vxlan_header(list: &mut List) {
+fn vxlan_header<A: Received>(list: &mut List<A>) {
     for vni in [0, 2, 0x0100, 0x01_0000, 0x80_0001, 0xff_ffff] {
         list.outer(format!("VNI {vni}"), Outcome::Left("other_vni"), |frame| {
             frame.vni = vni;
@@ -83,36 +72,7 @@ fn vxlan_header(list: &mut List) {
     });
 }
 
-fn outer_addresses(list: &mut List) {
-    let node = list.target.node;
-    for src in [
-        [192, 168, 77, 250],
-        [10, 1, 2, 3],
-        [8, 8, 8, 8],
-        [0, 1, 2, 3],
-        [240, 0, 0, 1],
-    ] {
-        list.outer(format!("from {src:?}"), Outcome::Carried, |frame| {
-            frame.ip.src = src.into();
-        });
-    }
-    // No host has such an address: the stack drops these before anybody looks at the port.
-    for src in [
-        [127, 0, 0, 1],
-        [0, 0, 0, 0],
-        [224, 0, 0, 1],
-        [239, 255, 0, 1],
-        [255, 255, 255, 255],
-        node.octets(),
-    ] {
-        list.outer(
-            format!("from {src:?}"),
-            Outcome::Left("outer_source"),
-            |frame| {
-                frame.ip.src = src.into();
-            },
-        );
-    }
+fn ports<A: Received>(list: &mut List<A>) {
     for port in [0, 1, 53, 8_472, 65_535] {
         list.outer(format!("from port {port}"), Outcome::Carried, |frame| {
             frame.src_port = port;
@@ -123,17 +83,9 @@ fn outer_addresses(list: &mut List) {
             frame.dst_port = port;
         });
     }
-    for dst in [
-        [192, 168, 77, 12],
-        [192, 168, 77, 255],
-        [10, 244, 1, 0],
-        [255, 255, 255, 255],
-        [224, 0, 0, 1],
-    ] {
-        list.outer(format!("to {dst:?}"), Outcome::NotOurs, |frame| {
-            frame.ip.dst = dst.into();
-        });
-    }
+}
+
+fn macs<A: Received>(list: &mut List<A>) {
     for mac in [[0xff; 6], [2, 0, 0, 0, 0, 1], [1, 0, 0x5e, 0, 0, 1]] {
         list.outer(format!("to MAC {mac:02x?}"), Outcome::NotOurs, |frame| {
             frame.dst_mac = mac;
@@ -147,70 +99,10 @@ fn outer_addresses(list: &mut List) {
     });
 }
 
-/// Changes a byte of the outer IPv4 header and makes its checksum right again.
-fn patched(list: &mut List, name: &str, outcome: Outcome, at: usize, byte: u8) {
-    list.raw(name, outcome, |target, number| {
-        let mut frame = target.outer(target.inner(number, 40).bytes()).bytes();
-        frame[IP + at] = byte;
-        frame[IP + 10..IP + 12].fill(0);
-        let right = checksum(&frame[IP..UDP], 0);
-        frame[IP + 10..IP + 12].copy_from_slice(&right.to_be_bytes());
-        vec![frame]
-    });
-}
-
-fn outer_ip(list: &mut List) {
-    for ttl in [0, 1, 255] {
-        list.outer(format!("outer TTL {ttl}"), Outcome::Carried, |frame| {
-            frame.ip.ttl = ttl;
-        });
-    }
-    list.outer("outer DSCP", Outcome::Carried, |frame| frame.ip.tos = 0xb8);
-    list.outer("outer DF", Outcome::Carried, |frame| {
-        frame.ip.dont_fragment = true;
-    });
-    list.outer("outer identification", Outcome::Carried, |frame| {
-        frame.ip.id = 0xbeef;
-    });
-    list.outer(
-        "outer header checksum wrong",
-        Outcome::Left("outer_header"),
-        |frame| {
-            frame.ip.csum = Csum::Wrong;
-        },
-    );
-    list.outer(
-        "outer header checksum zero",
-        Outcome::Left("outer_header"),
-        |frame| {
-            frame.ip.csum = Csum::Zero;
-        },
-    );
-    patched(
-        list,
-        "outer reserved fragment bit",
-        Outcome::Carried,
-        6,
-        0x80,
-    );
-    patched(list, "outer version 6", Outcome::NotOurs, 0, 0x65);
-    patched(list, "outer header of 16 bytes", Outcome::NotOurs, 0, 0x44);
-    patched(list, "outer protocol UDP-Lite", Outcome::NotOurs, 9, 136);
-    for options in [
-        &[1, 1, 1, 0][..],
-        &[148, 4, 0, 0],
-        &[7, 7, 4, 0, 0, 0, 0, 0],
-        &[1; 40],
-    ] {
-        list.outer(
-            format!("outer options {options:?}"),
-            Outcome::Left("outer_options"),
-            |frame| frame.ip.options = options.to_vec(),
-        );
-    }
-}
-
-fn lengths(list: &mut List) {
+fn lengths<A: Received>(list: &mut List<A>) {
+    // Outer headers up to the UDP header, to its end, and to that of the VXLAN header.
+    let udp = IP + A::FAMILY.header();
+    let (udp_end, vxlan_end) = (udp + 8, udp + 16);
     let full = list
         .target
         .outer(list.target.inner(0, 40).bytes())
@@ -220,8 +112,8 @@ fn lengths(list: &mut List) {
     for len in IP..=full {
         let outcome = match len {
             _ if len == full => Outcome::Carried,
-            _ if len < UDP_END => Outcome::NotOurs,
-            _ if len < VXLAN_END => Outcome::Left("too_short"),
+            _ if len < udp_end => Outcome::NotOurs,
+            _ if len < vxlan_end => Outcome::Left("too_short"),
             _ => Outcome::Left("length"),
         };
         list.raw(format!("first {len} bytes"), outcome, |target, number| {
@@ -243,7 +135,7 @@ fn lengths(list: &mut List) {
             },
         );
     }
-    let udp_len = (full - UDP) as u16;
+    let udp_len = (full - udp) as u16;
     for (len, reason) in [
         (0, "too_short"),
         (7, "too_short"),
@@ -263,58 +155,36 @@ fn lengths(list: &mut List) {
             },
         );
     }
-    let total = (full - IP) as u16;
-    for len in [0, 19, 20, 27, 28, total - 1, total + 1, u16::MAX] {
-        list.outer(
-            format!("IP length {len}"),
-            Outcome::Left("length"),
-            |frame| {
-                frame.ip.total_len = Some(len);
-            },
-        );
-    }
 }
 
-fn fragments(list: &mut List) {
+fn fragments<A: Received>(list: &mut List<A>) {
     // Only the first piece tells its port, so only it can be counted.
+    let header = A::FAMILY.header();
+    let header = if header == 20 { header } else { header + 8 };
     let mut pieces =
-        |name: &str, len: usize, mtu: usize, csum: Csum, order: fn(&mut Vec<Vec<u8>>)| {
+        |name: &str, len: usize, room: usize, csum: Csum, order: fn(&mut Vec<Vec<u8>>)| {
             list.raw(name, Outcome::Left("outer_fragment"), |target, number| {
                 let mut frame = target.outer(target.inner(number, len).bytes());
-                frame.ip.id = number;
+                A::mark(&mut frame.ip, number);
                 frame.udp_csum = csum;
-                let mut frames = frame.fragments(mtu).expect("fragments");
+                let mut frames = frame.fragments(header + room).expect("fragments");
                 order(&mut frames);
                 frames
             });
             list.amend(|case| case.counted = 1);
         };
-    pieces("two fragments", 400, 300, Csum::Zero, |_| ());
-    pieces("two fragments with checksum", 400, 300, Csum::Right, |_| ());
-    pieces(
-        "two fragments with a wrong checksum",
-        400,
-        300,
-        Csum::Wrong,
-        |_| (),
-    );
-    pieces("three fragments", 400, 200, Csum::Zero, |_| ());
-    pieces(
-        "three fragments, last first",
-        400,
-        200,
-        Csum::Right,
-        |frames| frames.reverse(),
-    );
-    pieces("fragments of 8 bytes", 40, 28, Csum::Zero, |_| ());
-    pieces(
-        "the first of two fragments",
-        400,
-        300,
-        Csum::Zero,
-        |frames| frames.truncate(1),
-    );
-    pieces("a fragment twice", 400, 300, Csum::Zero, |frames| {
+    let (usual, right) = (A::CSUM, Csum::Right);
+    pieces("two fragments", 400, 280, usual, |_| ());
+    pieces("two fragments with checksum", 400, 280, right, |_| ());
+    let name = "two fragments with a wrong checksum";
+    pieces(name, 400, 280, Csum::Wrong, |_| ());
+    pieces("three fragments", 400, 180, usual, |_| ());
+    let name = "three fragments, last first";
+    pieces(name, 400, 180, right, |frames| frames.reverse());
+    pieces("fragments of 8 bytes", 40, 8, usual, |_| ());
+    let name = "the first of two fragments";
+    pieces(name, 400, 280, usual, |frames| frames.truncate(1));
+    pieces("a fragment twice", 400, 280, usual, |frames| {
         let last = frames[1].clone();
         frames.push(last);
     });
@@ -323,8 +193,11 @@ fn fragments(list: &mut List) {
         Outcome::NotOurs,
         |target, number| {
             let mut frame = target.outer(target.inner(number, 400).bytes());
-            frame.ip.id = number;
-            frame.fragments(300).expect("fragments").split_off(1)
+            A::mark(&mut frame.ip, number);
+            frame
+                .fragments(header + 280)
+                .expect("fragments")
+                .split_off(1)
         },
     );
 }

@@ -1,21 +1,44 @@
 //! All kinds of traffic between two nodes, and what may be seen of it on the wire.
 
-use std::{net::Ipv4Addr, sync::mpsc, thread, time::Duration};
+use std::{net::IpAddr, sync::mpsc, thread, time::Duration};
 
 use anyhow::Context as _;
 use flannel_testkit::{
-    Captured, Netns, Offloads,
+    Captured, Family, Netns, Offloads,
     capture::tshark,
-    packet::Csum,
+    packet::{Address, Csum, Header as _},
     patience,
     traffic::{Amount, TcpStats, ping_sized, tcp_transfer, udp_echo},
 };
 
-use crate::wire_rig::End;
+use crate::wire_rig::{End, pod_mtu};
 
-/// Payloads in bytes: one byte, the last that fits 1450 whole, the first that does not, and up to 60 kB in fragments.
-const DATAGRAMS: [usize; 10] = [1, 2, 17, 512, 1421, 1422, 1423, 3_000, 20_001, 60_000];
-const ECHOES: [usize; 5] = [8, 56, 1422, 1423, 9_000];
+/// The most that a datagram or an echo carries whole.
+fn whole(family: Family) -> usize {
+    // Either header has 8 bytes.
+    pod_mtu(family) as usize - family.header() - 8
+}
+
+/// Payloads in bytes: one byte, the last that fits the MTU whole, the first that does not, and up to 60 kB in fragments.
+fn datagrams(whole: usize) -> [usize; 10] {
+    [
+        1,
+        2,
+        17,
+        512,
+        whole - 1,
+        whole,
+        whole + 1,
+        3_000,
+        20_001,
+        60_000,
+    ]
+}
+
+fn echoes(whole: usize) -> [usize; 5] {
+    [8, 56, whole, whole + 1, 9_000]
+}
+
 const STREAM: Amount = Amount::Bytes(2 << 20);
 /// A stream takes some ten milliseconds, a bulk one some hundred.
 const STREAM_LIMIT: Duration = Duration::from_secs(20);
@@ -24,8 +47,8 @@ const LIMIT: Duration = Duration::from_secs(3);
 /// ICMP, UDP and TCP both ways, pod to pod and host to pod.
 pub(crate) fn exchange_everything(a: &End, b: &End, offloads: Offloads) {
     for (from, to) in [(a, b), (b, a)] {
-        exchange(&from.pod.ns, &to.pod.ns, to.pod.ip);
-        exchange(&from.node, &to.pod.ns, to.pod.ip);
+        exchange(&from.pod.ns, &to.pod.ns, to.address());
+        exchange(&from.node, &to.pod.ns, to.address());
     }
     if offloads == Offloads::Off {
         // A pod whose own device segments and checksums nothing either.
@@ -37,20 +60,21 @@ pub(crate) fn exchange_everything(a: &End, b: &End, offloads: Offloads) {
                 .expect("switch the pod's offloads off");
         }
         for (from, to) in [(a, b), (b, a)] {
-            exchange(&from.pod.ns, &to.pod.ns, to.pod.ip);
+            exchange(&from.pod.ns, &to.pod.ns, to.address());
         }
     }
 }
 
 /// Traffic that `client` begins.
-fn exchange(client: &Netns, server: &Netns, address: Ipv4Addr) {
-    let what = format!("{} to {}", client.name(), server.name());
-    for payload in ECHOES {
-        if let Err(error) = ping_sized(client, address, payload, payload <= 1422, LIMIT) {
+fn exchange(client: &Netns, server: &Netns, address: IpAddr) {
+    let whole = whole(Family::of(address));
+    let what = format!("{} to {address} in {}", client.name(), server.name());
+    for payload in echoes(whole) {
+        if let Err(error) = ping_sized(client, address, payload, payload <= whole, LIMIT) {
             panic!("{what}, {payload} bytes: {error:#}");
         }
     }
-    if let Err(error) = udp_echo(server, address, client, &DATAGRAMS) {
+    if let Err(error) = udp_echo(server, address, client, &datagrams(whole)) {
         panic!("{what}: {error:#}");
     }
     if let Err(error) = transfer(server, address, client, STREAM) {
@@ -62,7 +86,7 @@ fn exchange(client: &Netns, server: &Netns, address: Ipv4Addr) {
 /// stands still for long.
 pub(crate) fn transfer(
     server: &Netns,
-    address: Ipv4Addr,
+    address: IpAddr,
     client: &Netns,
     amount: Amount,
 ) -> anyhow::Result<TcpStats> {
@@ -76,11 +100,12 @@ pub(crate) fn transfer(
 }
 
 /// Every frame of the node at `ours` is as flannel's device sends it, and `tshark` has no complaint about either side.
-pub(crate) fn check_capture(wire: &Captured, ours: Ipv4Addr, offloads: Offloads) {
-    let frames = wire.vxlan();
+pub(crate) fn check_capture<A: Address>(wire: &Captured, ours: A, offloads: Offloads) {
+    let family = Family::of(ours);
+    let frames = wire.vxlan_of::<A>();
     let mut longest = 0;
     let mut sent = 0_u32;
-    for frame in frames.iter().filter(|frame| frame.ip.src == ours) {
+    for frame in frames.iter().filter(|frame| frame.ip.source() == ours) {
         sent += 1;
         longest = longest.max(frame.inner.len());
         assert_eq!(
@@ -88,11 +113,16 @@ pub(crate) fn check_capture(wire: &Captured, ours: Ipv4Addr, offloads: Offloads)
             (8, [0; 3], 1, 0),
             "{frame:?}"
         );
-        assert_eq!(frame.ip.ttl, 64);
-        assert_eq!(frame.ip.tos & !3, 0);
-        assert_eq!(frame.ip.csum, Csum::Right);
-        assert!(!frame.ip.dont_fragment && frame.ip.options.is_empty());
-        assert_eq!(frame.udp_csum, Csum::Zero);
+        // Nothing but addresses, hops and ECN: checksum right, DF clear, no options or extensions, no flow label but the kernel's own.
+        let mut usual = A::Header::usual(frame.ip.source(), frame.ip.destination());
+        usual.set_tos(frame.ip.tos() & 3);
+        assert_eq!(frame.ip.without_marks(), usual);
+        match (family, offloads) {
+            (Family::V4, _) => assert_eq!(frame.udp_csum, Csum::Zero),
+            (Family::V6, Offloads::Off) => assert_eq!(frame.udp_csum, Csum::Right),
+            // The kernel leaves those of super-packets to a device that never comes.
+            (Family::V6, Offloads::Default) => assert_ne!(frame.udp_csum, Csum::Zero),
+        }
         assert!(
             (32_768..=60_999).contains(&frame.src_port),
             "source port {}",
@@ -117,7 +147,7 @@ pub(crate) fn check_capture(wire: &Captured, ours: Ipv4Addr, offloads: Offloads)
                 .flat_map(|preference| ["-o", preference])
                 .collect();
             // The kernel writes a sum of zero as 0xffff for every protocol (`skb_checksum_help`), which is the same number.
-            let bad = "ip.checksum.status == Bad || udp.checksum.status == Bad || icmp.checksum.status == Bad || \
+            let bad = "ip.checksum.status == Bad || udp.checksum.status == Bad || icmp.checksum.status == Bad || icmpv6.checksum.status == Bad || \
                        (tcp.checksum.status == Bad && tcp.checksum != 0xffff)";
             assert_eq!(
                 tshark(&wire.path(), &preferences, bad).expect("tshark"),

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use flannel_testkit::{
-    Netns, Subnet,
+    Family, Netns, Prefix, Subnet,
     json::{bridge_json, ip_json},
 };
 use serde_json::Value;
 
-use super::DEVICE;
+use super::VNI;
 
 /// A node as others know it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,12 +17,27 @@ pub(crate) struct Peer {
     pub(crate) mac: String,
 }
 
-/// The peers for which the namespace's tunnel device has a route, a neighbour and a forwarding entry that agree. Anything left
-/// over, such as a neighbour without a route, is an error. First comes the kind of the device.
+/// [`peers_of`] for IPv4.
 pub(crate) fn kernel_peers(ns: &Netns) -> anyhow::Result<(String, BTreeMap<Subnet, Peer>)> {
-    let routes = ip_json(ns, &["route", "show", "dev", DEVICE])?;
-    let neighbours = ip_json(ns, &["neigh", "show", "dev", DEVICE, "nud", "permanent"])?;
-    let fdb = bridge_json(ns, &["fdb", "show", "dev", DEVICE])?;
+    let (kind, peers) = peers_of(ns, Family::V4)?;
+    let peers = peers.into_iter();
+    let peers = peers.filter_map(|(prefix, peer)| Some((prefix.as_subnet()?, peer)));
+    Ok((kind, peers.collect()))
+}
+
+/// The peers for which the tunnel device of a family has a route, a neighbour and a forwarding entry that agree. Anything left
+/// over, such as a neighbour without a route, is an error. First comes the kind of the device.
+pub(crate) fn peers_of(
+    ns: &Netns,
+    family: Family,
+) -> anyhow::Result<(String, BTreeMap<Prefix, Peer>)> {
+    let device = family.device(VNI);
+    let device = device.as_str();
+    let flag = family.flag();
+    let routes = ip_json(ns, &[flag, "route", "show", "dev", device])?;
+    let permanent = [flag, "neigh", "show", "dev", device, "nud", "permanent"];
+    let neighbours = ip_json(ns, &permanent)?;
+    let fdb = bridge_json(ns, &["fdb", "show", "dev", device])?;
     let mut macs: BTreeMap<String, String> = list(&neighbours)
         .iter()
         .filter_map(|entry| Some((text(entry, "dst")?, text(entry, "lladdr")?)))
@@ -31,7 +46,7 @@ pub(crate) fn kernel_peers(ns: &Netns) -> anyhow::Result<(String, BTreeMap<Subne
         .iter()
         .filter_map(|entry| Some((text(entry, "mac")?, text(entry, "dst")?)))
         .collect();
-    let link = flannel_testkit::json::link(ns, DEVICE)?;
+    let link = flannel_testkit::json::link(ns, device)?;
     let kind = text(&link["linkinfo"], "info_kind").unwrap_or_default();
     let mut peers = BTreeMap::new();
     for route in list(&routes) {

@@ -12,28 +12,31 @@ pub(crate) mod agents;
 pub(crate) mod dump;
 pub(crate) mod hooks;
 mod kernel;
+mod leases;
 pub(crate) mod maps;
 pub(crate) mod stranger;
 pub(crate) mod variant;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
     fs,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use flannel_common::counter::CounterId;
+use flannel_core::mark::Overlay;
 use flannel_testkit::{
-    AgentProcess, Lab, LabOptions, Netns, Node, Pod, Subnet, eventually,
+    AgentProcess, Families, Family, Lab, LabOptions, Netns, Node, Pod, Prefix, Subnet, eventually,
     json::bpftool_json,
     process::{self, Finished},
     traffic,
 };
 use serde_json::{Value, json};
 
-pub(crate) use kernel::{Peer, kernel_peers, list, per_cpu, text};
+pub(crate) use kernel::{Peer, kernel_peers, list, peers_of, per_cpu, text};
 
 /// How long anything may take that is expected to happen and has no bound of its own.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -49,6 +52,19 @@ pub(crate) fn agent_binary() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_flannel-agent"))
 }
 
+/// The network configuration for nodes with these families.
+pub(crate) fn net_conf(families: Families) -> &'static str {
+    match families {
+        Families::V4 => NET_CONF,
+        Families::V6 => {
+            r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#
+        }
+        Families::Dual => {
+            r#"{"EnableIPv6":true,"Network":"10.244.0.0/16","IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#
+        }
+    }
+}
+
 /// Nodes of a lab whose agents share one lease directory. Node `i` gets subnet 10.244.(i + 1).0/24. Agents are killed, and
 /// everything is removed, when it is dropped.
 pub(crate) struct Rig {
@@ -56,6 +72,8 @@ pub(crate) struct Rig {
     pods: BTreeMap<usize, Vec<Pod>>,
     lab: Lab,
     lease_dir: PathBuf,
+    /// What all methods look at that are not about a family of the caller's.
+    family: Family,
 }
 
 impl Rig {
@@ -68,6 +86,31 @@ impl Rig {
         Rig::with(options, NET_CONF)
     }
 
+    /// A lab and a network configuration of these families. Of two, the rig looks at IPv4 until [`Rig::look_at`] says otherwise.
+    pub(crate) fn of(families: Families, options: LabOptions) -> Rig {
+        let options = LabOptions {
+            families,
+            ..options
+        };
+        Rig::with(options, net_conf(families))
+    }
+
+    /// Looks at the overlay of this family from now on.
+    pub(crate) fn look_at(&mut self, family: Family) {
+        assert!(self.lab.families().has(family), "no {family} in the lab");
+        self.family = family;
+    }
+
+    /// The family of the overlay that the rig looks at.
+    pub(crate) fn family(&self) -> Family {
+        self.family
+    }
+
+    /// The tunnel device of that overlay.
+    pub(crate) fn device(&self) -> String {
+        self.family.device(VNI)
+    }
+
     /// Like [`Rig::new`], with a lab and a network configuration of the caller's.
     pub(crate) fn with(options: LabOptions, net_conf: &str) -> Rig {
         let lab = Lab::new(options).expect("a lab");
@@ -77,6 +120,7 @@ impl Rig {
         Rig {
             agents: BTreeMap::new(),
             pods: BTreeMap::new(),
+            family: options.families.list()[0],
             lab,
             lease_dir,
         }
@@ -85,6 +129,17 @@ impl Rig {
     /// A lab with an agent on every node, all with the same flags, which know each other, and one pod on each.
     pub(crate) fn start(nodes: u8, flags: &[&str]) -> Rig {
         let mut rig = Rig::new(nodes);
+        rig.start_all(flags);
+        rig
+    }
+
+    /// Like [`Rig::start`] with nodes of these families.
+    pub(crate) fn start_of(families: Families, nodes: u8, flags: &[&str]) -> Rig {
+        let options = LabOptions {
+            nodes,
+            ..LabOptions::default()
+        };
+        let mut rig = Rig::of(families, options);
         rig.start_all(flags);
         rig
     }
@@ -182,12 +237,18 @@ impl Rig {
         if file.exists() {
             return;
         }
-        let subnet = self.node(node).subnet;
-        let text = format!(
-            "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET={}/{}\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n",
-            subnet.gateway(),
-            subnet.prefix_len()
-        );
+        let mut text = String::new();
+        for family in self.lab.families().list() {
+            let subnet = self.node(node).subnet_of(family);
+            let (infix, network) = match family {
+                Family::V4 => ("", "10.244.0.0/16"),
+                Family::V6 => ("IPV6_", "fd00:10:244::/48"),
+            };
+            let (gateway, length) = (subnet.gateway(), subnet.prefix_len());
+            writeln!(text, "FLANNEL_{infix}NETWORK={network}").expect("a string takes it");
+            writeln!(text, "FLANNEL_{infix}SUBNET={gateway}/{length}").expect("a string takes it");
+        }
+        text += "FLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n";
         fs::write(&file, text).expect("write the subnet file");
     }
 
@@ -198,6 +259,16 @@ impl Rig {
         if let Err(error) = agent.wait_log("flannel is ready", PATIENCE) {
             panic!("node {node}: {error:#}");
         }
+    }
+
+    /// Waits until, without a vxlan device, somebody listens for what the stack puts together of outer fragments.
+    #[track_caller]
+    pub(crate) fn wait_fragments_heard(&self, node: usize) {
+        eventually(PATIENCE, "a socket for outer fragments", || {
+            let sockets = self.ns(node).exec(["ss", "-Huln", "sport", "=", "8472"]);
+            let sockets = sockets.map_err(|error| format!("{error:#}"))?;
+            (!sockets.trim().is_empty()).then_some(()).ok_or(sockets)
+        });
     }
 
     #[track_caller]
@@ -237,11 +308,13 @@ impl Rig {
     /// Like [`Rig::add_pod`] with another MTU.
     #[track_caller]
     pub(crate) fn add_pod_with_mtu(&mut self, node: usize, mtu: u32) -> Pod {
-        let subnet = self.node(node).subnet;
+        let families = self.lab.families().list();
+        let place = self.node(node);
+        let subnets: Vec<Prefix> = families.iter().map(|of| place.subnet_of(*of)).collect();
         let number = u32::try_from(self.pods.get(&node).map_or(0, Vec::len)).expect("few pods") + 2;
         let pod = self
             .node(node)
-            .add_pod(subnet, number, mtu)
+            .add_pod_in(&subnets, number, mtu)
             .unwrap_or_else(|error| panic!("add a pod to node {node}: {error:#}"));
         self.pods.entry(node).or_default().push(pod.clone());
         pod
@@ -312,114 +385,16 @@ impl Rig {
         serde_json::from_str(&text).expect("the state file")
     }
 
-    pub(crate) fn lease_dir(&self) -> &Path {
-        &self.lease_dir
-    }
-
-    /// The file of a lease.
-    pub(crate) fn lease_file(&self, subnet: Subnet) -> PathBuf {
-        self.lease_dir.join("subnets").join(subnet.lease_key())
-    }
-
-    /// Writes a lease as another node would: all at once.
-    pub(crate) fn put_lease(&self, subnet: Subnet, public_ip: Ipv4Addr, mac: &str) {
-        let value = json!({
-            "PublicIP": public_ip.to_string(), "PublicIPv6": null, "BackendType": "vxlan",
-            "BackendData": {"VNI": VNI, "VtepMAC": mac},
-        });
-        let scratch = self.lease_dir.join("subnets").join(".rig");
-        fs::write(&scratch, value.to_string()).expect("write a lease");
-        fs::rename(&scratch, self.lease_file(subnet)).expect("put a lease in place");
-    }
-
-    /// Removes a lease, as its node does when it leaves for good.
-    pub(crate) fn remove_lease(&self, subnet: Subnet) {
-        fs::remove_file(self.lease_file(subnet)).expect("remove a lease");
-    }
-
-    /// All leases.
-    pub(crate) fn leases(&self) -> BTreeMap<Subnet, Peer> {
-        let entries = fs::read_dir(self.lease_dir.join("subnets")).expect("list the leases");
-        entries
-            .filter_map(|entry| {
-                let entry = entry.ok()?;
-                let subnet = entry.file_name().to_str()?.replace('-', "/").parse().ok()?;
-                let value: Value =
-                    serde_json::from_str(&fs::read_to_string(entry.path()).ok()?).ok()?;
-                let peer = Peer {
-                    public_ip: value["PublicIP"].as_str()?.to_owned(),
-                    mac: value["BackendData"]["VtepMAC"].as_str()?.to_owned(),
-                };
-                Some((subnet, peer))
-            })
-            .collect()
-    }
-
-    /// The lease of a node's own subnet.
-    #[track_caller]
-    pub(crate) fn lease(&self, node: usize) -> Peer {
-        let subnet = self.node(node).subnet;
-        let mut leases = self.leases();
-        leases
-            .remove(&subnet)
-            .unwrap_or_else(|| panic!("no lease of {subnet}"))
-    }
-
-    /// Waits until every agent's node has exactly the peers of the lease directory, in the kernel and, where eBPF carries
-    /// traffic, in the maps with a next hop.
-    #[track_caller]
-    pub(crate) fn wait_converged(&self) {
-        for node in self.agents.keys() {
-            eventually(PATIENCE, &format!("node {node} knows all peers"), || {
-                self.converged(*node)
-            });
-        }
-    }
-
-    /// Whether the node has all peers that it should, and no other; else what is missing.
-    pub(crate) fn converged(&self, node: usize) -> Result<(), String> {
-        let want = self.converged_kernel(node)?;
-        if self.maps_dir(node).exists() {
-            let peers = self.peers(node);
-            let in_bpf: BTreeSet<String> = peers
-                .as_array()
-                .into_iter()
-                .flatten()
-                .filter(|peer| peer["path"] == "bpf")
-                .filter_map(|peer| Some(peer["subnet"].as_str()?.to_owned()))
-                .collect();
-            let wanted: BTreeSet<String> = want.keys().map(ToString::to_string).collect();
-            if in_bpf != wanted {
-                return Err(format!("the maps carry {in_bpf:?}: {peers}"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the kernel of the node has all peers that it should, and no other; else what is missing.
-    pub(crate) fn converged_kernel(&self, node: usize) -> Result<BTreeMap<Subnet, Peer>, String> {
-        let own = self.node(node).subnet;
-        let mut want = self.leases();
-        want.remove(&own)
-            .ok_or_else(|| format!("no lease of {own}"))?;
-        let (kind, have) = kernel_peers(self.ns(node)).map_err(|error| format!("{error:#}"))?;
-        if kind != "vxlan" {
-            // A veth pair has no forwarding entries, which alone hold the peers' addresses.
-            for peer in want.values_mut() {
-                peer.public_ip.clear();
-            }
-        }
-        if have != want {
-            return Err(format!("the kernel has {have:?}, wanted {want:?}"));
-        }
-        Ok(want)
-    }
-
     /// The directory of the node's pins.
     #[track_caller]
     pub(crate) fn instance(&self, node: usize) -> PathBuf {
         let cookie = self.ns(node).cookie().expect("the namespace's cookie");
-        flannel_core::mark::instance_path(cookie, VNI.try_into().expect("a VNI")).into()
+        let vni = VNI.try_into().expect("a VNI");
+        let overlay = match self.family {
+            Family::V4 => Overlay::v4(vni),
+            Family::V6 => Overlay::v6(vni),
+        };
+        overlay.path(cookie).into()
     }
 
     /// Where a map of the node is pinned.
@@ -469,7 +444,8 @@ impl Rig {
     /// Packets that the kernel's tunnel device of the node has sent and received.
     #[track_caller]
     pub(crate) fn device_counters(&self, node: usize) -> Counters {
-        let link = flannel_testkit::json::link(self.ns(node), DEVICE).expect("the tunnel device");
+        let link =
+            flannel_testkit::json::link(self.ns(node), &self.device()).expect("the tunnel device");
         let packets = |way: &str| link["stats64"][way]["packets"].as_u64().expect("packets");
         Counters {
             encap: packets("tx"),
@@ -479,7 +455,11 @@ impl Rig {
 
     /// One ping from pod to pod.
     pub(crate) fn ping(&self, from: usize, to: usize) -> anyhow::Result<Duration> {
-        traffic::ping_once(&self.pod(from).ns, self.pod(to).ip, Duration::from_secs(1))
+        traffic::ping_once(
+            &self.pod(from).ns,
+            self.pod(to).address(self.family),
+            Duration::from_secs(1),
+        )
     }
 }
 

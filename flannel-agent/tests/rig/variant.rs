@@ -8,6 +8,9 @@ use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, path::PathBuf};
 use super::agent_binary;
 use elf::INSTRUCTION;
 
+/// The programs that the agent embeds.
+const OBJECT: &[u8] = include_bytes!(env!("FLANNEL_EBPF_OBJECT"));
+const OBJECT_V6: &[u8] = include_bytes!(env!("FLANNEL_EBPF_OBJECT_V6"));
 /// `BPF_ALU64 | BPF_MOV | BPF_K`.
 const MOV64: u8 = 0xb7;
 /// `BPF_ALU | BPF_MOV | BPF_K`: the same for values that are not negative, as it clears the upper half.
@@ -17,12 +20,22 @@ const BROKEN: [u8; INSTRUCTION] = [0x79, 0x00, 0, 0, 0, 0, 0, 0];
 
 /// Makes a copy of the agent in `dir` whose embedded object has instructions of the same effect in other words.
 pub(crate) fn changed_agent(dir: &Path) -> PathBuf {
-    agent_with(dir, "changed-build", rewritten)
+    agent_with(OBJECT, dir, "changed-build", rewritten)
 }
 
-/// Makes a copy of the agent in `dir` with programs that every verifier refuses.
+/// Makes a copy of the agent in `dir` with programs for IPv4 that every verifier refuses.
 pub(crate) fn broken_agent(dir: &Path, programs: &[&str]) -> PathBuf {
-    agent_with(dir, &format!("broken-{}", programs.join("-")), |object| {
+    broken_agent_of(OBJECT, dir, programs)
+}
+
+/// The same with programs for IPv6.
+pub(crate) fn broken_agent_v6(dir: &Path, programs: &[&str]) -> PathBuf {
+    broken_agent_of(OBJECT_V6, dir, programs)
+}
+
+fn broken_agent_of(object: &[u8], dir: &Path, programs: &[&str]) -> PathBuf {
+    let name = format!("broken-{}", programs.join("-"));
+    agent_with(object, dir, &name, |object| {
         let mut broken = object.to_vec();
         for name in programs {
             for code in elf::code(object, Some(name)) {
@@ -33,8 +46,7 @@ pub(crate) fn broken_agent(dir: &Path, programs: &[&str]) -> PathBuf {
     })
 }
 
-fn agent_with(dir: &Path, name: &str, change: impl Fn(&[u8]) -> Vec<u8>) -> PathBuf {
-    let object = include_bytes!(env!("FLANNEL_EBPF_OBJECT"));
+fn agent_with(object: &[u8], dir: &Path, name: &str, change: impl Fn(&[u8]) -> Vec<u8>) -> PathBuf {
     let mut agent = fs::read(agent_binary()).expect("read the agent");
     let at = find(&agent, object).expect("the agent contains the object");
     agent[at..at + object.len()].copy_from_slice(&change(object));

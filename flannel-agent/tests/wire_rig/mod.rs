@@ -2,19 +2,25 @@
 
 #![allow(dead_code, reason = "every test binary uses a part of it")]
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use flannel_common::{Direction, DropReason, reason_index};
-use flannel_testkit::{KernelNode, Netns, Pod, json, mac_text};
+use flannel_testkit::{Family, KernelNode, Netns, Pod, json, mac_text};
 
 use crate::rig::{DEVICE, Rig, per_cpu};
 
 /// MTU in bytes of pods on an underlay with the usual 1500.
 pub(crate) const POD_MTU: u32 = 1450;
 
+/// The same for pods of a family.
+pub(crate) fn pod_mtu(family: Family) -> u32 {
+    1500 - family.overhead()
+}
+
 /// One side of the traffic: a node and a pod on it.
 #[derive(Clone, Debug)]
 pub(crate) struct End {
+    pub(crate) family: Family,
     pub(crate) node: Netns,
     pub(crate) pod: Pod,
 }
@@ -23,20 +29,27 @@ impl End {
     /// A node of ours that has a pod.
     pub(crate) fn of(rig: &Rig, node: usize) -> End {
         End {
+            family: rig.family(),
             node: rig.ns(node).clone(),
             pod: rig.pod(node).clone(),
         }
+    }
+
+    /// The pod's address.
+    pub(crate) fn address(&self) -> IpAddr {
+        self.pod.address(self.family)
     }
 }
 
 /// Makes a node of the rig one of upstream flannel's, with a pod.
 pub(crate) fn plain_kernel_end(rig: &Rig, node: usize) -> (KernelNode, End) {
-    let kernel = KernelNode::set_up(rig.node(node)).expect("a kernel node");
+    let kernel = KernelNode::set_up_family(rig.node(node), rig.family()).expect("a kernel node");
     let pod = rig
         .node(node)
-        .add_pod(kernel.subnet, 2, POD_MTU)
+        .add_pod(kernel.subnet, 2, pod_mtu(rig.family()))
         .expect("a pod on the kernel node");
     let end = End {
+        family: rig.family(),
         node: kernel.ns.clone(),
         pod,
     };
@@ -46,7 +59,7 @@ pub(crate) fn plain_kernel_end(rig: &Rig, node: usize) -> (KernelNode, End) {
 /// Like [`plain_kernel_end`], with a lease that our agents see.
 pub(crate) fn kernel_end(rig: &Rig, node: usize) -> (KernelNode, End) {
     let (kernel, end) = plain_kernel_end(rig, node);
-    rig.put_lease(kernel.subnet, kernel.public_ip, &mac_text(kernel.vtep_mac));
+    rig.put_lease_of(kernel.subnet, kernel.public_ip, &mac_text(kernel.vtep_mac));
     (kernel, end)
 }
 
@@ -56,8 +69,9 @@ pub(crate) fn start_with_peer(rig: &mut Rig, node: usize, flags: &[&str], peer: 
     rig.wait_ready(node);
     rig.add_pod(node);
     rig.wait_converged();
-    let subnet = rig.node(node).subnet;
-    peer.add_peer(subnet, vtep_mac(rig.ns(node)), rig.node(node).ip)
+    let (family, place) = (rig.family(), rig.node(node));
+    let mac = mac_of(rig.ns(node), &rig.device());
+    peer.add_peer(place.subnet_of(family), mac, place.address(family))
         .expect("tell the kernel node of ours");
 }
 

@@ -1,6 +1,7 @@
 //! The daemon itself.
 
 use super::{Finding, Observations};
+use crate::config::BackendKind;
 
 /// The daemon.
 #[derive(Clone, Debug, Default)]
@@ -13,6 +14,8 @@ pub struct Agent {
     pub version: Option<String>,
     /// Version of this program.
     pub ours: &'static str,
+    /// Its backend.
+    pub backend: Option<BackendKind>,
     /// `bpf` or `kernel`.
     pub mode: Option<&'static str>,
     /// Why that mode.

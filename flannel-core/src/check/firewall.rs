@@ -3,11 +3,19 @@
 //! Rules are followed as a packet would meet them. What a rule asks of a packet that is not known here (marks, limits, sets) may or
 //! may not hold: such a rule never proves anything, it only makes what comes after it unsure.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::Ipv4Net;
 
-use super::{Finding, Observations, iptables, nft};
+use super::{
+    Finding, Observations, iptables,
+    network::{v4, v4_net},
+    nft,
+};
+use crate::{addr::Family, config::BackendKind};
+
+const NOT_FOLLOWED: &str =
+    "rules for IPv6 are not followed here: see ip6tables-save and nft list ruleset";
 
 /// The packet filter's rules, as the tools list them.
 #[derive(Clone, Debug, Default)]
@@ -326,6 +334,15 @@ fn named(rules: &Rules) -> String {
 
 fn input(seen: &Observations, chains: &[Chain]) -> Finding {
     const NAME: &str = "firewall-input";
+    match seen.backend() {
+        BackendKind::Vxlan | BackendKind::Wireguard => {}
+        BackendKind::HostGw | BackendKind::Alloc => {
+            return Finding::skip(NAME, "the backend uses no UDP port");
+        }
+    }
+    if seen.overlay.family == Family::V6 {
+        return Finding::skip(NAME, NOT_FOLLOWED);
+    }
     let port = seen.port();
     let uplink = seen.network.uplink();
     let peer = super::peers::targets(seen).keys().next().copied();
@@ -333,7 +350,7 @@ fn input(seen: &Observations, chains: &[Chain]) -> Finding {
         udp: Some(port),
         input: uplink.map(|uplink| uplink.name.as_str()),
         output: None,
-        source: peer.map(Ipv4Net::from),
+        source: peer.and_then(v4),
         destination: uplink
             .and_then(crate::iface::Uplink::local_v4)
             .map(Ipv4Net::from),
@@ -381,12 +398,15 @@ fn nft_place(what: &str) -> Option<&str> {
 
 fn forward(seen: &Observations, chains: &[Chain]) -> Finding {
     const NAME: &str = "firewall-forward";
+    if seen.overlay.family == Family::V6 {
+        return Finding::skip(NAME, NOT_FOLLOWED);
+    }
     let network = seen
         .store
         .conf()
         .and_then(|conf| conf.ipv4)
         .map(|family| family.network)
-        .or_else(|| seen.overlay.subnet_file.as_ref()?.network);
+        .or_else(|| v4_net(seen.overlay.subnet_file.as_ref()?.network?));
     let Some(network) = network else {
         return Finding::skip(NAME, "the network of the pods is unknown");
     };
@@ -394,14 +414,19 @@ fn forward(seen: &Observations, chains: &[Chain]) -> Finding {
         .store
         .own(seen)
         .and_then(|(key, _)| key.v4)
-        .or_else(|| seen.overlay.subnet_file.as_ref()?.subnet);
-    let tunnel = seen.overlay.name.as_str();
+        .or_else(|| v4_net(seen.overlay.subnet_file.as_ref()?.subnet?));
+    let encrypted = seen.overlay.encrypted.first();
+    let tunnel = match (seen.backend(), seen.network.uplink()) {
+        // Pods' packets come and go by the uplink itself.
+        (BackendKind::HostGw | BackendKind::Alloc, Some(uplink)) => uplink.name.as_str(),
+        _ => encrypted.map_or(seen.overlay.name.as_str(), |device| device.name.as_str()),
+    };
     let bridge = seen
         .overlay
         .bridge
         .as_ref()
         .map_or("cni0", |bridge| bridge.name.as_str());
-    let base = |peer: &Ipv4Addr| subnet.and_then(|own| Ipv4Net::new(*peer, own.prefix_len()).ok());
+    let base = |peer: &IpAddr| Ipv4Net::new(v4(*peer)?.addr(), subnet?.prefix_len()).ok();
     let remote = super::peers::targets(seen)
         .values()
         .next()

@@ -5,6 +5,7 @@
 
 mod agent;
 mod cert;
+mod encrypted;
 mod firewall;
 mod iptables;
 mod mtu;
@@ -15,20 +16,26 @@ mod overlay;
 mod peers;
 mod port;
 mod store;
+mod subnet_file;
 
 use serde::Serialize;
 
-use crate::{config::DEFAULT_PORT, plan::ObservedKind};
+use crate::{
+    config::{BackendKind, DEFAULT_PORT},
+    plan::ObservedKind,
+};
 
 pub use agent::Agent;
 pub use cert::{Certificate, validity};
+pub use encrypted::Encrypted;
 pub use firewall::Rules;
 pub use network::{Network, UplinkSeen};
 pub use node::{Bpffs, Capabilities, Clock, Manager, Node, Reverse, ReverseFilter, Vxlan, Wants};
-pub use overlay::{Attached, Bridge, Offload, Overlay, SubnetFile};
+pub use overlay::{Attached, Bridge, Offload, Overlay};
 pub use peers::{PeerProbe, Probes, targets};
 pub use port::{OtherVxlan, Owner, Sockets, UdpSocket};
 pub use store::{StoreSeen, StoreTrouble};
+pub use subnet_file::SubnetFile;
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -159,12 +166,66 @@ pub struct Observations {
     pub rules: Rules,
     /// What became of packets to other nodes; `None` when none were to be sent.
     pub probes: Option<Probes>,
+    /// The overlay of IPv6 of a node that has one of IPv4 too.
+    pub second: Option<Second>,
+}
+
+/// A node's second overlay.
+#[derive(Clone, Debug)]
+pub struct Second {
+    /// What the agent says of it: mode, reason, problems.
+    pub agent: Agent,
+    /// The tunnel device, and what belongs to it.
+    pub overlay: Overlay,
+    /// What became of packets to other nodes.
+    pub probes: Option<Probes>,
 }
 
 impl Observations {
+    /// How packets travel between nodes: as configured, else as the agent has it, else the usual way.
+    fn backend(&self) -> BackendKind {
+        let configured = self.store.conf().map(|conf| conf.backend.kind);
+        let kind = configured.or(self.agent.backend);
+        kind.unwrap_or(BackendKind::Vxlan)
+    }
+
+    /// Whether there is a tunnel device of the kernel's or ours that VXLAN uses; else why not.
+    fn tunnelled(&self) -> Result<(), String> {
+        match self.backend() {
+            BackendKind::Vxlan => Ok(()),
+            kind => Err(format!("backend {kind}: there is no VXLAN device")),
+        }
+    }
+
+    /// MTU of the device that packets to other nodes go through, in bytes.
+    pub fn device_mtu(&self) -> Option<u32> {
+        let encrypted = self.overlay.encrypted.iter();
+        let encrypted = encrypted.filter(|device| device.up.is_ok());
+        let encrypted = encrypted.map(|device| device.mtu);
+        let device = self.overlay.device.as_ref().map(|device| device.mtu);
+        device.or_else(|| encrypted.min())
+    }
+
+    /// The node as its second overlay alone has it.
+    fn of_second(&self) -> Option<Self> {
+        let second = self.second.as_ref()?;
+        Some(Self {
+            agent: second.agent.clone(),
+            overlay: second.overlay.clone(),
+            probes: second.probes.clone(),
+            second: None,
+            ..self.clone()
+        })
+    }
+
     /// The UDP port of the overlay: as configured, else as the device has it, else the usual one.
     fn port(&self) -> u16 {
-        let configured = self.store.conf().map(|conf| conf.backend.vxlan.port);
+        let configured = self.store.conf().map(|conf| match conf.backend.kind {
+            BackendKind::Wireguard => conf.backend.wireguard.port,
+            BackendKind::Vxlan | BackendKind::HostGw | BackendKind::Alloc => {
+                conf.backend.vxlan.port
+            }
+        });
         let device = self.overlay.device.as_ref();
         configured
             .or(match device.map(|device| &device.kind) {
@@ -184,7 +245,31 @@ pub fn judge(seen: &Observations) -> Report {
     findings.push(port::judge(seen));
     findings.extend(firewall::judge(seen));
     findings.extend(peers::judge(seen));
+    if let Some(second) = seen.of_second() {
+        let both = overlay::judge(&second).into_iter();
+        let both = both.chain(peers::judge(&second));
+        findings.extend(both.filter_map(|finding| {
+            let name = second_name(finding.name)?;
+            Some(Finding { name, ..finding })
+        }));
+    }
     Report::new(findings)
+}
+
+/// The name of a check of the second overlay; `None` for what is the node's.
+fn second_name(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "subnet-file" => "subnet-file-v6",
+        "device" => "device-v6",
+        "peer-entries" => "peer-entries-v6",
+        "datapath" => "datapath-v6",
+        "bridge" => "bridge-v6",
+        "mtu" => "mtu-v6",
+        "underlay" => "underlay-v6",
+        "overlay" => "overlay-v6",
+        "path-mtu" => "path-mtu-v6",
+        _ => return None,
+    })
 }
 
 /// The first few of a list, and how many more there are.

@@ -2,6 +2,8 @@
 
 use super::{Finding, Observations, agent, few};
 use crate::{
+    addr::Family,
+    config::BackendKind,
     distribution::{Feature, Host, version},
     features::Ladder,
 };
@@ -45,6 +47,8 @@ pub struct Node {
     pub vxlan: Vxlan,
     /// `net.ipv4.ip_forward`.
     pub ip_forward: Option<bool>,
+    /// `net.ipv6.conf.all.forwarding`.
+    pub forwarding_v6: Option<bool>,
     /// `net.bridge.bridge-nf-call-iptables`; `None` without the module.
     pub bridge_nf: Option<bool>,
     /// Reverse path filters.
@@ -148,8 +152,8 @@ pub(super) fn judge(seen: &Observations) -> Vec<Finding> {
         bpffs(node),
         hooks(node),
         vxlan(seen),
-        rung(node),
-        ip_forward(node),
+        rung(seen),
+        ip_forward(seen),
         rp_filter(seen),
         br_netfilter(seen),
         clock(node),
@@ -268,6 +272,10 @@ fn hooks(node: &Node) -> Finding {
 
 fn vxlan(seen: &Observations) -> Finding {
     const NAME: &str = "vxlan";
+    let kind = seen.backend();
+    if kind != BackendKind::Vxlan {
+        return Finding::skip(NAME, format!("backend {kind} needs none"));
+    }
     let node = &seen.node;
     match &node.vxlan {
         Vxlan::Works => Finding::ok(NAME, "the kernel makes vxlan devices"),
@@ -292,9 +300,13 @@ fn vxlan(seen: &Observations) -> Finding {
     }
 }
 
-fn rung(node: &Node) -> Finding {
+fn rung(seen: &Observations) -> Finding {
     const NAME: &str = "rung";
-    let Some(ladder) = &node.ladder else {
+    let kind = seen.backend();
+    if !kind.has_fast_path() {
+        return Finding::skip(NAME, format!("backend {kind}: eBPF carries nothing of it"));
+    }
+    let Some(ladder) = &seen.node.ladder else {
         return Finding::skip(
             NAME,
             "no agent has tried yet what this kernel can do: flannel-agent features does it now",
@@ -319,17 +331,37 @@ fn rung(node: &Node) -> Finding {
     }
 }
 
-fn ip_forward(node: &Node) -> Finding {
+fn ip_forward(seen: &Observations) -> Finding {
     const NAME: &str = "ip-forward";
-    match node.ip_forward {
-        Some(true) => Finding::ok(NAME, "net.ipv4.ip_forward = 1"),
-        Some(false) => Finding::fail(
-            NAME,
-            "net.ipv4.ip_forward = 0: the host forwards nothing from and to pods",
-            "sysctl -w net.ipv4.ip_forward=1, and the same line in /etc/sysctl.d/",
-        ),
-        None => Finding::skip(NAME, "/proc/sys/net/ipv4/ip_forward cannot be read"),
+    let node = &seen.node;
+    let both = [seen.overlay.family, Family::V6];
+    let families = if seen.second.is_some() {
+        &both[..]
+    } else {
+        &both[..1]
+    };
+    let mut said = Vec::new();
+    for family in families {
+        let (name, value) = match family {
+            Family::V4 => ("net.ipv4.ip_forward", node.ip_forward),
+            Family::V6 => ("net.ipv6.conf.all.forwarding", node.forwarding_v6),
+        };
+        match value {
+            Some(true) => said.push(format!("{name} = 1")),
+            Some(false) => {
+                return Finding::fail(
+                    NAME,
+                    format!("{name} = 0: the host forwards nothing from and to pods"),
+                    format!("sysctl -w {name}=1, and the same line in /etc/sysctl.d/"),
+                );
+            }
+            None => {
+                let path = name.replace('.', "/");
+                return Finding::skip(NAME, format!("/proc/sys/{path} cannot be read"));
+            }
+        }
     }
+    Finding::ok(NAME, said.join(", "))
 }
 
 fn rp_filter(seen: &Observations) -> Finding {

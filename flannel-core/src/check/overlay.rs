@@ -1,15 +1,20 @@
 //! The tunnel device, the peers on it, and the pods' bridge.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{collections::BTreeMap, net::IpAddr};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 
-use super::{Finding, Observations, Wants, few, mtu};
+use super::{
+    Encrypted, Finding, Observations, SubnetFile, Wants, encrypted, few, mtu, subnet_file,
+};
 use crate::{
-    addr::IfIndex,
-    config::{self, NetConf},
+    addr::{Family, IfIndex},
+    config::{BackendKind, NetConf},
     lease::SubnetKey,
-    plan::{Desired, Device, DeviceKind, Observed, ObservedKind, Op, Tunnel, peers_of, plan},
+    plan::{
+        Desired, Device, DeviceKind, Direct, LinkRoute, NextHop, Observed, ObservedKind, Op,
+        Tunnel, peers_of, plan,
+    },
 };
 
 /// The key of a node without a lease.
@@ -18,6 +23,8 @@ pub(super) const NOBODY: SubnetKey = SubnetKey { v4: None, v6: None };
 /// The tunnel device, and what belongs to it.
 #[derive(Clone, Debug, Default)]
 pub struct Overlay {
+    /// What it carries.
+    pub family: Family,
     /// Name of the tunnel device.
     pub name: String,
     /// The device, if there is one of that name.
@@ -32,43 +39,16 @@ pub struct Overlay {
     pub attached: Option<Attached>,
     /// Checksum offload of the tunnel device.
     pub offload: Offload,
+    /// The wireguard devices that there should be.
+    pub encrypted: Vec<Encrypted>,
     /// MTU of the way to each peer's public address, where there is a way.
-    pub paths: BTreeMap<Ipv4Addr, u32>,
+    pub paths: BTreeMap<IpAddr, u32>,
     /// The interface of that way.
-    pub ways: BTreeMap<Ipv4Addr, IfIndex>,
-}
-
-/// What `subnet.env` says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SubnetFile {
-    /// Its path.
-    pub path: String,
-    /// `FLANNEL_NETWORK`.
-    pub network: Option<Ipv4Net>,
-    /// `FLANNEL_SUBNET`, without host bits.
-    pub subnet: Option<Ipv4Net>,
-    /// `FLANNEL_MTU`.
-    pub mtu: Option<u32>,
-}
-
-impl SubnetFile {
-    /// Reads its text.
-    pub fn parse(path: &str, text: &str) -> Self {
-        let value = |name: &str| {
-            text.lines()
-                .rev()
-                .find_map(|line| line.trim().strip_prefix(name)?.strip_prefix('='))
-                .map(|value| value.trim_matches(['"', '\'', ' ']))
-        };
-        Self {
-            path: path.to_owned(),
-            network: value("FLANNEL_NETWORK").and_then(|value| value.parse().ok()),
-            subnet: value("FLANNEL_SUBNET")
-                .and_then(|value| value.parse().ok())
-                .map(|net: Ipv4Net| net.trunc()),
-            mtu: value("FLANNEL_MTU").and_then(|value| value.parse().ok()),
-        }
-    }
+    pub ways: BTreeMap<IpAddr, IfIndex>,
+    /// The whole of it, where it matters who is on the link.
+    pub hops: BTreeMap<IpAddr, NextHop>,
+    /// Routes without a tunnel.
+    pub links: BTreeMap<IpNet, LinkRoute>,
 }
 
 /// The pods' bridge.
@@ -78,8 +58,8 @@ pub struct Bridge {
     pub name: String,
     /// MTU in bytes.
     pub mtu: u32,
-    /// IPv4 addresses.
-    pub addresses: Vec<Ipv4Net>,
+    /// Addresses of both families, link-local ones left out.
+    pub addresses: Vec<IpNet>,
     /// MTU of each port.
     pub ports: BTreeMap<String, u32>,
 }
@@ -109,7 +89,7 @@ pub enum Offload {
 
 pub(super) fn judge(seen: &Observations) -> Vec<Finding> {
     vec![
-        subnet_file(seen),
+        subnet_file::judge(seen),
         device(seen),
         entries(seen),
         datapath(seen),
@@ -119,55 +99,45 @@ pub(super) fn judge(seen: &Observations) -> Vec<Finding> {
     ]
 }
 
-fn subnet_file(seen: &Observations) -> Finding {
-    const NAME: &str = "subnet-file";
-    let path = &seen.overlay.subnet_path;
-    let Some(file) = &seen.overlay.subnet_file else {
-        return if seen.agent.known {
-            Finding::fail(
-                NAME,
-                format!("{path} does not exist: pods cannot be made"),
-                "restart the agent, which writes it once everything is in place",
-            )
-        } else {
-            Finding::skip(
-                NAME,
-                format!("{path} does not exist: the agent writes it when it is ready"),
-            )
-        };
-    };
-    let (Some(subnet), Some(network), Some(mtu)) = (file.subnet, file.network, file.mtu) else {
-        return Finding::fail(
-            NAME,
-            format!(
-                "{path} lacks FLANNEL_NETWORK, FLANNEL_SUBNET or FLANNEL_MTU, or one cannot be read"
-            ),
-            format!("delete {path} and restart the agent, which writes it anew"),
-        );
-    };
-    let configured = seen
-        .store
-        .conf()
-        .and_then(|conf| conf.ipv4)
-        .map(|family| family.network);
-    if let Some(configured) = configured.filter(|configured| *configured != network) {
-        return Finding::fail(
-            NAME,
-            format!("{path} says network {network}, the configuration says {configured}"),
-            "restart the agent, which writes it anew; then restart the pods of the old network",
-        );
-    }
-    Finding::ok(NAME, format!("{path}: {subnet} of {network}, MTU {mtu}"))
-}
-
 /// What should be: the device of the configuration, with the peers of the lease list.
 fn desired(seen: &Observations, conf: &NetConf) -> Option<Desired> {
     let uplink = seen.network.uplink()?;
-    let device = seen.overlay.device.as_ref()?;
-    let family = conf.ipv4?;
-    let vxlan = &conf.backend.vxlan;
+    let family = seen.overlay.family;
+    let (network, _) = conf.range(family)?;
+    let kind = conf.backend.kind;
     let own = seen.store.own(seen).map_or(NOBODY, |(key, _)| *key);
-    let subnet = own.v4.or_else(|| seen.overlay.subnet_file.as_ref()?.subnet);
+    let file = seen.overlay.subnet_file.as_ref();
+    let subnet = own.subnet(family).or_else(|| file?.subnet);
+    let routes = kind == BackendKind::HostGw || conf.backend.vxlan.direct_routing;
+    Some(Desired {
+        tunnel: match kind {
+            BackendKind::Vxlan => Some(tunnel(seen, conf, network, subnet)?),
+            BackendKind::HostGw | BackendKind::Wireguard | BackendKind::Alloc => None,
+        },
+        direct: routes.then_some(Direct {
+            uplink: uplink.index,
+            network,
+        }),
+        own: subnet.into_iter().collect(),
+        peers: seen
+            .store
+            .list()
+            .filter(|_| own.subnet(family).is_some())
+            .map(|leases| peers_of(leases, &own, family, kind).0),
+        bpf: None,
+        pods: None,
+    })
+}
+
+fn tunnel(
+    seen: &Observations,
+    conf: &NetConf,
+    network: IpNet,
+    subnet: Option<IpNet>,
+) -> Option<Tunnel> {
+    let uplink = seen.network.uplink()?;
+    let device = seen.overlay.device.as_ref()?;
+    let vxlan = &conf.backend.vxlan;
     let kind = match &device.kind {
         // eBPF alone: the name of the other end is ours to choose.
         ObservedKind::Veth { peer: Some(peer) } if seen.agent.mode == Some("bpf") => {
@@ -177,44 +147,38 @@ fn desired(seen: &Observations, conf: &NetConf) -> Option<Desired> {
             vni: vxlan.vni,
             port: vxlan.port,
             lower: uplink.index,
-            local: uplink.local_v4()?,
+            local: uplink.local(seen.overlay.family)?,
             learning: vxlan.learning,
             gbp: vxlan.gbp,
         },
     };
-    Some(Desired {
-        tunnel: Tunnel {
-            name: seen.overlay.name.clone(),
-            kind,
-            mtu: config::tunnel_mtu(conf, uplink.mtu).ok()?,
-            // A wrong one is the lease's finding.
-            mac: None,
-            address: subnet.and_then(|subnet| Ipv4Net::new(subnet.network(), 32).ok()),
-            network: family.network,
-        },
-        own: subnet.map(IpNet::V4).into_iter().collect(),
-        peers: seen
-            .store
-            .list()
-            .filter(|_| own.v4.is_some())
-            .map(|leases| peers_of(leases, &own).0),
-        bpf: None,
-        pods: None,
+    Some(Tunnel {
+        name: seen.overlay.name.clone(),
+        kind,
+        mtu: mtu::wanted(seen, conf, uplink.mtu).ok()?,
+        // A wrong one is the lease's finding.
+        mac: None,
+        address: subnet.map(|subnet| subnet.network().into()),
+        network,
     })
 }
 
 /// The changes that would put device and peers right, and what stands in the way.
 fn differences(seen: &Observations) -> Option<(Vec<Op>, Vec<String>)> {
     let conf = seen.store.conf()?;
-    let mut device = seen.overlay.device.clone()?;
+    let mut device = seen.overlay.device.clone();
     // Where eBPF works alone the routes say how wide the path is, which is not judged here.
-    for route in device.routes.values_mut() {
-        route.mtu = None;
+    if let Some(device) = &mut device {
+        for route in device.routes.values_mut() {
+            route.mtu = None;
+        }
     }
     let plan = plan(
         &desired(seen, &conf)?,
         &Observed {
-            device: Some(device),
+            device,
+            underlay: seen.overlay.hops.clone(),
+            links: seen.overlay.links.clone(),
             ..Observed::default()
         },
     );
@@ -245,6 +209,12 @@ fn device(seen: &Observations) -> Finding {
     const NAME: &str = "device";
     let overlay = &seen.overlay;
     let name = &overlay.name;
+    if seen.backend() == BackendKind::Wireguard {
+        return encrypted::device(NAME, overlay);
+    }
+    if let Err(why) = seen.tunnelled() {
+        return Finding::skip(NAME, why);
+    }
     let Some(device) = &overlay.device else {
         return if seen.agent.known {
             Finding::fail(
@@ -297,7 +267,7 @@ fn device(seen: &Observations) -> Finding {
     let extra: Vec<String> = device
         .addresses
         .iter()
-        .filter(|address| address.addr().is_link_local())
+        .filter(|address| matches!(address.addr(), IpAddr::V4(ip) if ip.is_link_local()))
         .map(ToString::to_string)
         .collect();
     if !extra.is_empty() {
@@ -326,16 +296,24 @@ fn device(seen: &Observations) -> Finding {
 fn entries(seen: &Observations) -> Finding {
     const NAME: &str = "peer-entries";
     let name = &seen.overlay.name;
+    if seen.backend() == BackendKind::Alloc {
+        return Finding::skip(NAME, "backend alloc: somebody else routes");
+    }
     if seen.store.list().is_none() {
         return Finding::skip(NAME, "the store does not answer");
     }
-    let Some(device) = &seen.overlay.device else {
+    let tunnelled = seen.tunnelled().is_ok();
+    if tunnelled && seen.overlay.device.is_none() {
         return Finding::skip(NAME, format!("there is no {name}"));
-    };
-    if seen.store.own(seen).is_none() {
-        return Finding::skip(NAME, "this node has no lease yet");
     }
-    if !device.up {
+    let Some((own, _)) = seen.store.own(seen) else {
+        return Finding::skip(NAME, "this node has no lease yet");
+    };
+    if seen.backend() == BackendKind::Wireguard {
+        return encrypted::entries(NAME, seen, own);
+    }
+    let device = seen.overlay.device.as_ref();
+    if device.is_some_and(|device| !device.up) {
         return Finding::skip(NAME, format!("{name} is down"));
     }
     let Some((ops, problems)) = differences(seen) else {
@@ -358,7 +336,10 @@ fn entries(seen: &Observations) -> Finding {
         .partition(|op| {
             matches!(
                 op,
-                Op::PutFdb { .. } | Op::PutNeighbour { .. } | Op::PutRoute { .. }
+                Op::PutFdb { .. }
+                    | Op::PutNeighbour { .. }
+                    | Op::PutRoute { .. }
+                    | Op::PutLinkRoute { .. }
             )
         });
     let fix = if seen.agent.pid.is_some() {
@@ -381,10 +362,16 @@ fn entries(seen: &Observations) -> Finding {
     }
     Finding::ok(
         NAME,
-        format!(
-            "routes, neighbours and forwarding entries of {} peers are in place",
-            device.routes.len()
-        ),
+        match device {
+            Some(device) => format!(
+                "routes, neighbours and forwarding entries of {} peers are in place",
+                device.routes.len()
+            ),
+            None => format!(
+                "routes to {} peers are in place",
+                seen.overlay.links.values().filter(|link| link.ours).count()
+            ),
+        },
     )
 }
 
@@ -392,6 +379,13 @@ fn datapath(seen: &Observations) -> Finding {
     const NAME: &str = "datapath";
     let agent = &seen.agent;
     let reason = agent.reason.as_deref().unwrap_or("unknown");
+    match seen.backend() {
+        BackendKind::Wireguard => {
+            return Finding::ok(NAME, "the kernel's wireguard devices, as the backend asks");
+        }
+        BackendKind::Alloc => return Finding::skip(NAME, "backend alloc: there is no data path"),
+        BackendKind::Vxlan | BackendKind::HostGw => {}
+    }
     match agent.mode {
         None => Finding::skip(NAME, "the agent has never been ready here"),
         Some("kernel") if seen.node.wants == Wants::Kernel || reason == "--datapath=kernel" => {
@@ -438,15 +432,14 @@ fn bridge(seen: &Observations) -> Finding {
         return Finding::skip(NAME, "there is no subnet to hold cni0 against");
     };
     let name = &bridge.name;
-    if bridge.addresses.is_empty() {
+    let of_family = |address: &&IpNet| Family::of_net(address) == seen.overlay.family;
+    let addresses: Vec<&IpNet> = bridge.addresses.iter().filter(of_family).collect();
+    if addresses.is_empty() {
         return Finding::ok(NAME, format!("{name} has no address yet"));
     }
-    let addresses = few(&bridge.addresses);
-    if bridge
-        .addresses
-        .iter()
-        .any(|address| address.trunc() == subnet)
-    {
+    let has = addresses.iter();
+    let (mut has, addresses) = (has.copied(), few(&addresses));
+    if has.any(|address| address.trunc() == subnet) {
         return Finding::ok(
             NAME,
             format!("{name} has {addresses}, {} pods", bridge.ports.len()),
@@ -462,6 +455,9 @@ fn bridge(seen: &Observations) -> Finding {
 fn offload(seen: &Observations) -> Finding {
     const NAME: &str = "offload";
     let name = &seen.overlay.name;
+    if let Err(why) = seen.tunnelled() {
+        return Finding::skip(NAME, why);
+    }
     if seen.overlay.device.is_none() {
         return Finding::skip(NAME, format!("there is no {name}"));
     }

@@ -1,19 +1,19 @@
 //! Packets to other nodes: what became of them.
 
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr},
-    time::Duration,
-};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
-use super::{Finding, Observations, few, overlay::NOBODY};
-use crate::{config::OVERHEAD_V4, plan::peers_of};
+use super::{Finding, Observations, few, mtu, overlay::NOBODY};
+use crate::{
+    config::BackendKind,
+    lease::{LeaseAttrs, SubnetKey},
+    plan::peers_of,
+};
 
 /// What became of packets to other nodes.
 #[derive(Clone, Debug, Default)]
 pub struct Probes {
     /// By public address.
-    pub peers: BTreeMap<Ipv4Addr, PeerProbe>,
+    pub peers: BTreeMap<IpAddr, PeerProbe>,
     /// Peers for which there was no time.
     pub unfinished: usize,
     /// Why none could be sent.
@@ -32,32 +32,36 @@ pub struct PeerProbe {
 }
 
 /// The peers to send to: public address and base address of the subnet.
-pub fn targets(seen: &Observations) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
+pub fn targets(seen: &Observations) -> BTreeMap<IpAddr, IpAddr> {
     let own = seen.store.own(seen).map_or(NOBODY, |(key, _)| *key);
     let Some(leases) = seen.store.list() else {
         return programmed(seen);
     };
-    peers_of(leases, &own)
-        .0
-        .into_iter()
-        .filter_map(|(subnet, peer)| match (subnet.network(), peer.vtep) {
-            (IpAddr::V4(base), IpAddr::V4(vtep)) => Some((vtep, base)),
-            _ => None,
-        })
+    let (kind, family) = (seen.backend(), seen.overlay.family);
+    if kind == BackendKind::Wireguard {
+        // Which way the kernel goes is its business: all that is asked for is the node itself.
+        let others = leases
+            .iter()
+            .filter(|(key, attrs)| **key != own && attrs.backend_type == kind.lease_type());
+        let peer = |(key, attrs): (&SubnetKey, &LeaseAttrs)| {
+            Some((attrs.public(family)?, key.subnet(family)?.network()))
+        };
+        return others.filter_map(peer).collect();
+    }
+    let peers = peers_of(leases, &own, family, kind).0.into_iter();
+    peers
+        .map(|(subnet, peer)| (peer.vtep, subnet.network()))
         .collect()
 }
 
 /// The peers that the tunnel device knows, for when the store does not answer.
-fn programmed(seen: &Observations) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
+fn programmed(seen: &Observations) -> BTreeMap<IpAddr, IpAddr> {
     let Some(device) = &seen.overlay.device else {
         return BTreeMap::new();
     };
     let peer = |base: &IpAddr| {
         let vtep = device.fdb.get(device.neighbours.get(base)?)?;
-        match (vtep, base) {
-            (IpAddr::V4(vtep), IpAddr::V4(base)) => Some((*vtep, *base)),
-            _ => None,
-        }
+        Some((*vtep, *base))
     };
     device
         .routes
@@ -68,6 +72,14 @@ fn programmed(seen: &Observations) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
 
 pub(super) fn judge(seen: &Observations) -> Vec<Finding> {
     vec![underlay(seen), through(seen), path_mtu(seen)]
+}
+
+/// Why nothing is asked for through the overlay.
+fn no_device(seen: &Observations) -> String {
+    match seen.tunnelled() {
+        Ok(()) => format!("there is no {}", seen.overlay.name),
+        Err(why) => format!("{why} that would answer at the other end"),
+    }
 }
 
 /// The probes, or why there are none.
@@ -112,7 +124,7 @@ fn underlay(seen: &Observations) -> Finding {
     let slow = slowest(answered);
     let more = unfinished(probes);
     // Who answers through the overlay is there: something only eats pings.
-    let dead: Vec<&Ipv4Addr> = probes
+    let dead: Vec<&IpAddr> = probes
         .peers
         .iter()
         .filter(|(_, peer)| peer.underlay.is_none() && peer.overlay.is_none())
@@ -146,10 +158,10 @@ fn through(seen: &Observations) -> Finding {
         Ok(probes) => probes,
         Err(why) => return Finding::skip(NAME, why),
     };
-    if seen.overlay.device.is_none() {
-        return Finding::skip(NAME, format!("there is no {}", seen.overlay.name));
+    if seen.device_mtu().is_none() {
+        return Finding::skip(NAME, no_device(seen));
     }
-    let alive: Vec<(&Ipv4Addr, &PeerProbe)> = probes
+    let alive: Vec<(&IpAddr, &PeerProbe)> = probes
         .peers
         .iter()
         .filter(|(_, peer)| peer.underlay.is_some() || peer.overlay.is_some())
@@ -157,7 +169,7 @@ fn through(seen: &Observations) -> Finding {
     if alive.is_empty() {
         return Finding::skip(NAME, "no peer answers at the underlay");
     }
-    let deaf: Vec<&Ipv4Addr> = alive
+    let deaf: Vec<&IpAddr> = alive
         .iter()
         .filter(|(_, peer)| peer.overlay.is_none())
         .map(|(ip, _)| *ip)
@@ -194,10 +206,10 @@ fn path_mtu(seen: &Observations) -> Finding {
         Ok(probes) => probes,
         Err(why) => return Finding::skip(NAME, why),
     };
-    let Some(device) = &seen.overlay.device else {
-        return Finding::skip(NAME, format!("there is no {}", seen.overlay.name));
+    let Some(mtu) = seen.device_mtu() else {
+        return Finding::skip(NAME, no_device(seen));
     };
-    let measured: Vec<(&Ipv4Addr, u32)> = probes
+    let measured: Vec<(&IpAddr, u32)> = probes
         .peers
         .iter()
         .filter_map(|(ip, peer)| Some((ip, peer.passes?)))
@@ -207,7 +219,7 @@ fn path_mtu(seen: &Observations) -> Finding {
     }
     let narrow: Vec<String> = measured
         .iter()
-        .filter(|(_, size)| *size < device.mtu)
+        .filter(|(_, size)| *size < mtu)
         .map(|(ip, size)| format!("{ip} {size}"))
         .collect();
     let Some(least) = measured
@@ -218,19 +230,14 @@ fn path_mtu(seen: &Observations) -> Finding {
     else {
         return Finding::ok(
             NAME,
-            format!(
-                "packets of {} bytes pass to {} peers",
-                device.mtu,
-                measured.len()
-            ),
+            format!("packets of {mtu} bytes pass to {} peers", measured.len()),
         );
     };
-    let underlay = least.saturating_add(OVERHEAD_V4);
+    let underlay = least.saturating_add(mtu::overhead(seen));
     Finding::fail(
         NAME,
         format!(
-            "packets of {} bytes do not pass to {} of {} peers; the largest that do: {}",
-            device.mtu,
+            "packets of {mtu} bytes do not pass to {} of {} peers; the largest that do: {}",
             narrow.len(),
             measured.len(),
             few(&narrow)

@@ -1,7 +1,7 @@
 //! Who has the UDP port of the overlay.
 
-use super::{Finding, Observations};
-use crate::plan::ObservedKind;
+use super::{Finding, Observations, encrypted};
+use crate::{config::BackendKind, plan::ObservedKind};
 
 /// UDP sockets and vxlan devices of this network namespace.
 #[derive(Clone, Debug, Default)]
@@ -53,6 +53,13 @@ pub struct OtherVxlan {
 pub(super) fn judge(seen: &Observations) -> Finding {
     const NAME: &str = "port";
     let port = seen.port();
+    match seen.backend() {
+        BackendKind::Vxlan => {}
+        BackendKind::Wireguard => return encrypted::port(NAME, seen, port),
+        BackendKind::HostGw | BackendKind::Alloc => {
+            return Finding::skip(NAME, "the backend uses no UDP port");
+        }
+    }
     let conf = seen.store.conf();
     let vni = conf.as_ref().map_or(1, |conf| conf.backend.vxlan.vni.get());
     let sockets = &seen.sockets;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use super::{Certificate, Finding, Observations, few};
 use crate::{
-    config::{ConfigError, NetConf},
+    addr::Family,
+    config::{BackendKind, ConfigError, NetConf},
     lease::{LeaseAttrs, SubnetKey},
 };
 
@@ -68,10 +69,13 @@ impl StoreSeen {
         if let Some(own) = self.kubernetes {
             return self.list()?.get_key_value(&own?);
         }
-        let public_ip = seen.network.uplink()?.public_ip?;
+        let uplink = seen.network.uplink()?;
+        let v4 = self.conf().is_none_or(|conf| conf.enable_ipv4);
+        let family = if v4 { Family::V4 } else { Family::V6 };
+        let public_ip = uplink.public(family)?;
         self.list()?
             .iter()
-            .find(|(_, attrs)| attrs.public_ip == Some(public_ip))
+            .find(|(_, attrs)| attrs.public(family) == Some(public_ip))
     }
 }
 
@@ -196,36 +200,18 @@ fn network_config(seen: &Observations) -> Finding {
             );
         }
     };
-    let unsupported = if conf.enable_ipv6 {
-        Some("EnableIPv6 is true: only IPv4 is supported yet")
-    } else if !conf.enable_ipv4 {
-        Some("EnableIPv4 is false: only IPv4 is supported yet")
-    } else {
-        None
-    };
-    if let Some(unsupported) = unsupported {
-        return Finding::fail(
-            NAME,
-            unsupported,
-            format!("correct it in {}", store.place()),
-        );
-    }
-    let vxlan = &conf.backend.vxlan;
-    let network = conf.ipv4.map_or("no IPv4 network".into(), |family| {
-        family.network.to_string()
-    });
-    let text = format!("{network}, vxlan, VNI {}, port {}", vxlan.vni, vxlan.port);
-    if vxlan.direct_routing {
-        return Finding::warn(
-            NAME,
-            format!(
-                "{text}: DirectRouting is not supported yet, peers on the same link are reached by VXLAN too"
-            ),
-            format!(
-                "leave it out in {}, or do nothing: peers understand both",
-                store.place()
-            ),
-        );
+    let networks: Vec<String> = conf
+        .families()
+        .into_iter()
+        .filter_map(|family| Some(conf.range(family)?.0.to_string()))
+        .collect();
+    let mut text = format!("{}, {}", networks.join(", "), conf.backend.kind);
+    if conf.backend.kind == BackendKind::Vxlan {
+        let vxlan = &conf.backend.vxlan;
+        text = format!("{text}, VNI {}, port {}", vxlan.vni, vxlan.port);
+        if vxlan.direct_routing {
+            text.push_str(", DirectRouting");
+        }
     }
     match conf.warnings.first() {
         Some(warning) => Finding::warn(
@@ -245,7 +231,9 @@ fn lease(seen: &Observations) -> Finding {
     let Some(list) = seen.store.list() else {
         return Finding::skip(NAME, "the store does not answer");
     };
-    let public_ip = uplink.public_ip.map_or("none".into(), |ip| ip.to_string());
+    let family = seen.overlay.family;
+    let public_ip = uplink.public(family);
+    let public_ip = public_ip.map_or("none".into(), |ip| ip.to_string());
     let Some((key, attrs)) = seen.store.own(seen) else {
         let text = format!("none of {} leases is of {public_ip}", list.len());
         return if seen.agent.pid.is_some() {
@@ -262,7 +250,9 @@ fn lease(seen: &Observations) -> Finding {
     };
     let twins: Vec<String> = list
         .iter()
-        .filter(|(other, other_attrs)| *other != key && other_attrs.public_ip == attrs.public_ip)
+        .filter(|(other, other_attrs)| {
+            *other != key && other_attrs.public(family) == attrs.public(family)
+        })
         .map(|(other, _)| other.to_string())
         .collect();
     if !twins.is_empty() {
@@ -274,7 +264,7 @@ fn lease(seen: &Observations) -> Finding {
     }
     if let Some(file) = &seen.overlay.subnet_file
         && file.subnet.is_some()
-        && file.subnet != key.v4
+        && file.subnet != key.subnet(family)
     {
         return Finding::fail(
             NAME,
@@ -289,7 +279,7 @@ fn lease(seen: &Observations) -> Finding {
             ),
         );
     }
-    let mac = attrs.v4.as_ref().map(|data| data.mac);
+    let mac = attrs.vxlan(family).map(|data| data.mac);
     if let (Some(device), Some(mac)) = (&seen.overlay.device, mac)
         && device.mac != mac
     {
@@ -305,11 +295,10 @@ fn lease(seen: &Observations) -> Finding {
             ),
         );
     }
-    Finding::ok(
-        NAME,
-        format!(
-            "{key} of {public_ip}, MAC {}",
-            mac.map_or("none".into(), |mac| mac.to_string())
-        ),
-    )
+    let data = match (mac, attrs.wireguard(family)) {
+        (Some(mac), _) => format!(", MAC {mac}"),
+        (None, Some(data)) => format!(", public key {}", data.public_key),
+        (None, None) => String::new(),
+    };
+    Finding::ok(NAME, format!("{key} of {public_ip}{data}"))
 }

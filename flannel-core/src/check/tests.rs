@@ -1,17 +1,22 @@
 //! Every verdict of every check: a healthy node, and one thing changed at a time.
 
+mod backends;
 mod node;
 mod overlay;
 mod store;
 mod traffic;
 
-use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
 
 use ipnet::{IpNet, Ipv4Net};
 
 use super::*;
 use crate::{
-    addr::IfIndex,
+    addr::{Family, IfIndex},
     features::{Course, Findings, Wishes, climb},
     iface::{Link, LinkAddr, Uplink},
     lease::{LeaseAttrs, SubnetKey},
@@ -21,7 +26,8 @@ use crate::{
 const OWN_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const PEER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const OWN: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 11);
-const PEER: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 12);
+const PEER: IpAddr = IpAddr::V4(PEER_V4);
+const PEER_V4: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 12);
 
 fn net(text: &str) -> Ipv4Net {
     text.parse().expect("a network")
@@ -59,14 +65,14 @@ fn healthy() -> Observations {
             vni: 1,
             port: 8472,
             lower: Some(index(2)),
-            local: Some(OWN),
+            local: Some(OWN.into()),
             learning: false,
             gbp: false,
         },
         mtu: 1450,
         mac: OWN_MAC.into(),
         up: true,
-        addresses: [net("10.244.1.0/32")].into(),
+        addresses: [net("10.244.1.0/32").into()].into(),
         routes: [(
             IpNet::V4(net("10.244.2.0/24")),
             Route {
@@ -76,7 +82,7 @@ fn healthy() -> Observations {
         )]
         .into(),
         neighbours: [(base.into(), PEER_MAC.into())].into(),
-        fdb: [(PEER_MAC.into(), PEER.into())].into(),
+        fdb: [(PEER_MAC.into(), PEER)].into(),
     };
     let uplink = Uplink {
         index: index(2),
@@ -91,7 +97,7 @@ fn healthy() -> Observations {
     };
     let leases = [
         ("10.244.1.0/24", OWN, OWN_MAC),
-        ("10.244.2.0/24", PEER, PEER_MAC),
+        ("10.244.2.0/24", PEER_V4, PEER_MAC),
     ];
     Observations {
         node: Node {
@@ -110,6 +116,7 @@ fn healthy() -> Observations {
             hooks: "tcx",
             vxlan: Vxlan::Works,
             ip_forward: Some(true),
+            forwarding_v6: None,
             bridge_nf: Some(true),
             reverse: Reverse {
                 uplink: Some(ReverseFilter {
@@ -135,6 +142,7 @@ fn healthy() -> Observations {
             pid: Some(42),
             version: Some("0.1.0".into()),
             ours: "0.1.0",
+            backend: Some(BackendKind::Vxlan),
             mode: Some("bpf"),
             reason: Some("eBPF is permitted and works".into()),
             problems: Vec::new(),
@@ -165,18 +173,24 @@ fn healthy() -> Observations {
                 valid: Some((1_700_000_000, 1_900_000_000)),
             }],
         },
+        second: None,
         overlay: Overlay {
+            family: Family::V4,
+            encrypted: Vec::new(),
+            hops: BTreeMap::new(),
+            links: BTreeMap::new(),
             name: "flannel.1".into(),
             device: Some(device),
             subnet_file: Some(SubnetFile::parse(
                 "/run/flannel/subnet.env",
                 "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.1.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n",
+                Family::V4,
             )),
             subnet_path: "/run/flannel/subnet.env".into(),
             bridge: Some(Bridge {
                 name: "cni0".into(),
                 mtu: 1450,
-                addresses: vec![net("10.244.1.1/24")],
+                addresses: vec![net("10.244.1.1/24").into()],
                 ports: [("veth1".into(), 1450)].into(),
             }),
             attached: Some(Attached {

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 
 use super::range::Network;
-use super::{FamilyConf, NetConf};
+use super::{Backend, FamilyConf, NetConf};
 
 /// What a change of the configuration asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,26 +48,57 @@ pub fn change(running: &NetConf, new: &NetConf) -> Change {
         "Backend.Type",
         &was.kind,
         &is.kind,
-        "the backend is chosen once",
+        "nodes of different backends do not reach each other, and what this one has is made for the backend it started with",
     );
+    if was.kind == is.kind {
+        backend(&mut reasons, was, is);
+    }
+    if reasons.is_empty() {
+        Change::Live
+    } else {
+        Change::Restart(reasons)
+    }
+}
+
+/// Settings of one backend. Those that other nodes need not agree with are applied while running.
+fn backend(reasons: &mut Vec<String>, was: &Backend, is: &Backend) {
+    let port = "nodes with different ports do not reach each other, and the nodes do not change at the same moment";
     note(
-        &mut reasons,
+        reasons,
         "Backend.VNI",
         &was.vxlan.vni,
         &is.vxlan.vni,
         "it is in the name of the device and in what peers know of this node",
     );
     note(
-        &mut reasons,
+        reasons,
         "Backend.Port",
         &was.vxlan.port,
         &is.vxlan.port,
-        "nodes with different ports do not reach each other, and the nodes do not change at the same moment",
+        port,
     );
-    if reasons.is_empty() {
-        Change::Live
-    } else {
-        Change::Restart(reasons)
+    let (was, is) = (&was.wireguard, &is.wireguard);
+    note(reasons, "Backend.ListenPort", &was.port, &is.port, port);
+    note(
+        reasons,
+        "Backend.ListenPortV6",
+        &was.port_v6,
+        &is.port_v6,
+        port,
+    );
+    note(
+        reasons,
+        "Backend.Mode",
+        &was.mode,
+        &is.mode,
+        "the devices and what peers know of this node are made for the mode it started with",
+    );
+    if was.psk != is.psk {
+        reasons.push(
+            "Backend.PSK is another one now: nodes with different keys do not reach each other, and the nodes do not change at \
+             the same moment"
+                .to_owned(),
+        );
     }
 }
 
@@ -83,6 +114,7 @@ fn is_same(one: &NetConf, other: &NetConf) -> bool {
         && one.backend.fast_path == other.backend.fast_path
         && (a.vni, a.port, a.mtu) == (b.vni, b.port, b.mtu)
         && (a.gbp, a.learning, a.direct_routing) == (b.gbp, b.learning, b.direct_routing)
+        && one.backend.wireguard == other.backend.wireguard
 }
 
 fn range<N, A>(

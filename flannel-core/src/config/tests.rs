@@ -1,6 +1,8 @@
 use super::*;
-use crate::addr::Mtu;
+use crate::addr::{Mtu, Vni};
+use crate::fastpath::Choice;
 
+mod backends;
 mod errors;
 mod properties;
 
@@ -34,7 +36,7 @@ fn the_usual_config() {
         }),
         ipv6: None,
         backend: Backend {
-            kind: "vxlan".to_owned(),
+            kind: BackendKind::Vxlan,
             type_as_written: "vxlan".to_owned(),
             vxlan: VxlanConf {
                 vni: Vni::DEFAULT,
@@ -45,6 +47,7 @@ fn the_usual_config() {
                 learning: false,
                 direct_routing: false,
             },
+            wireguard: WireguardConf::default(),
             fast_path: None,
         },
         warnings: vec![],
@@ -137,11 +140,8 @@ fn keys_follow_go() {
     );
     assert_eq!(conf.ipv4.unwrap().network.to_string(), "10.5.0.0/16");
     assert_eq!(
-        (
-            conf.backend.kind.as_str(),
-            conf.backend.type_as_written.as_str()
-        ),
-        ("vxlan", "VXLAN")
+        (conf.backend.kind, conf.backend.type_as_written.as_str()),
+        (BackendKind::Vxlan, "VXLAN")
     );
     assert!(conf.backend.vxlan.direct_routing);
     assert_eq!(
@@ -158,7 +158,7 @@ fn missing_backend_is_vxlan_with_a_warning() {
         r#"{"Network":"10.5.0.0/16","Backend":null}"#,
     ] {
         let conf = parse(json);
-        assert_eq!(conf.backend.kind, "vxlan");
+        assert_eq!(conf.backend.kind, BackendKind::Vxlan);
         assert_eq!(conf.warnings.len(), 1);
         assert!(
             conf.warnings[0].contains("Backend is missing"),

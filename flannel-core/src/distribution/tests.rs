@@ -211,3 +211,36 @@ fn a_refused_bpf_call_has_its_own_advice() {
     }
     assert_eq!(bpf_advice(Refusal::Other, "6.1.0", &pod), None);
 }
+
+#[test]
+fn wireguard_is_where_each_distribution_has_it() {
+    let advice = |kernel: &str| {
+        let host = Host {
+            kernel: kernel.to_owned(),
+            ..Host::default()
+        };
+        host.advice(Feature::Wireguard)
+    };
+    for (kernel, wanted) in [
+        (
+            "6.8.0-45-generic",
+            "install linux-modules-6.8.0-45-generic, ",
+        ),
+        (
+            "6.8.0-1013-raspi",
+            "install linux-modules-6.8.0-1013-raspi, ",
+        ),
+        ("4.18.0-553.el8.x86_64", "older than WireGuard"),
+        (
+            "5.14.0-427.el9.x86_64",
+            "kernel-modules-5.14.0-427.el9.x86_64",
+        ),
+        ("6.1.0-28-amd64", "Debian's kernels have it"),
+        ("6.6.63", "OpenWrt: kmod-wireguard"),
+        ("6.1.100-talos", "CONFIG_WIREGUARD"),
+    ] {
+        let advice = advice(kernel);
+        assert!(advice.contains(wanted), "{kernel}: {advice}");
+        assert!(!advice.contains("-extra-raspi"), "{kernel}: {advice}");
+    }
+}

@@ -1,30 +1,31 @@
 //! What a node's packet filter does to traffic between pods, from chains and rules in a form that iptables and nftables share.
 //!
-//! Only packets from a pod to a pod count, as they pass the host: rules that name other devices or other networks cannot match them,
+//! Only packets of one address family from a pod to a pod count, as they pass the host: rules that name other devices, other networks
+//! or the other family cannot match them,
 //! and chains that are reached through such rules only are not reached. Everything else counts, whoever wrote it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::digest::Digest;
 
 /// Where pods are: which networks and devices their packets can be matched by.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// The cluster network.
-    pub network: Ipv4Net,
+    /// The cluster network. It says which family is judged, and that the rules are to have been read for.
+    pub network: IpNet,
     /// Devices that packets between pods pass as inner packets: the tunnel device, the bridges of the pods, their veths.
     pub devices: BTreeSet<String>,
     /// The node's own addresses, which no pod has: those of the tunnel device and of bridges are in the cluster network.
-    pub own: BTreeSet<Ipv4Addr>,
+    pub own: BTreeSet<IpAddr>,
     /// The uplink, which sees outer packets only.
     pub uplink: String,
 }
 
-/// The chains of one node.
+/// The chains of one node, read for one address family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Firewall {
     /// Every chain of every table.
@@ -169,7 +170,7 @@ pub struct Scope {
     pub devices: Vec<DeviceMatch>,
     /// Conditions on an address.
     pub networks: Vec<NetworkMatch>,
-    /// Never a packet between IPv4 pods: IPv6 only, or addressed to the node itself.
+    /// Never a packet between pods of the family that the rules were read for: of the other alone, or addressed to the node itself.
     pub elsewhere: bool,
 }
 
@@ -186,7 +187,7 @@ pub struct DeviceMatch {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkMatch {
     /// The networks.
-    pub networks: Vec<Ipv4Net>,
+    pub networks: Vec<IpNet>,
     /// Whether it must be in none of them.
     pub negated: bool,
 }
@@ -226,7 +227,7 @@ impl NetworkMatch {
             return !self.networks.iter().any(|net| net.contains(network));
         }
         self.networks.iter().any(|net| {
-            let own = net.prefix_len() == 32 && place.own.contains(&net.addr());
+            let own = net.prefix_len() == net.max_prefix_len() && place.own.contains(&net.addr());
             !own && (net.contains(network) || network.contains(net))
         })
     }
@@ -234,7 +235,7 @@ impl NetworkMatch {
 
 impl Rule {
     /// Whether it lets everything from, or to, the network through.
-    fn accepts_pods(&self, network: Ipv4Net) -> bool {
+    fn accepts_pods(&self, network: IpNet) -> bool {
         let covers = |condition: &NetworkMatch| {
             !condition.negated && condition.networks.iter().any(|net| net.contains(&network))
         };

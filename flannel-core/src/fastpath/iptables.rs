@@ -1,24 +1,25 @@
-//! The output of `iptables-save`, legacy or nft, into chains.
+//! The output of `iptables-save` or `ip6tables-save`, legacy or nft, into chains.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::firewall::{
     Base, Chain, Conditions, DeviceMatch, Jump, NetworkMatch, Rule, Scope, Statement,
     owner_of_chain,
 };
+use crate::addr::Family;
 
-/// The chains of a dump. `variant` tells dumps apart that are of one node: `legacy` or `nft`.
+/// The chains of a dump of the family's tables. `variant` tells dumps apart that are of one node: `legacy` or `nft`.
 ///
 /// Reads what it understands: a line that is none of a dump's is none of a rule either.
-pub fn parse(dump: &str, variant: &str) -> Vec<Chain> {
+pub fn parse(dump: &str, variant: &str, family: Family) -> Vec<Chain> {
     let mut chains = Vec::new();
     let mut table = Table::default();
     for line in dump.lines().map(str::trim) {
         if let Some(name) = line.strip_prefix('*') {
             chains.append(&mut table.finish());
-            table = Table::new(name, variant);
+            table = Table::new(name, variant, family);
         } else if let Some(declaration) = line.strip_prefix(':') {
             table.declare(declaration);
         } else if line.starts_with("-A ") {
@@ -46,10 +47,14 @@ struct Table {
 }
 
 impl Table {
-    fn new(name: &str, variant: &str) -> Self {
+    fn new(name: &str, variant: &str, family: Family) -> Self {
+        let program = match family {
+            Family::V4 => "iptables",
+            Family::V6 => "ip6tables",
+        };
         Self {
             name: name.to_owned(),
-            label: format!("iptables-{variant} table {name}"),
+            label: format!("{program}-{variant} table {name}"),
             ..Self::default()
         }
     }
@@ -137,9 +142,10 @@ struct Reading<'a> {
 impl Reading<'_> {
     fn network(&mut self, value: Option<&str>, negated: bool) {
         self.conditions.and(Conditions::Address);
-        let networks: Option<Vec<Ipv4Net>> =
-            value.map(|value| value.split(',').filter_map(network).collect());
-        if let Some(networks) = networks.filter(|networks| !networks.is_empty()) {
+        // One that cannot be read may be any.
+        let networks: Option<Vec<IpNet>> =
+            value.and_then(|value| value.split(',').map(network).collect());
+        if let Some(networks) = networks {
             self.scope.networks.push(NetworkMatch { networks, negated });
         }
     }
@@ -202,14 +208,14 @@ impl Reading<'_> {
     }
 }
 
-fn network(text: &str) -> Option<Ipv4Net> {
+fn network(text: &str) -> Option<IpNet> {
     if let Ok(net) = text.parse() {
         return Some(net);
     }
     match text.split_once('/') {
-        None => Some(text.parse::<std::net::Ipv4Addr>().ok()?.into()),
+        None => Some(text.parse::<std::net::IpAddr>().ok()?.into()),
         Some((address, mask)) => {
-            Ipv4Net::with_netmask(address.parse().ok()?, mask.parse().ok()?).ok()
+            IpNet::with_netmask(address.parse().ok()?, mask.parse().ok()?).ok()
         }
     }
 }
@@ -226,7 +232,7 @@ fn of_target(name: &str) -> Option<Statement> {
         "NFQUEUE" | "QUEUE" => Statement::Queue,
         "CT" | "NOTRACK" | "SET" | "SYNPROXY" => Statement::Other(name.to_owned()),
         "ACCT" | "NFACCT" => Statement::Account(name.to_owned()),
-        // DSCP, TOS, TTL, ECN, CLASSIFY, TPROXY, TEE, RATEEST, HMARK and whatever else there may be.
+        // DSCP, TOS, TTL, HL, ECN, SNPT, CLASSIFY, TPROXY, TEE, RATEEST, HMARK and whatever else there may be.
         _ => Statement::PerPacket(name.to_owned()),
     })
 }
@@ -292,7 +298,10 @@ mod tests {
     fn counters_do_not_show() {
         let dump =
             |count| format!("*filter\n:FORWARD DROP [{count}:99]\n-A FORWARD -j ACCEPT\nCOMMIT\n");
-        assert_eq!(parse(&dump(1), "legacy"), parse(&dump(2), "legacy"));
+        assert_eq!(
+            parse(&dump(1), "legacy", Family::V4),
+            parse(&dump(2), "legacy", Family::V4)
+        );
         assert_eq!(tables(&dump(1)), BTreeSet::from(["filter".to_owned()]));
     }
 
@@ -301,5 +310,8 @@ mod tests {
         assert_eq!(network("10.0.0.0/255.0.0.0"), "10.0.0.0/8".parse().ok());
         assert_eq!(network("10.1.2.3"), "10.1.2.3/32".parse().ok());
         assert_eq!(network("10.0.0.1/255.0.255.0"), None);
+        assert_eq!(network("fd05::/ffff::"), "fd05::/16".parse().ok());
+        assert_eq!(network("fd05::1"), "fd05::1/128".parse().ok());
+        assert_eq!(network("::1/::ffff"), None);
     }
 }

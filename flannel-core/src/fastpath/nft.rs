@@ -7,16 +7,19 @@ use serde_json::{Map, Value};
 use super::firewall::{
     Base, Chain, Conditions, Jump, NetworkMatch, Rule, Scope, Statement, owner_of_table,
 };
+use crate::addr::Family;
+use crate::masquerade::nft::word;
 
 mod condition;
 
 /// Names of a set or a map: family, table, name.
 type Name<'a> = (&'a str, &'a str, &'a str);
 
-/// The chains of a dump, but for tables of the IPv4 family that are in `elsewhere`: those are of iptables-nft, whose own dump
-/// tells more. `Err` says what is wrong with a dump that is none.
+/// The chains of a dump that see packets of a family, but for tables of that family alone that are in `elsewhere`: those are of
+/// iptables-nft, whose own dump tells more. `Err` says what is wrong with a dump that is none.
 pub fn parse(
     dump: &str,
+    judged: Family,
     elsewhere: &std::collections::BTreeSet<String>,
 ) -> Result<Vec<Chain>, String> {
     let value: Value = serde_json::from_str(dump).map_err(|error| error.to_string())?;
@@ -40,7 +43,9 @@ pub fn parse(
     let mut chains: BTreeMap<Name<'_>, Chain> = BTreeMap::new();
     for chain in of_kind("chain") {
         let (family, table) = (text(chain, "family"), text(chain, "table"));
-        if !concerns(family) || (family == "ip" && elsewhere.contains(table)) {
+        let alone = family == word(judged);
+        let shared = matches!(family, "inet" | "bridge" | "netdev");
+        if !(alone || shared) || (alone && elsewhere.contains(table)) {
             continue;
         }
         let name = text(chain, "name");
@@ -59,27 +64,28 @@ pub fn parse(
             continue;
         };
         let expressions = rule.get("expr").and_then(Value::as_array);
-        let sets = Sets {
+        let within = Table {
+            judged,
             family,
-            table,
+            name: table,
             elements: &elements,
         };
         chain
             .rules
-            .push(read(expressions.map_or(&[], Vec::as_slice), &sets));
+            .push(read(expressions.map_or(&[], Vec::as_slice), &within));
     }
     Ok(chains.into_values().collect())
 }
 
-/// Names of the tables of the IPv4 family in a dump.
-pub fn ip_tables(dump: &str) -> Result<Vec<String>, String> {
+/// Names of the tables in a dump that are of this family alone.
+pub fn tables(dump: &str, family: Family) -> Result<Vec<String>, String> {
     let value: Value = serde_json::from_str(dump).map_err(|error| error.to_string())?;
     let objects = value.get("nftables").and_then(Value::as_array);
     Ok(objects
         .into_iter()
         .flatten()
         .filter_map(|object| object.get("table")?.as_object())
-        .filter(|table| text(table, "family") == "ip")
+        .filter(|table| text(table, "family") == word(family))
         .map(|table| text(table, "name").to_owned())
         .collect())
 }
@@ -93,10 +99,6 @@ pub(crate) fn text_of(expressions: &[Value]) -> String {
         .map(|(kind, value)| condition::render(kind, value))
         .collect();
     words.join(" ")
-}
-
-fn concerns(family: &str) -> bool {
-    matches!(family, "ip" | "inet" | "bridge" | "netdev")
 }
 
 fn text<'a>(object: &'a Map<String, Value>, key: &str) -> &'a str {
@@ -122,28 +124,31 @@ fn base(chain: &Map<String, Value>, family: &str) -> Option<Base> {
     })
 }
 
-/// The named sets and maps that a table's rules can refer to.
+/// The table that a rule is of, with the named sets and maps that it can refer to.
 #[derive(Debug)]
-struct Sets<'a> {
+struct Table<'a> {
+    /// The family whose packets count.
+    judged: Family,
+    /// nft's word for the table's own.
     family: &'a str,
-    table: &'a str,
+    name: &'a str,
     elements: &'a BTreeMap<Name<'a>, &'a [Value]>,
 }
 
-impl<'a> Sets<'a> {
+impl<'a> Table<'a> {
     /// The elements of a set as a rule names it: spelled out, or `@name`. `None` where they cannot be told.
     fn elements(&self, value: &'a Value) -> Option<&'a [Value]> {
         match value {
             Value::String(name) => {
                 let name = name.strip_prefix('@')?;
-                self.elements.get(&(self.family, self.table, name)).copied()
+                self.elements.get(&(self.family, self.name, name)).copied()
             }
             other => Some(other.get("set")?.as_array()?.as_slice()),
         }
     }
 }
 
-fn read<'a>(expressions: &'a [Value], sets: &Sets<'a>) -> Rule {
+fn read<'a>(expressions: &'a [Value], table: &Table<'a>) -> Rule {
     let mut rule = Rule::default();
     let mut states = condition::States::default();
     let logs = expressions.iter().any(|one| one.get("log").is_some());
@@ -162,9 +167,9 @@ fn read<'a>(expressions: &'a [Value], sets: &Sets<'a>) -> Rule {
         };
         words.push(condition::render(kind, value));
         match kind.as_str() {
-            "match" => condition::read(value, &mut rule, &mut states, sets),
+            "match" => condition::read(value, &mut rule, &mut states, table),
             "jump" | "goto" => rule.jumps.extend(target(value).map(Jump::to)),
-            "vmap" => vmap(value, &mut rule, &mut states, sets),
+            "vmap" => vmap(value, &mut rule, &mut states, table),
             "limit" if logs && !decides => {}
             kind => rule.statements.extend(of_statement(kind, value)),
         }
@@ -182,7 +187,7 @@ fn target(value: &Value) -> Option<String> {
 }
 
 /// A verdict map: where each of its elements leads, with what the element says about the address.
-fn vmap<'a>(value: &'a Value, rule: &mut Rule, states: &mut condition::States, sets: &Sets<'a>) {
+fn vmap<'a>(value: &'a Value, rule: &mut Rule, states: &mut condition::States, table: &Table<'a>) {
     let key = value.get("key");
     let by_state = key.is_some_and(|key| condition::is_ct(key, "state"));
     rule.conditions.and(if by_state {
@@ -190,13 +195,15 @@ fn vmap<'a>(value: &'a Value, rule: &mut Rule, states: &mut condition::States, s
     } else {
         Conditions::Other
     });
-    let elements = value.get("data").and_then(|data| sets.elements(data));
+    let elements = value.get("data").and_then(|data| table.elements(data));
     let Some(elements) = elements else {
         let what = "a verdict map that cannot be read".to_owned();
         rule.statements.push(Statement::PerPacket(what));
         return;
     };
-    let address = key.and_then(condition::address_position);
+    rule.scope.elsewhere |= key.is_some_and(|key| condition::is_of_other(key, table.judged));
+    let address = key.and_then(|key| condition::address_position(key, table.judged));
+    let by_protocol = key.is_some_and(condition::is_protocol);
     for element in elements {
         let Some([of, verdict]) = element.as_array().map(Vec::as_slice) else {
             continue;
@@ -210,6 +217,7 @@ fn vmap<'a>(value: &'a Value, rule: &mut Rule, states: &mut condition::States, s
                 })
                 .into_iter()
                 .collect(),
+            elsewhere: by_protocol && condition::names_other(of, table.judged),
             ..Scope::default()
         };
         for (kind, value) in verdict.as_object().into_iter().flatten() {

@@ -1,27 +1,10 @@
 //! Why no interface was selected: one line each, with the value and what there is to choose from.
 
-use std::fmt;
 use std::net::IpAddr;
 
 use thiserror::Error;
 
-/// An address family, for messages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    /// IPv4.
-    V4,
-    /// IPv6.
-    V6,
-}
-
-impl fmt::Display for Family {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Family::V4 => "IPv4",
-            Family::V6 => "IPv6",
-        })
-    }
-}
+pub use crate::addr::Family;
 
 /// Why no interface was selected. `candidates` lists all interfaces as `name:[addresses]`.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]

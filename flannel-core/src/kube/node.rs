@@ -11,9 +11,10 @@ use thiserror::Error;
 
 use super::{Field, Names};
 use crate::{
-    config::NetConf,
+    addr::Family,
+    config::{BackendKind, NetConf},
     json::Json,
-    lease::{Lease, LeaseAttrs, SubnetKey, VXLAN, vxlan_data},
+    lease::{BackendData, Lease, LeaseAttrs, SubnetKey},
 };
 
 /// A Node object, trimmed to what flannel needs.
@@ -304,57 +305,23 @@ pub fn read_lease(node: &Node, names: &Names, families: Families) -> Reading {
             ..LeaseAttrs::default()
         },
     };
-    let vxlan = lease.attrs.backend_type == VXLAN;
-    if lease.key.v4.is_some() {
-        let read = address(node, names, Field::PublicIp, "an IPv4 address").and_then(|ip| {
-            let data = vxlan
-                .then(|| data(node, names, Field::BackendData))
-                .transpose()?;
-            Ok((ip, data))
-        });
-        match read {
-            Ok((IpAddr::V4(ip), data)) => {
+    for family in Family::ALL {
+        if lease.key.subnet(family).is_none() {
+            continue;
+        }
+        match published(node, names, family, &lease.attrs.backend_type) {
+            Ok(None) => {}
+            Ok(Some((IpAddr::V4(ip), data))) => {
                 (lease.attrs.public_ip, lease.attrs.v4) = (Some(ip), data);
             }
-            Ok((IpAddr::V6(ip), _)) => {
-                lease.key.v4 = None;
-                problems.push(annotation(
-                    node,
-                    names,
-                    Field::PublicIp,
-                    Some(&ip.to_string()),
-                    "an IPv4 address",
-                ));
-            }
-            Err(error) => {
-                lease.key.v4 = None;
-                problems.push(error);
-            }
-        }
-    }
-    if lease.key.v6.is_some() {
-        let read = address(node, names, Field::PublicIpv6, "an IPv6 address").and_then(|ip| {
-            let data = vxlan
-                .then(|| data(node, names, Field::BackendV6Data))
-                .transpose()?;
-            Ok((ip, data))
-        });
-        match read {
-            Ok((IpAddr::V6(ip), data)) => {
+            Ok(Some((IpAddr::V6(ip), data))) => {
                 (lease.attrs.public_ipv6, lease.attrs.v6) = (Some(ip), data);
             }
-            Ok((IpAddr::V4(ip), _)) => {
-                lease.key.v6 = None;
-                problems.push(annotation(
-                    node,
-                    names,
-                    Field::PublicIpv6,
-                    Some(&ip.to_string()),
-                    "an IPv6 address",
-                ));
-            }
             Err(error) => {
-                lease.key.v6 = None;
+                match family {
+                    Family::V4 => lease.key.v4 = None,
+                    Family::V6 => lease.key.v6 = None,
+                }
                 problems.push(error);
             }
         }
@@ -366,26 +333,45 @@ pub fn read_lease(node: &Node, names: &Names, families: Families) -> Reading {
     }
 }
 
-fn address(
+/// What a node publishes of one family: its address, of that family, and what its backend needs. `None` where the backend publishes
+/// nothing.
+fn published(
     node: &Node,
     names: &Names,
-    field: Field,
-    wanted: &'static str,
-) -> Result<IpAddr, NodeError> {
+    family: Family,
+    backend_type: &str,
+) -> Result<Option<(IpAddr, Option<BackendData>)>, NodeError> {
+    let (field, wanted) = match family {
+        Family::V4 => (Field::PublicIp, "an IPv4 address"),
+        Family::V6 => (Field::PublicIpv6, "an IPv6 address"),
+    };
     let text = node.get(names, field);
-    text.and_then(|text| text.parse().ok())
-        .ok_or_else(|| annotation(node, names, field, text, wanted))
+    let silent = backend_type == BackendKind::Alloc.lease_type() && family == Family::V6;
+    if silent && text.is_none() {
+        return Ok(None);
+    }
+    let address = text
+        .and_then(|text| text.parse().ok())
+        .filter(|address| Family::of(*address) == family)
+        .ok_or_else(|| annotation(node, names, field, text, wanted))?;
+    let Some(wanted) = BackendData::example(backend_type) else {
+        return Ok(Some((address, None)));
+    };
+    let field = data_field(family);
+    let text = node.get(names, field);
+    let data = text
+        .and_then(|text| Json::parse(text).ok())
+        .and_then(|json| BackendData::read(backend_type, &json, field.suffix()).ok()?)
+        .ok_or_else(|| annotation(node, names, field, text, wanted))?;
+    Ok(Some((address, Some(data))))
 }
 
-fn data(node: &Node, names: &Names, field: Field) -> Result<crate::lease::VxlanData, NodeError> {
-    const FIELDS: [&str; 2] = ["VNI", "VtepMAC"];
-    let text = node.get(names, field);
-    text.and_then(|text| Json::parse(text).ok())
-        .and_then(|json| vxlan_data(&json, "backend-data", FIELDS).ok())
-        .ok_or_else(|| {
-            let wanted = "an object such as {\"VNI\":1,\"VtepMAC\":\"0a:1b:2c:3d:4e:5f\"}";
-            annotation(node, names, field, text, wanted)
-        })
+/// The annotation with what the backend needs of one family.
+pub(super) const fn data_field(family: Family) -> Field {
+    match family {
+        Family::V4 => Field::BackendData,
+        Family::V6 => Field::BackendV6Data,
+    }
 }
 
 pub(super) fn annotation(

@@ -6,7 +6,7 @@ use std::{
     str::FromStr,
 };
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::{
     Families, Field, Names, Node, NodeError,
@@ -16,19 +16,30 @@ use super::{
 use crate::{
     config::NetConf,
     json::Json,
-    lease::{Lease, LeaseAttrs, VxlanData, vxlan_data},
+    lease::{BackendData, Lease, LeaseAttrs, VXLAN},
 };
 
 /// Most entries of the eBPF table of subnets, as a power of two: a /8 of /28.
 const MOST_BITS: u8 = 20;
+
+/// The annotations that every node of flannel's has.
+const HEAD: [Field; 2] = [Field::KubeSubnetManager, Field::BackendType];
+
+/// The annotations about a node's ends of the families that it has.
+const ENDS: [Field; 4] = [
+    Field::BackendData,
+    Field::BackendV6Data,
+    Field::PublicIp,
+    Field::PublicIpv6,
+];
 
 /// What this node publishes, and what that takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnPlan {
     /// The lease, with the addresses that the administrator wants to have published.
     pub lease: Lease,
-    /// The annotations that are missing or different, by full name.
-    pub patch: BTreeMap<String, String>,
+    /// The annotations that are missing or different, by full name; `None` for one that is to go.
+    pub patch: BTreeMap<String, Option<String>>,
     /// Addresses that are published in place of this node's own.
     pub overwrites: Vec<Overwrite>,
     /// Annotations of the administrator's that cannot be used.
@@ -85,14 +96,18 @@ pub fn plan_own(
         attrs.public_ip = Some(ip);
     }
     if families.v6
+        && attrs.public_ipv6.is_some()
         && let Some(ip) = look.overwrite::<Ipv6Addr>(Field::PublicIpv6Overwrite, Field::PublicIpv6)
     {
         attrs.public_ipv6 = Some(ip);
     }
-    let patch = published(&attrs, families)
+    let mut published = published(&attrs, families);
+    // What an earlier backend or another set of families has left would go on leading packets here.
+    let patch = ENDS
         .into_iter()
-        .map(|(field, value)| (names.key(field), value))
-        .filter(|(key, value)| node.annotations.get(key) != Some(value))
+        .chain(HEAD)
+        .map(|field| (names.key(field), published.remove(&field)))
+        .filter(|(key, value)| node.annotations.get(key) != value.as_ref())
         .collect();
     Ok(OwnPlan {
         lease: Lease { key, attrs },
@@ -135,11 +150,8 @@ impl Look<'_> {
 
 /// The annotations of a node with these attributes, values byte for byte as upstream writes them.
 pub(super) fn published(attrs: &LeaseAttrs, families: Families) -> BTreeMap<Field, String> {
-    let data = |data: Option<VxlanData>| match data {
-        Some(VxlanData { vni, mac }) => format!(r#"{{"VNI":{vni},"VtepMAC":"{mac}"}}"#),
-        // What a backend without data publishes.
-        None => "null".to_owned(),
-    };
+    // A backend without data publishes this.
+    let data = |data: Option<BackendData>| data.map_or("null".to_owned(), |data| data.to_string());
     let mut fields = BTreeMap::from([
         (Field::KubeSubnetManager, "true".to_owned()),
         (Field::BackendType, attrs.backend_type.clone()),
@@ -150,8 +162,9 @@ pub(super) fn published(attrs: &LeaseAttrs, families: Families) -> BTreeMap<Fiel
         fields.insert(Field::PublicIp, ip.to_string());
     }
     if families.v6 {
-        fields.insert(Field::BackendV6Data, data(attrs.v6));
+        // Upstream's backends that know nothing of IPv6 publish nothing of it.
         if let Some(ip) = attrs.public_ipv6 {
+            fields.insert(Field::BackendV6Data, data(attrs.v6));
             fields.insert(Field::PublicIpv6, ip.to_string());
         }
     }
@@ -161,9 +174,16 @@ pub(super) fn published(attrs: &LeaseAttrs, families: Families) -> BTreeMap<Fiel
 /// What a node has stored of itself, whether or not it still takes part: the MAC addresses that a new device takes over. Also looks
 /// where upstream does, which with a prefix such as `example.com/x` is not where anything is written.
 pub fn stored_attrs(node: &Node, names: &Names) -> LeaseAttrs {
-    let read = |key: &str| -> Option<VxlanData> {
+    let backend_type = node.get(names, Field::BackendType).unwrap_or_default();
+    let read = |key: &str| -> Option<BackendData> {
         let json = Json::parse(node.annotations.get(key)?).ok()?;
-        vxlan_data(&json, "backend-data", ["VNI", "VtepMAC"]).ok()
+        // Of a node whose annotations somebody has begun to remove, at least the MAC address.
+        let kind = if backend_type.is_empty() {
+            VXLAN
+        } else {
+            backend_type
+        };
+        BackendData::read(kind, &json, Field::BackendData.suffix()).ok()?
     };
     LeaseAttrs {
         public_ip: node
@@ -172,10 +192,7 @@ pub fn stored_attrs(node: &Node, names: &Names) -> LeaseAttrs {
         public_ipv6: node
             .get(names, Field::PublicIpv6)
             .and_then(|text| text.parse().ok()),
-        backend_type: node
-            .get(names, Field::BackendType)
-            .unwrap_or_default()
-            .to_owned(),
+        backend_type: backend_type.to_owned(),
         v4: read(&names.key(Field::BackendData)).or_else(|| read(&names.stored_data_key())),
         v6: read(&names.key(Field::BackendV6Data)),
     }
@@ -183,12 +200,9 @@ pub fn stored_attrs(node: &Node, names: &Names) -> LeaseAttrs {
 
 /// The prefix length for which the eBPF table of subnets is to be made: that of the smallest subnet inside the network, not less than
 /// `at_least`, and as far as a table of a bearable size goes. What is smaller still is left to the kernel's device.
-pub fn granularity(
-    network: Ipv4Net,
-    subnets: impl IntoIterator<Item = Ipv4Net>,
-    at_least: u8,
-) -> u8 {
-    let most = network.prefix_len().saturating_add(MOST_BITS).min(32);
+pub fn granularity(network: IpNet, subnets: impl IntoIterator<Item = IpNet>, at_least: u8) -> u8 {
+    let bits = network.max_prefix_len();
+    let most = network.prefix_len().saturating_add(MOST_BITS).min(bits);
     subnets
         .into_iter()
         .filter(|subnet| network.contains(subnet))

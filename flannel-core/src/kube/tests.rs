@@ -1,11 +1,16 @@
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    addr::VtepMac,
-    config::NetConf,
-    lease::{LeaseAttrs, SubnetKey, VxlanData},
+    addr::{Family, VtepMac},
+    config::{BackendKind, NetConf},
+    key::PublicKey,
+    lease::{LeaseAttrs, SubnetKey, VxlanData, WireguardData},
 };
+
+mod families;
 
 const V4: Families = Families {
     v4: true,
@@ -22,6 +27,16 @@ fn names() -> Names {
 
 fn golden() -> Node {
     serde_json::from_str(GOLDEN).unwrap()
+}
+
+/// What the API does with a patch.
+fn apply(node: &mut Node, patch: BTreeMap<String, Option<String>>) {
+    for (key, value) in patch {
+        match value {
+            Some(value) => node.annotations.insert(key, value),
+            None => node.annotations.remove(&key),
+        };
+    }
 }
 
 fn conf(extra: &str) -> NetConf {
@@ -127,11 +142,13 @@ fn upstreams_annotations_are_read_and_written_byte_for_byte() {
     let plan = plan_own(&node, &names(), &conf(""), &lease.attrs).unwrap();
     assert!(plan.patch.is_empty(), "{:?}", plan.patch);
     let fresh = Node {
-        annotations: std::collections::BTreeMap::new(),
+        annotations: BTreeMap::new(),
         ..node.clone()
     };
     let plan = plan_own(&fresh, &names(), &conf(""), &lease.attrs).unwrap();
-    assert_eq!(plan.patch, node.annotations);
+    let expected = node.annotations.iter();
+    let expected = expected.map(|(key, value)| (key.clone(), Some(value.clone())));
+    assert_eq!(plan.patch, expected.collect());
 }
 
 #[test]
@@ -146,10 +163,13 @@ fn backends_without_data_publish_null() {
     let both = own::published(
         &LeaseAttrs {
             public_ipv6: Some("fd00::1".parse().unwrap()),
-            v6: Some(VxlanData {
-                vni: 1,
-                mac: mac(1),
-            }),
+            v6: Some(
+                VxlanData {
+                    vni: 1,
+                    mac: mac(1),
+                }
+                .into(),
+            ),
             ..attrs.clone()
         },
         DUAL,
@@ -189,13 +209,16 @@ fn the_administrators_address_is_published_in_place_of_ours() {
     node.annotations.insert(key.clone(), "203.0.113.9".into());
     let plan = plan_own(&node, &names(), &conf(""), &attrs(11)).unwrap();
     assert_eq!(plan.lease.attrs.public_ip, Some([203, 0, 113, 9].into()));
-    assert_eq!(plan.patch[&names().key(Field::PublicIp)], "203.0.113.9");
+    assert_eq!(
+        plan.patch[&names().key(Field::PublicIp)].as_deref(),
+        Some("203.0.113.9")
+    );
     assert_eq!(
         plan.overwrites[0].announcement(),
         "Overriding public ip with '203.0.113.9' from node annotation 'flannel.alpha.coreos.com/public-ip-overwrite'"
     );
     assert!(plan.overwrites[0].is_news);
-    node.annotations.extend(plan.patch);
+    apply(&mut node, plan.patch);
     let plan = plan_own(&node, &names(), &conf(""), &attrs(11)).unwrap();
     assert!(plan.patch.is_empty() && !plan.overwrites[0].is_news);
     for (value, problems) in [("", 0), ("here", 1), ("fd00::1", 1)] {
@@ -316,10 +339,16 @@ fn the_mac_address_is_also_looked_for_where_upstream_looks() {
     let data = |last| format!(r#"{{"VNI":1,"VtepMAC":"{}"}}"#, mac(last));
     node.annotations
         .insert("org.com/x/backend-data".into(), data(7));
-    assert_eq!(stored_attrs(&node, &names).v4.unwrap().mac, mac(7));
+    assert_eq!(
+        stored_attrs(&node, &names).vxlan(Family::V4).unwrap().mac,
+        mac(7)
+    );
     node.annotations
         .insert("org.com/x-backend-data".into(), data(8));
-    assert_eq!(stored_attrs(&node, &names).v4.unwrap().mac, mac(8));
+    assert_eq!(
+        stored_attrs(&node, &names).vxlan(Family::V4).unwrap().mac,
+        mac(8)
+    );
 }
 
 #[test]
@@ -406,6 +435,10 @@ fn the_table_follows_the_smallest_subnet() {
     let wide = "10.0.0.0/8".parse().unwrap();
     let subnets = ["10.0.0.0/28", "10.1.0.0/30"].map(|net| net.parse().unwrap());
     assert_eq!(granularity(wide, subnets, 24), 28);
+    let v6 = "fd00::/48".parse().unwrap();
+    let subnets = ["fd00:0:0:1::/66", "fd01::/80", "fd00::/69", "10.0.0.0/28"];
+    let subnets = subnets.map(|net| net.parse().unwrap());
+    assert_eq!(granularity(v6, subnets, 64), 66);
 }
 
 proptest! {
@@ -414,17 +447,26 @@ proptest! {
         ip in any::<[u8; 4]>(),
         ip6 in any::<[u8; 16]>(),
         vni in 0u32..1 << 24,
-        octets in any::<[u8; 6]>(),
+        octets in any::<[u8; 8]>(),
+        port in any::<u16>(),
+        kind in proptest::sample::select(&BackendKind::ALL[..]),
         subnet in 0u8..,
         dual in any::<bool>(),
     ) {
-        let data = VxlanData { vni, mac: VtepMac::from(octets) };
+        let data = match (kind, octets) {
+            (BackendKind::Vxlan, [octets @ .., _, _]) => Some(VxlanData { vni, mac: VtepMac::new(octets) }.into()),
+            (BackendKind::Wireguard, octets) => {
+                let key = std::array::from_fn(|at| octets[at % 8]);
+                Some(WireguardData { public_key: PublicKey::new(key), port }.into())
+            }
+            (BackendKind::HostGw | BackendKind::Alloc, _) => None,
+        };
         let attrs = LeaseAttrs {
             public_ip: Some(ip.into()),
             public_ipv6: dual.then(|| ip6.into()),
-            backend_type: "vxlan".into(),
-            v4: Some(data),
-            v6: dual.then_some(data),
+            backend_type: kind.lease_type().to_owned(),
+            v4: data,
+            v6: data.filter(|_| dual),
         };
         let v4 = format!("10.5.{subnet}.0/24");
         let v6 = format!("fd00:1:0:{subnet:x}::/64");
@@ -432,7 +474,7 @@ proptest! {
         let mut node = node("n", &cidrs, &[]);
         let conf = conf(if dual { r#","EnableIPv6":true,"IPv6Network":"fd00:1::/48""# } else { "" });
         let plan = plan_own(&node, &names(), &conf, &attrs).unwrap();
-        node.annotations.extend(plan.patch);
+        apply(&mut node, plan.patch);
         let reading = read_lease(&node, &names(), Families::from(&conf));
         prop_assert_eq!(reading.problems, vec![]);
         prop_assert_eq!(reading.lease.unwrap(), plan.lease);

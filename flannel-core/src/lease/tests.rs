@@ -1,6 +1,8 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::BackendKind;
+use crate::key::PublicKey;
 
 #[test]
 fn upstream_key_cases() {
@@ -73,7 +75,7 @@ fn ipv6_only_key_has_no_v4() {
     assert_eq!(key.to_string(), "0.0.0.0-0&fd00:12:0:43::-64");
 }
 
-/// Every key and value upstream v0.28.9 was seen to write.
+/// Every kind of key and value that upstream v0.28.9 writes.
 const GOLDEN: &[(&str, &str)] = &[
     (
         "10.5.3.0-24",
@@ -100,6 +102,22 @@ const GOLDEN: &[(&str, &str)] = &[
         r#"{"PublicIP":"192.168.88.21","PublicIPv6":"fd88::21","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"5e:68:0d:07:7d:a8"},"BackendV6Data":{"VNI":1,"VtepMAC":"f6:5d:11:04:7d:61"}}"#,
     ),
     ("10.5.1.0-24", r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#),
+    (
+        "10.5.70.0-24&fd05:0:0:13::-64",
+        r#"{"PublicIP":"192.168.77.11","PublicIPv6":"fd77::11","BackendType":"host-gw"}"#,
+    ),
+    (
+        "0.0.0.0-0&fd00:12:0:43::-64",
+        r#"{"PublicIP":"0.0.0.0","PublicIPv6":"fd77::11","BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"76:53:12:e2:42:3d"}}"#,
+    ),
+    (
+        "10.5.3.0-24",
+        r#"{"PublicIP":"192.168.77.12","PublicIPv6":null,"BackendType":"wireguard","BackendData":{"PublicKey":"AwoRGB8mLTQ7QklQV15lbHN6gYiPlp2kq7K5wMfO1dw=","Port":51820}}"#,
+    ),
+    (
+        "10.5.6.0-24&fd05:0:0:13::-64",
+        r#"{"PublicIP":"192.168.77.11","PublicIPv6":"fd77::11","BackendType":"wireguard","BackendData":{"PublicKey":"//////////////////////////////////////////8=","Port":51820},"BackendV6Data":{"PublicKey":"//////////////////////////////////////////8=","Port":51821}}"#,
+    ),
 ];
 
 #[test]
@@ -131,7 +149,7 @@ fn reader_is_tolerant() {
     // Releases up to 0.14 wrote neither PublicIPv6 nor VNI.
     let old = r#"{"PublicIP":"192.168.77.12","BackendType":"vxlan","BackendData":{"VtepMAC":"d2:e2:e0:0a:1a:b5"}}"#;
     let attrs = LeaseAttrs::from_json(old).unwrap();
-    assert_eq!(attrs.v4.unwrap().vni, 0);
+    assert_eq!(attrs.vxlan(Family::V4).unwrap().vni, 0);
     assert_eq!(attrs.public_ipv6, None);
 
     let odd = r#" {"publicip":"192.168.77.12", "Extra":[1], "backendtype":"vxlan",
@@ -143,9 +161,16 @@ fn reader_is_tolerant() {
     );
     assert_eq!(LeaseAttrs::from_json(odd).unwrap(), expected);
 
-    let wireguard = r#"{"PublicIP":"1.2.3.4","PublicIPv6":null,"BackendType":"wireguard","BackendData":{"PublicKey":"a=","Port":51820}}"#;
+    // Releases before 0.26 wrote no port.
+    let wireguard = r#"{"PublicIP":"1.2.3.4","PublicIPv6":null,"BackendType":"wireguard","BackendData":{"publickey":"AwoRGB8mLTQ7QklQV15lbHN6gYiPlp2kq7K5wMfO1dw="}}"#;
     let attrs = LeaseAttrs::from_json(wireguard).unwrap();
-    assert_eq!((attrs.backend_type.as_str(), attrs.v4), ("wireguard", None));
+    let data = attrs.wireguard(Family::V4).unwrap();
+    assert_eq!((attrs.backend_type.as_str(), data.port), ("wireguard", 0));
+    assert_eq!(attrs.vxlan(Family::V4), None);
+    let elsewhere =
+        r#"{"PublicIP":"1.2.3.4","BackendType":"extension","BackendData":"what its command says"}"#;
+    let attrs = LeaseAttrs::from_json(elsewhere).unwrap();
+    assert_eq!((attrs.backend_type.as_str(), attrs.v4), ("extension", None));
     let host_gw = r#"{"PublicIP":"1.2.3.4","BackendType":"host-gw","BackendData":null}"#;
     assert_eq!(LeaseAttrs::from_json(host_gw).unwrap().v4, None);
 }
@@ -186,6 +211,14 @@ fn reader_names_what_is_wrong() {
             r#"{"BackendType":"vxlan","BackendV6Data":{"VtepMAC":"x"}}"#,
             r#"lease value has the invalid BackendV6Data.VtepMAC "x": it must be a MAC address such as 0a:1b:2c:3d:4e:5f"#,
         ),
+        (
+            r#"{"BackendType":"wireguard","BackendData":{"PublicKey":"a="}}"#,
+            r#"lease value has the invalid BackendData.PublicKey "a=": it must be 32 bytes in base64"#,
+        ),
+        (
+            r#"{"BackendType":"wireguard","BackendV6Data":{"Port":70000}}"#,
+            "lease value has the invalid BackendV6Data.Port 70000: it must be a port number",
+        ),
     ];
     for (text, message) in cases {
         assert_eq!(
@@ -208,25 +241,37 @@ fn any_mac() -> impl Strategy<Value = VtepMac> {
     any::<[u8; 6]>().prop_map(VtepMac::new)
 }
 
-fn any_data() -> impl Strategy<Value = Option<VxlanData>> {
-    proptest::option::of((any::<u32>(), any_mac()).prop_map(|(vni, mac)| VxlanData { vni, mac }))
+fn any_data(kind: BackendKind) -> impl Strategy<Value = Option<BackendData>> {
+    let vxlan = (any::<u32>(), any_mac()).prop_map(|(vni, mac)| VxlanData { vni, mac }.into());
+    let key = any::<[u8; 32]>().prop_map(PublicKey::new);
+    let wireguard = (key, any::<u16>())
+        .prop_map(|(public_key, port)| WireguardData { public_key, port }.into());
+    proptest::option::of((vxlan, wireguard)).prop_map(move |data: Option<(_, _)>| match kind {
+        BackendKind::Vxlan => data.map(|(vxlan, _)| vxlan),
+        BackendKind::Wireguard => data.map(|(_, wireguard)| wireguard),
+        BackendKind::HostGw | BackendKind::Alloc => None,
+    })
 }
 
 prop_compose! {
-    fn any_attrs()(
+    fn any_attrs_of(kind: BackendKind)(
         public_ip in proptest::option::of(1u32..),
         public_ipv6: Option<Ipv6Addr>,
-        v4 in any_data(),
-        v6 in any_data(),
+        v4 in any_data(kind),
+        v6 in any_data(kind),
     ) -> LeaseAttrs {
         LeaseAttrs {
             public_ip: public_ip.map(Ipv4Addr::from),
             public_ipv6,
-            backend_type: VXLAN.to_owned(),
+            backend_type: kind.lease_type().to_owned(),
             v4,
             v6,
         }
     }
+}
+
+fn any_attrs() -> impl Strategy<Value = LeaseAttrs> {
+    proptest::sample::select(&BackendKind::ALL[..]).prop_flat_map(any_attrs_of)
 }
 
 prop_compose! {

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use ipnet::IpNet;
 
 use super::{KUBE_PROXY_MARK, Request, multicast};
-use crate::mark;
+use crate::{addr::Family, mark};
 
 /// Which rules nftables gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,33 +18,19 @@ pub enum Ruleset {
     Correct,
 }
 
-/// An address family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Family {
-    /// IPv4.
-    V4,
-    /// IPv6.
-    V6,
+/// nft's word for a family, also in front of addresses.
+pub const fn word(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    }
 }
 
-impl Family {
-    /// Both. Upstream makes a table for either, whatever the node has.
-    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
-
-    /// nft's word for it, also in front of addresses.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::V4 => "ip",
-            Self::V6 => "ip6",
-        }
-    }
-
-    /// Our table.
-    pub const fn table(self) -> &'static str {
-        match self {
-            Self::V4 => mark::NFT_TABLE_V4,
-            Self::V6 => mark::NFT_TABLE_V6,
-        }
+/// Our table of a family. Upstream makes one for either, whatever the node has.
+pub const fn table(family: Family) -> &'static str {
+    match family {
+        Family::V4 => mark::NFT_TABLE_V4,
+        Family::V6 => mark::NFT_TABLE_V6,
     }
 }
 
@@ -68,7 +54,7 @@ struct Chain {
 }
 
 fn chains(family: Family, request: &Request, ruleset: Ruleset) -> Vec<Chain> {
-    let ip = family.as_str();
+    let ip = word(family);
     let Request {
         network: n,
         subnet: p,
@@ -122,10 +108,10 @@ fn chains(family: Family, request: &Request, ruleset: Ruleset) -> Vec<Chain> {
 
 /// The table as `nft list table` shows it: upstream's text. Without a request it is empty.
 pub fn listing(family: Family, request: Option<&Request>, ruleset: Ruleset) -> String {
-    let table = family.table();
+    let name = table(family);
     let mut text = format!(
-        "table {} {table} {{\n\tcomment \"rules for {table}\"\n",
-        family.as_str()
+        "table {} {name} {{\n\tcomment \"rules for {name}\"\n",
+        word(family)
     );
     let chains = request.map_or_else(Vec::new, |request| chains(family, request, ruleset));
     for (number, chain) in chains.iter().enumerate() {
@@ -178,7 +164,7 @@ pub fn plan(
 
 /// Removes a table.
 pub fn remove(family: Family) -> String {
-    format!("delete table {} {}\n", family.as_str(), family.table())
+    format!("delete table {} {}\n", word(family), table(family))
 }
 
 /// A listing without its rules.
@@ -201,7 +187,7 @@ pub fn other_network(
     let own: Vec<IpNet> = own.into_iter().collect();
     let mut other: Option<IpNet> = None;
     for line in listed.lines().map(str::trim) {
-        let Some(rest) = line.strip_prefix(family.as_str()) else {
+        let Some(rest) = line.strip_prefix(word(family)) else {
             continue;
         };
         let mut words = rest.split_whitespace().filter(|word| *word != "!=");
@@ -224,7 +210,7 @@ pub fn other_network(
 
 /// New rules in chains that are as they should be: no hook changes.
 fn refill(family: Family, request: &Request, ruleset: Ruleset) -> String {
-    let place = format!("{} {}", family.as_str(), family.table());
+    let place = format!("{} {}", word(family), table(family));
     let mut text = String::new();
     for chain in chains(family, request, ruleset) {
         // Writing to a string cannot fail.

@@ -7,6 +7,8 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 use super::iptables::{FILTER, Rule, Table};
+use super::nft;
+use crate::addr::Family;
 
 /// How deep chains are followed.
 const DEPTH: u32 = 8;
@@ -120,10 +122,7 @@ pub fn in_nftables(listed: &str, network: &IpNet) -> Vec<String> {
         let value = object.get(key).and_then(Value::as_str);
         value.unwrap_or_default().to_owned()
     };
-    let own_family = match network {
-        IpNet::V4(_) => "ip",
-        IpNet::V6(_) => "ip6",
-    };
+    let own_family = nft::word(Family::of_net(network));
     let mut found = Vec::new();
     for chain in objects.iter().filter_map(|object| object.get("chain")) {
         let (family, table) = (text(chain, "family"), text(chain, "table"));

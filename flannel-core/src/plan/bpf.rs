@@ -6,27 +6,25 @@ mod tests;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use flannel_common::{
-    Config, LAYOUT_VERSION, NodeId, NodeRecord, OuterV4, config_flags, header, node_flags,
-};
-use ipnet::{IpNet, Ipv4Net};
+use flannel_common::NodeId;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{BpfState, Desired, Device, Gate, GateMode, Hook, Observed, Op, Peer, Plan, pods, xdp};
+use super::{BpfState, Desired, Gate, Hook, Observed, Op, Overlay, Peer, Plan, pods, xdp};
 use crate::addr::{IfIndex, VtepMac};
-
-/// [`Config::own_index`] while this node has no subnet.
-const NO_SUBNET: u32 = u32::MAX;
-const NANOS_PER_MILLI: u64 = 1_000_000;
 
 /// What the programs need to know about this node, apart from the tunnel device (whose index, MTU and MAC are observed).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a flag of the map, and any combination is possible"
+)]
 pub struct Settings {
     /// The cluster network.
-    pub network: Ipv4Net,
+    pub network: IpNet,
     /// Prefix length of a node's subnet.
     pub subnet_len: u8,
     /// Network identifier.
@@ -34,7 +32,7 @@ pub struct Settings {
     /// UDP destination port.
     pub port: u16,
     /// Our address on the underlay.
-    pub local: Ipv4Addr,
+    pub local: IpAddr,
     /// Uplink whose ingress is ours to watch.
     pub uplink: IfIndex,
     /// Lowest UDP source port.
@@ -58,6 +56,9 @@ pub struct Settings {
     /// Slots of the map `ring` for one CPU, as a power of two.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub ring_shift: u32,
+    /// Some peers are routed to without a tunnel. Filled in by the planner.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub routed: bool,
     /// Index of this node's own subnet in `subnets`. Filled in by the planner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub own_index: Option<u32>,
@@ -81,79 +82,23 @@ impl Settings {
         1u32.checked_shl(u32::from(bits)).unwrap_or(u32::MAX)
     }
 
-    /// The value of the map `config`. The uplink is not part of it; whoever reads it back knows it from the attached program.
-    pub fn encode(&self) -> Config {
-        let mut flags = config_flags::ENCAP | config_flags::DECAP;
-        if self.alone {
-            flags |= config_flags::ALONE;
+    /// The subnet of that index; `None` if the network does not reach so far.
+    pub fn subnet(&self, index: u32) -> Option<IpNet> {
+        if index >= self.subnet_count() {
+            return None;
         }
-        if self.decap_gso {
-            flags |= config_flags::DECAP_GSO;
-        }
-        if self.xdp {
-            flags |= config_flags::XDP;
-        }
-        let (tunnel_ifindex, tunnel_mtu, own_mac) =
-            self.tunnel.map_or((0, 0, [0; 6]), |(index, mtu, mac)| {
-                (index.get(), mtu, mac.octets())
-            });
-        Config {
-            layout: LAYOUT_VERSION,
-            flags,
-            network: u32::from(self.network.network()),
-            subnet_shift: u32::from(32u8.saturating_sub(self.subnet_len)),
-            subnet_count: self.subnet_count(),
-            tunnel_ifindex,
-            tunnel_mtu,
-            encap_flags: self.encap_flags,
-            decap_flags: self.decap_flags,
-            vni: header::vni_word(self.vni),
-            local: self.local.octets(),
-            port: self.port.to_be_bytes(),
-            own_mac,
-            source_port_min: self.source_port_min,
-            source_port_span: self.source_port_span,
-            mode: self.gate.mode.raw(),
-            epoch: self.gate.epoch,
-            own_index: self.own_index.unwrap_or(NO_SUBNET),
-            ring_shift: self.ring_shift,
-            lease: u64::from(self.gate.lease_ms) * NANOS_PER_MILLI,
-        }
-    }
-
-    /// Reads a value of the map `config` back. `None` if it was not written by [`Settings::encode`].
-    pub fn decode(config: &Config, uplink: IfIndex) -> Option<Self> {
-        let subnet_len = 32u32.checked_sub(config.subnet_shift)?;
-        let bits = config.subnet_count.checked_ilog2()?;
-        let prefix = subnet_len.checked_sub(bits)?;
-        let [a, b, c, _] = config.vni;
-        let settings = Self {
-            network: Ipv4Net::new(Ipv4Addr::from(config.network), u8::try_from(prefix).ok()?)
-                .ok()?,
-            subnet_len: u8::try_from(subnet_len).ok()?,
-            vni: u32::from_be_bytes([0, a, b, c]),
-            port: u16::from_be_bytes(config.port),
-            local: Ipv4Addr::from(config.local),
-            uplink,
-            source_port_min: config.source_port_min,
-            source_port_span: config.source_port_span,
-            encap_flags: config.encap_flags,
-            decap_flags: config.decap_flags,
-            alone: config.flags & config_flags::ALONE != 0,
-            decap_gso: config.flags & config_flags::DECAP_GSO != 0,
-            xdp: config.flags & config_flags::XDP != 0,
-            gate: Gate {
-                mode: GateMode::from_raw(config.mode)?,
-                epoch: config.epoch,
-                lease_ms: u32::try_from(config.lease / NANOS_PER_MILLI).ok()?,
-            },
-            ring_shift: config.ring_shift,
-            own_index: Some(config.own_index).filter(|index| *index != NO_SUBNET),
-            tunnel: IfIndex::try_from(config.tunnel_ifindex)
-                .ok()
-                .map(|index| (index, config.tunnel_mtu, VtepMac::from(config.own_mac))),
+        let of = |bits: u8| bits.checked_sub(self.subnet_len).map(u32::from);
+        let base: IpAddr = match self.network.network() {
+            IpAddr::V4(base) => {
+                let offset = index.checked_shl(of(32)?).unwrap_or(0);
+                Ipv4Addr::from(u32::from(base) | offset).into()
+            }
+            IpAddr::V6(base) => {
+                let offset = u128::from(index).checked_shl(of(128)?).unwrap_or(0);
+                Ipv6Addr::from(u128::from(base) | offset).into()
+            }
         };
-        (settings.encode() == *config).then_some(settings)
+        IpNet::new(base, self.subnet_len).ok()
     }
 }
 
@@ -161,9 +106,9 @@ impl Settings {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
     /// The peer's VTEP address.
-    pub remote: Ipv4Addr,
+    pub remote: IpAddr,
     /// Our VTEP address.
-    pub local: Ipv4Addr,
+    pub local: IpAddr,
     /// The peer's VTEP MAC.
     pub peer_mac: VtepMac,
     /// Our VTEP MAC.
@@ -178,76 +123,21 @@ pub struct Node {
     pub hop: Option<(VtepMac, VtepMac)>,
     /// Path MTU in bytes of outer packet.
     pub path_mtu: u32,
-}
-
-impl Node {
-    /// The map value.
-    pub fn encode(&self) -> NodeRecord {
-        let (uplink_mac, next_hop_mac) = self.hop.map_or(([0; 6], [0; 6]), |(uplink, hop)| {
-            (uplink.octets(), hop.octets())
-        });
-        let (header, ip_sum) = OuterV4 {
-            next_hop_mac,
-            uplink_mac,
-            local: self.local.octets(),
-            remote: self.remote.octets(),
-            port: self.port,
-            vni: self.vni,
-            peer_mac: self.peer_mac.octets(),
-            own_mac: self.own_mac.octets(),
-        }
-        .build();
-        let hop = if self.hop.is_some() {
-            node_flags::NEXT_HOP
-        } else {
-            0
-        };
-        NodeRecord {
-            header,
-            ifindex: self.ifindex.get(),
-            flags: node_flags::VALID | hop,
-            path_mtu: self.path_mtu,
-            ip_sum,
-        }
-    }
-
-    /// Reads a map value back. `None` if it was not written by [`Node::encode`].
-    pub fn decode(record: &NodeRecord) -> Option<Self> {
-        let bytes =
-            |at: usize| -> Option<[u8; 6]> { record.header.get(at..at + 6)?.try_into().ok() };
-        let word =
-            |at: usize| -> Option<[u8; 4]> { record.header.get(at..at + 4)?.try_into().ok() };
-        let [a, b, c, _] = word(header::VXLAN + 4)?;
-        let [port_high, port_low, ..] = word(header::UDP + 2)?;
-        let known = record.flags & node_flags::NEXT_HOP != 0;
-        let node = Self {
-            remote: word(header::IP + 16)?.into(),
-            local: word(header::IP + 12)?.into(),
-            peer_mac: bytes(header::INNER_ETH)?.into(),
-            own_mac: bytes(header::INNER_ETH + 6)?.into(),
-            vni: u32::from_be_bytes([0, a, b, c]),
-            port: u16::from_be_bytes([port_high, port_low]),
-            ifindex: IfIndex::try_from(record.ifindex).ok()?,
-            hop: if known {
-                Some((bytes(6)?.into(), bytes(0)?.into()))
-            } else {
-                None
-            },
-            path_mtu: record.path_mtu,
-        };
-        (node.encode() == *record).then_some(node)
-    }
+    /// Packets go to the peer without outer headers: it is the next hop.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub routed: bool,
 }
 
 impl fmt::Display for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} lladdr {} dev {} mtu {}",
+            "{} lladdr {} dev {} mtu {}{}",
             self.remote,
             self.peer_mac,
             self.ifindex.get(),
-            self.path_mtu
+            self.path_mtu,
+            if self.routed { ", routed," } else { "" }
         )?;
         match self.hop {
             Some((_, hop)) => write!(f, " via {hop}"),
@@ -262,38 +152,49 @@ pub(super) struct Input<'a> {
     pub observed: &'a Observed,
     pub want: &'a Settings,
     pub have: &'a BpfState,
-    pub device: &'a Device,
+    pub overlay: Option<Overlay<'a>>,
     pub peers: Option<&'a BTreeMap<IpNet, Peer>>,
+    /// The subnets of peers that are routed to.
+    pub on_link: &'a BTreeSet<IpNet>,
     /// The settings as they will be when the first of this pass's ops are done.
     pub settings: Option<&'a Settings>,
 }
 
 pub(super) fn plan(input: &Input<'_>, plan: &mut Plan, deletes: &mut Vec<Op>) {
     // Known before anything is created, the MAC to expect is the one that peers know.
-    let own_mac = input.desired.tunnel.mac.unwrap_or(input.device.mac);
+    let own_mac = input.overlay.map(|overlay| overlay.mac());
     if let Some(peers) = input.peers {
         plan_nodes(input, peers, own_mac, plan, deletes);
     }
     // The pair that stands in has nobody to leave packets to, as long as any come its way.
     let stand_in = input.observed.stand_in.as_ref();
     let stands_in = stand_in.is_some_and(|device| !device.routes.is_empty());
+    // Until the peers are known, as it is.
+    let routed = match input.peers {
+        Some(_) => !input.on_link.is_empty(),
+        None => input
+            .have
+            .settings
+            .as_ref()
+            .is_some_and(|there| there.routed),
+    };
     let settings = Settings {
         alone: input.want.alone || stands_in,
         decap_gso: input.want.decap_gso || stands_in,
-        tunnel: Some((input.device.index, input.device.mtu, own_mac)),
+        routed,
+        tunnel: input
+            .overlay
+            .map(|overlay| (overlay.device.index, overlay.device.mtu, overlay.mac())),
         own_index: own_index(input.desired, input.want),
         ..input.want.clone()
     };
     if input.settings != Some(&settings) {
         plan.ops.push(Op::PutSettings(settings));
     }
-    let from_overlay = (!input.want.gate.is_off()).then_some(Hook::FromOverlay);
+    let hooks = hooks(input, routed);
     let mut takes_stripped = false;
-    for hook in Hook::BASE.into_iter().chain(from_overlay) {
-        let ifindex = match hook {
-            Hook::FromWire => input.want.uplink,
-            _ => input.device.index,
-        };
+    for (hook, ifindex) in &hooks {
+        let (hook, ifindex) = (*hook, *ifindex);
         let there = input.have.attached.get(&hook);
         let there = there.filter(|attached| attached.ifindex == ifindex);
         // A predecessor's program may run on maps of its own (another layout, another size), which know the peers while
@@ -305,18 +206,38 @@ pub(super) fn plan(input: &Input<'_>, plan: &mut Plan, deletes: &mut Vec<Op>) {
         }
         takes_stripped |= hook == Hook::FromWire && (is_current || !waits);
     }
-    if takes_stripped {
+    if takes_stripped && input.overlay.is_some() {
         xdp::admit(input.want, input.have, plan);
     }
-    if from_overlay.is_none()
-        && let Some(there) = input.have.attached.get(&Hook::FromOverlay)
-    {
-        deletes.push(Op::Detach {
-            hook: Hook::FromOverlay,
-            ifindex: there.ifindex,
-        });
+    for (hook, there) in &input.have.attached {
+        if !hooks.contains_key(hook) {
+            deletes.push(Op::Detach {
+                hook: *hook,
+                ifindex: there.ifindex,
+            });
+        }
     }
     pods::admit(input.desired, &input.want.gate, input.have, plan);
+}
+
+/// Which programs there are, but for those on pod veths, and where.
+fn hooks(input: &Input<'_>, routed: bool) -> BTreeMap<Hook, IfIndex> {
+    let mut hooks = BTreeMap::new();
+    let gated = !input.want.gate.is_off();
+    if let Some(overlay) = input.overlay {
+        hooks.insert(Hook::ToOverlay, overlay.device.index);
+        if gated {
+            hooks.insert(Hook::FromOverlay, overlay.device.index);
+        }
+    }
+    if gated || input.overlay.is_some() {
+        hooks.insert(Hook::FromWire, input.want.uplink);
+    }
+    // What passes it learns nothing from those that are not routed to, and every hook costs something.
+    if gated && routed {
+        hooks.insert(Hook::ToLink, input.want.uplink);
+    }
+    hooks
 }
 
 /// The entry of `subnets` that stands for this node's own subnet.
@@ -330,26 +251,29 @@ fn own_index(desired: &Desired, want: &Settings) -> Option<u32> {
 fn plan_nodes(
     input: &Input<'_>,
     peers: &BTreeMap<IpNet, Peer>,
-    own_mac: VtepMac,
+    own_mac: Option<VtepMac>,
     plan: &mut Plan,
     deletes: &mut Vec<Op>,
 ) {
     let have = input.have;
     let mut wanted: BTreeMap<u32, Node> = BTreeMap::new();
     for (subnet, peer) in peers {
-        if input.observed.loops(peer.vtep) {
+        let routed = input.on_link.contains(subnet);
+        if let Some(overlay) = input.overlay
+            && input.observed.loops(peer.vtep)
+        {
             plan.problems.push(format!(
                 "peer {} with {subnet} is reached through {} itself: its PublicIP must not be inside the overlay",
-                peer.vtep, input.desired.tunnel.name
+                peer.vtep, overlay.tunnel.name
             ));
         }
-        match (indexes(input.want, subnet), node(input, peer, own_mac)) {
+        match (indexes(input.want, subnet), node(input, peer, own_mac, routed)) {
             (Some(range), Some(node)) => wanted.extend(range.map(|index| (index, node))),
-            _ if input.want.alone => plan.problems.push(format!(
+            _ if input.want.alone && !routed => plan.problems.push(format!(
                 "peer {} has subnet {subnet}, which eBPF cannot carry (network {}, subnet length {}): install the vxlan module",
                 peer.vtep, input.want.network, input.want.subnet_len
             )),
-            // The kernel device carries it.
+            // The kernel's device or route carries it.
             _ => {}
         }
     }
@@ -420,33 +344,47 @@ fn plan_nodes(
 
 /// The entries of `subnets` that a peer's subnet fills; `None` if it is smaller than one, or outside the network.
 fn indexes(want: &Settings, subnet: &IpNet) -> Option<std::ops::Range<u32>> {
-    let IpNet::V4(subnet) = subnet else {
-        return None;
-    };
     if !want.network.contains(subnet) || subnet.prefix_len() > want.subnet_len {
         return None;
     }
-    let shift = 32u32.checked_sub(u32::from(want.subnet_len))?;
-    let offset = u32::from(subnet.network()).checked_sub(u32::from(want.network.network()))?;
-    let first = offset.checked_shr(shift).unwrap_or(0);
+    let (base, width) = number(want.network.network());
+    let (first, _) = number(subnet.network());
+    let shift = width.checked_sub(u32::from(want.subnet_len))?;
+    let offset = first.checked_sub(base)?;
+    let first = u32::try_from(offset.checked_shr(shift).unwrap_or(0)).ok()?;
     let count = 1u32.checked_shl(u32::from(want.subnet_len.checked_sub(subnet.prefix_len())?))?;
     Some(first..first.checked_add(count)?)
 }
 
-fn node(input: &Input<'_>, peer: &Peer, own_mac: VtepMac) -> Option<Node> {
-    let IpAddr::V4(remote) = peer.vtep else {
+/// An address as a number, and how many bits it has.
+fn number(address: IpAddr) -> (u128, u32) {
+    match address {
+        IpAddr::V4(address) => (u32::from(address).into(), 32),
+        IpAddr::V6(address) => (address.into(), 128),
+    }
+}
+
+/// The entry for a peer; `None` if eBPF has no way to it.
+fn node(input: &Input<'_>, peer: &Peer, own_mac: Option<VtepMac>, routed: bool) -> Option<Node> {
+    /// What nobody looks at where there is no tunnel.
+    const NO_MAC: VtepMac = VtepMac::new([0; 6]);
+    if peer.vtep.is_ipv4() != input.want.local.is_ipv4() {
         return None;
-    };
+    }
+    if !routed && (own_mac.is_none() || peer.mac.is_none()) {
+        return None;
+    }
     let way = input.observed.way(peer.vtep);
     Some(Node {
-        remote,
+        remote: peer.vtep,
         local: input.want.local,
-        peer_mac: peer.mac,
-        own_mac,
+        peer_mac: peer.mac.unwrap_or(NO_MAC),
+        own_mac: own_mac.unwrap_or(NO_MAC),
         vni: input.want.vni,
         port: input.want.port,
         ifindex: way.map_or(input.want.uplink, |way| way.ifindex),
         hop: way.and_then(|way| way.mac.map(|mac| (way.uplink_mac, mac))),
         path_mtu: way.map_or(0, |way| way.mtu),
+        routed,
     })
 }

@@ -6,12 +6,13 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::Settings;
 use crate::{
-    addr::{IfIndex, Mtu, Vni, VtepMac},
+    addr::{Family, IfIndex, Mtu, Vni, VtepMac},
+    config::BackendKind,
     lease::{LeaseAttrs, SubnetKey},
     pods::Pod,
 };
@@ -19,8 +20,12 @@ use crate::{
 /// Everything that this node should have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Desired {
-    /// The tunnel device.
-    pub tunnel: Tunnel,
+    /// The tunnel device; `None` where all peers are routed to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel: Option<Tunnel>,
+    /// Peers on the same link are routed to; `None` where all go through the tunnel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direct: Option<Direct>,
     /// This node's own subnets: never programmed as a peer's.
     pub own: BTreeSet<IpNet>,
     /// Every other node, by subnet; `None` until the lease store has finished its first complete list.
@@ -29,7 +34,24 @@ pub struct Desired {
     pub bpf: Option<Settings>,
     /// The pods of this node to which packets may be handed directly; `None` until they were read. Of no matter while the gate is off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pods: Option<BTreeMap<Ipv4Addr, Pod>>,
+    pub pods: Option<BTreeMap<IpAddr, Pod>>,
+}
+
+impl Desired {
+    /// The cluster network: routes inside it are ours to judge.
+    pub fn network(&self) -> Option<IpNet> {
+        let tunnel = self.tunnel.as_ref().map(|tunnel| tunnel.network);
+        tunnel.or(self.direct.as_ref().map(|direct| direct.network))
+    }
+}
+
+/// Routes to peers on the same link, without a tunnel (upstream: host-gw, and `DirectRouting` of vxlan).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Direct {
+    /// The interface on whose link such peers are.
+    pub uplink: IfIndex,
+    /// The cluster network: no route outside it is touched.
+    pub network: IpNet,
 }
 
 /// The tunnel device.
@@ -43,10 +65,10 @@ pub struct Tunnel {
     pub mtu: Mtu,
     /// The MAC address to give a new device; an existing device keeps its own until the lease says otherwise.
     pub mac: Option<VtepMac>,
-    /// Its one address, `<subnet base>/32`; `None` before there is a lease.
-    pub address: Option<Ipv4Net>,
+    /// Its one address, `<subnet base>/32` or `/128`; `None` before there is a lease.
+    pub address: Option<IpNet>,
     /// The cluster network: other addresses inside it are leftovers of an older lease.
-    pub network: Ipv4Net,
+    pub network: IpNet,
 }
 
 /// What the tunnel device is made of.
@@ -62,7 +84,7 @@ pub enum DeviceKind {
         /// The uplink.
         lower: IfIndex,
         /// Our address on the uplink.
-        local: Ipv4Addr,
+        local: IpAddr,
         /// Whether it learns MAC addresses like a bridge.
         learning: bool,
         /// Whether it carries group policy bits.
@@ -78,9 +100,10 @@ pub enum DeviceKind {
 /// Another node of the overlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
-    /// MAC address of its tunnel device: the inner destination.
-    pub mac: VtepMac,
-    /// Its address on the underlay: the outer destination.
+    /// MAC address of its tunnel device, the inner destination; `None` for one that is always reached without a tunnel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<VtepMac>,
+    /// Its address on the underlay: the outer destination, or the next hop.
     pub vtep: IpAddr,
 }
 
@@ -99,32 +122,37 @@ impl fmt::Display for PeerProblem {
     }
 }
 
-/// Turns leases into peers (IPv4 only so far), leaving out `own`. A lease that cannot be used is reported, never fatal.
+/// Turns leases into the peers of one overlay, leaving out `own`. A lease that cannot be used is reported, never fatal; one without a
+/// subnet of that family is none of this overlay.
 pub fn peers_of<'a>(
     leases: impl IntoIterator<Item = (&'a SubnetKey, &'a LeaseAttrs)>,
     own: &SubnetKey,
+    family: Family,
+    kind: BackendKind,
 ) -> (BTreeMap<IpNet, Peer>, Vec<PeerProblem>) {
     let mut peers = BTreeMap::new();
     let mut problems = Vec::new();
     for (key, attrs) in leases {
-        let Some(subnet) = key.v4 else {
-            problems.push(PeerProblem {
-                key: *key,
-                reason: "it has no IPv4 subnet, and IPv6 is not supported yet".into(),
-            });
+        let Some(subnet) = key.subnet(family) else {
             continue;
         };
-        if Some(subnet) == own.v4 {
+        if Some(subnet) == own.subnet(family) {
             continue;
         }
-        match peer_of(attrs) {
+        if let Some(problem) = of_another_backend(key, attrs, kind) {
+            // Once for a lease, not once for each of its families.
+            let told = family == Family::V6 && own.v4.is_some() && key.v4.is_some();
+            problems.extend((!told).then_some(problem));
+            continue;
+        }
+        match peer_of(attrs, family, kind) {
             Ok(peer) => {
-                peers.insert(IpNet::V4(subnet), peer);
+                peers.insert(subnet, peer);
             }
             Err(reason) => problems.push(PeerProblem { key: *key, reason }),
         }
     }
-    if let Some(own) = own.v4 {
+    if let Some(own) = own.subnet(family) {
         leave_out_irregular(&mut peers, own.prefix_len(), &mut problems);
     }
     (peers, problems)
@@ -137,54 +165,68 @@ fn leave_out_irregular(
     regular: u8,
     problems: &mut Vec<PeerProblem>,
 ) {
-    let irregular: Vec<Ipv4Net> = peers
+    let irregular: Vec<IpNet> = peers
         .keys()
-        .filter_map(|subnet| match subnet {
-            IpNet::V4(subnet) if subnet.prefix_len() != regular => Some(*subnet),
-            _ => None,
-        })
+        .filter(|subnet| subnet.prefix_len() != regular)
+        .copied()
         .collect();
     for subnet in irregular {
-        let of = IpNet::V4(subnet);
         let other = peers
             .keys()
-            .find(|other| other.prefix_len() == regular && overlap(other, &of));
+            .find(|other| other.prefix_len() == regular && overlap(other, &subnet));
         if let Some(other) = other {
             problems.push(PeerProblem {
-                key: SubnetKey::from_v4(subnet),
+                key: subnet.into(),
                 reason: format!(
                     "it overlaps {other}, a node's subnet of the usual length: delete the wrong lease"
                 ),
             });
-            peers.remove(&of);
+            peers.remove(&subnet);
         }
     }
 }
 
-fn peer_of(attrs: &LeaseAttrs) -> Result<Peer, String> {
-    if attrs.backend_type != "vxlan" {
-        return Err(format!(
-            "its backend is {:?}, this node speaks \"vxlan\"",
-            attrs.backend_type
-        ));
+/// What is to be said about a lease of another backend than `kind`, in the words of upstream's vxlan backend. Nodes of different
+/// backends never reach each other.
+pub fn of_another_backend(
+    key: &SubnetKey,
+    attrs: &LeaseAttrs,
+    kind: BackendKind,
+) -> Option<PeerProblem> {
+    if attrs.backend_type == kind.lease_type() {
+        return None;
     }
-    let vtep = attrs.public_ip.ok_or("it has no PublicIP")?;
-    let data = attrs
-        .v4
-        .as_ref()
-        .ok_or("it has no BackendData with a VtepMAC")?;
-    if vtep.is_unspecified() || vtep.is_multicast() || vtep.is_broadcast() || vtep.is_loopback() {
-        return Err(format!("its PublicIP {vtep} is not the address of a host"));
+    let (v4, v6) = (key.v4.unwrap_or_default(), key.v6.unwrap_or_default());
+    let theirs = if attrs.backend_type.is_empty() {
+        "none"
+    } else {
+        &attrs.backend_type
+    };
+    let reason = format!("ignoring non-{kind} v4Subnet({v4}) v6Subnet({v6}): type={theirs}");
+    Some(PeerProblem { key: *key, reason })
+}
+
+fn peer_of(attrs: &LeaseAttrs, family: Family, kind: BackendKind) -> Result<Peer, String> {
+    let (ip, data) = match family {
+        Family::V4 => ("PublicIP", "BackendData"),
+        Family::V6 => ("PublicIPv6", "BackendV6Data"),
+    };
+    let vtep = attrs.address(family).ok_or(format!("it has no {ip}"))?;
+    let broadcast = vtep == IpAddr::V4(Ipv4Addr::BROADCAST);
+    if vtep.is_unspecified() || vtep.is_multicast() || broadcast || vtep.is_loopback() {
+        return Err(format!("its {ip} {vtep} is not the address of a host"));
     }
-    if data.mac.octets() == [0; 6] || data.mac.is_multicast() {
-        return Err(format!(
-            "its VtepMAC {} is not the address of a device",
-            data.mac
-        ));
+    if kind != BackendKind::Vxlan {
+        return Ok(Peer { mac: None, vtep });
+    }
+    let vxlan = attrs.vxlan(family);
+    let mac = vxlan.ok_or(format!("it has no {data} with a VtepMAC"))?.mac;
+    if mac.octets() == [0; 6] || mac.is_multicast() {
+        return Err(format!("its VtepMAC {mac} is not the address of a device"));
     }
     Ok(Peer {
-        mac: data.mac,
-        vtep: IpAddr::V4(vtep),
+        mac: Some(mac),
+        vtep,
     })
 }
 
@@ -225,36 +267,4 @@ pub(crate) fn overlap(a: &IpNet, b: &IpNet) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_subnet_of_another_length_costs_nobody_its_place() {
-        let attrs = |host| {
-            let mac = VtepMac::from_random([2, 0, 0, 0, 0, host]);
-            LeaseAttrs::vxlan_v4(Ipv4Addr::new(192, 0, 2, host), 1, mac)
-        };
-        let key = |text: &str| -> SubnetKey { text.parse().unwrap() };
-        let leases = [
-            "10.5.0.0-16",
-            "10.5.2.0-23",
-            "10.5.2.0-24",
-            "10.5.3.0-24",
-            "10.5.3.128-25",
-            "10.5.8.0-23",
-        ];
-        let leases: BTreeMap<SubnetKey, LeaseAttrs> = leases
-            .iter()
-            .zip(1..)
-            .map(|(text, host)| (key(text), attrs(host)))
-            .collect();
-        let (peers, problems) = peers_of(&leases, &key("10.5.1.0-24"));
-        let kept: Vec<String> = peers.keys().map(ToString::to_string).collect();
-        assert_eq!(kept, ["10.5.2.0/24", "10.5.3.0/24", "10.5.8.0/23"]);
-        let left_out: Vec<String> = problems
-            .iter()
-            .map(|problem| problem.key.to_string())
-            .collect();
-        assert_eq!(left_out, ["10.5.0.0-16", "10.5.2.0-23", "10.5.3.128-25"]);
-    }
-}
+mod tests;

@@ -19,18 +19,21 @@ pub enum Hook {
     FromPod,
     /// Egress of the host's end of a pod's veth pair; as [`Hook::FromPod`].
     ToPod,
+    /// Egress of the uplink; attached while the gate is not off and there are peers to which packets are routed without a tunnel.
+    ToLink,
 }
 
 impl Hook {
     /// Every hook.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::ToOverlay,
         Self::FromWire,
         Self::FromOverlay,
         Self::FromPod,
         Self::ToPod,
+        Self::ToLink,
     ];
-    /// The hooks that have a program whatever the gate's mode.
+    /// The hooks that have a program whatever the gate's mode, where there is a tunnel.
     pub const BASE: [Self; 2] = [Self::ToOverlay, Self::FromWire];
     /// The hooks of every pod veth.
     pub const POD: [Self; 2] = [Self::FromPod, Self::ToPod];
@@ -43,6 +46,7 @@ impl Hook {
             Self::FromOverlay => "from_overlay",
             Self::FromPod => "from_pod",
             Self::ToPod => "to_pod",
+            Self::ToLink => "to_link",
         }
     }
 

@@ -5,10 +5,10 @@ use std::{
     net::IpAddr,
 };
 
-use flannel_common::OVERHEAD_V4;
+use flannel_common::{OVERHEAD_V4, OVERHEAD_V6};
 use ipnet::IpNet;
 
-use super::{Desired, Device, DeviceKind, Observed, ObservedKind, Op, Peer, Plan, Route};
+use super::{Device, DeviceKind, Observed, ObservedKind, Op, Overlay, Peer, Plan, Route, Tunnel};
 use crate::{
     addr::{Mtu, VtepMac},
     mark,
@@ -16,16 +16,15 @@ use crate::{
 
 /// Plans the device itself. Returns it once it is fit to carry peers.
 pub(super) fn plan_device<'a>(
-    desired: &Desired,
+    tunnel: &Tunnel,
     observed: &'a Observed,
     plan: &mut Plan,
 ) -> Option<&'a Device> {
-    let tunnel = &desired.tunnel;
     let Some(device) = &observed.device else {
         plan.ops.push(Op::CreateDevice(tunnel.clone()));
         return None;
     };
-    match fit(&tunnel.kind, &device.kind) {
+    match fit(tunnel, &device.kind) {
         Fit::Good => {}
         Fit::Replace(why) => {
             plan.ops.push(Op::DeleteDevice {
@@ -44,7 +43,7 @@ pub(super) fn plan_device<'a>(
         }
     }
     // A device that came back with another MAC (made by hand, or udev's policy) would be deaf to its peers.
-    if let Some(mac) = new_mac(desired, device) {
+    if let Some(mac) = new_mac(tunnel, device) {
         plan.ops.push(Op::SetMac {
             index: device.index,
             mac,
@@ -90,8 +89,8 @@ enum Fit {
 
 /// Upstream compares VNI, lower device, local address, port and GBP; MTU is applied in place, and so would be learning, but the
 /// kernel has no way to change it.
-fn fit(want: &DeviceKind, have: &ObservedKind) -> Fit {
-    match (want, have) {
+fn fit(tunnel: &Tunnel, have: &ObservedKind) -> Fit {
+    match (&tunnel.kind, have) {
         (
             DeviceKind::Vxlan {
                 vni,
@@ -135,8 +134,8 @@ fn fit(want: &DeviceKind, have: &ObservedKind) -> Fit {
         (DeviceKind::Veth { .. }, ObservedKind::Vxlan { .. }) => {
             Fit::Replace("it is a vxlan device, eBPF alone was asked for".into())
         }
-        (DeviceKind::Vxlan { vni, .. }, ObservedKind::Veth { peer: Some(has) })
-            if mark::peer_device_name(*vni).is_ok_and(|ours| ours == *has) =>
+        (DeviceKind::Vxlan { .. }, ObservedKind::Veth { peer: Some(has) })
+            if mark::far_end(&tunnel.name).is_some_and(|ours| ours == *has) =>
         {
             Fit::Replace("it is a veth pair of ours, a vxlan device was asked for".into())
         }
@@ -146,16 +145,17 @@ fn fit(want: &DeviceKind, have: &ObservedKind) -> Fit {
 }
 
 /// The MAC address that the device must get, if it has another one.
-fn new_mac(desired: &Desired, device: &Device) -> Option<VtepMac> {
-    desired.tunnel.mac.filter(|mac| *mac != device.mac)
+fn new_mac(tunnel: &Tunnel, device: &Device) -> Option<VtepMac> {
+    tunnel.mac.filter(|mac| *mac != device.mac)
 }
 
 /// Puts back the neighbours that a change of the device's MAC takes away, while nobody can say which of them are right.
 ///
 /// The kernel drops all neighbours of a device whose MAC changes, permanent ones too (`neigh_changeaddr`, seen on 6.18); routes and
 /// forwarding entries stay.
-pub(super) fn restore_neighbours(desired: &Desired, device: &Device, puts: &mut Vec<Op>) {
-    if new_mac(desired, device).is_none() {
+pub(super) fn restore_neighbours(overlay: &Overlay<'_>, puts: &mut Vec<Op>) {
+    let Overlay { tunnel, device } = overlay;
+    if new_mac(tunnel, device).is_none() {
         return;
     }
     for (address, mac) in &device.neighbours {
@@ -166,12 +166,11 @@ pub(super) fn restore_neighbours(desired: &Desired, device: &Device, puts: &mut 
     }
 }
 
-/// Plans forwarding entries, neighbours and routes.
-pub(super) fn plan_peers(
-    desired: &Desired,
+/// Plans forwarding entries, neighbours and routes of the peers that the device carries.
+pub(super) fn plan_peers<'a>(
+    overlay: &Overlay<'_>,
     observed: &Observed,
-    device: &Device,
-    peers: &BTreeMap<IpNet, Peer>,
+    peers: impl Iterator<Item = (&'a IpNet, &'a Peer)>,
     plan: &mut Plan,
     deletes: &mut Vec<Op>,
 ) {
@@ -179,52 +178,62 @@ pub(super) fn plan_peers(
         ops: puts,
         problems,
     } = plan;
-    let has_fdb = matches!(desired.tunnel.kind, DeviceKind::Vxlan { .. });
-    let own_mac = desired.tunnel.mac.unwrap_or(device.mac);
+    let Overlay { tunnel, device } = overlay;
+    let has_fdb = matches!(tunnel.kind, DeviceKind::Vxlan { .. });
+    let own_mac = overlay.mac();
     // By the time these ops run, a change of the device's MAC has taken all neighbours away, see `restore_neighbours`.
     let none = BTreeMap::new();
-    let neighbours = match new_mac(desired, device) {
+    let neighbours = match new_mac(tunnel, device) {
         Some(_) => &none,
         None => &device.neighbours,
     };
     let mut macs: BTreeMap<VtepMac, IpAddr> = BTreeMap::new();
     let mut gateways = BTreeSet::new();
+    let mut carried = BTreeSet::new();
     for (subnet, peer) in peers {
+        let Some(mac) = peer.mac else {
+            problems.push(format!(
+                "peer {} with {subnet} has no VtepMAC, and is not on the link: give all nodes the same backend",
+                peer.vtep
+            ));
+            continue;
+        };
+        carried.insert(*subnet);
         let gateway = subnet.network();
         gateways.insert(gateway);
         // Forwarding entry first: a neighbour with a MAC that nobody forwards would swallow packets.
         if has_fdb {
-            if peer.mac == own_mac {
+            if mac == own_mac {
                 // `vxlan_rcv` drops frames that seem to come from the device itself.
                 problems.push(format!(
                     "peer {} with {subnet} has the MAC address {own_mac} of this node's own device, which hears nothing from it: delete the lease if it is an older one of this node, else give one of the two nodes' devices another MAC address",
                     peer.vtep
                 ));
             }
-            match macs.get(&peer.mac) {
+            match macs.get(&mac) {
                 None => {
-                    macs.insert(peer.mac, peer.vtep);
-                    if device.fdb.get(&peer.mac) != Some(&peer.vtep) {
+                    macs.insert(mac, peer.vtep);
+                    if device.fdb.get(&mac) != Some(&peer.vtep) {
                         puts.push(Op::PutFdb {
-                            mac: peer.mac,
+                            mac,
                             vtep: peer.vtep,
                         });
                     }
                 }
                 Some(vtep) if *vtep != peer.vtep => problems.push(format!(
-                    "peer {} with {subnet} has the MAC address {} of peer {vtep}, which gets its packets: delete the older lease if they are one node, else give one of the two nodes' devices another MAC address",
-                    peer.vtep, peer.mac
+                    "peer {} with {subnet} has the MAC address {mac} of peer {vtep}, which gets its packets: delete the older lease if they are one node, else give one of the two nodes' devices another MAC address",
+                    peer.vtep
                 )),
                 Some(_) => {}
             }
         }
-        if neighbours.get(&gateway) != Some(&peer.mac) {
+        if neighbours.get(&gateway) != Some(&mac) {
             puts.push(Op::PutNeighbour {
                 address: gateway,
-                mac: peer.mac,
+                mac,
             });
         }
-        let mtu = route_mtu(desired, observed, peer.vtep);
+        let mtu = route_mtu(tunnel, observed, peer.vtep);
         if device.routes.get(subnet) != Some(&Route { gateway, mtu }) {
             puts.push(Op::PutRoute {
                 subnet: *subnet,
@@ -236,7 +245,7 @@ pub(super) fn plan_peers(
     for subnet in device
         .routes
         .keys()
-        .filter(|subnet| !peers.contains_key(subnet))
+        .filter(|subnet| !carried.contains(*subnet))
     {
         deletes.push(Op::DelRoute { subnet: *subnet });
     }
@@ -260,15 +269,19 @@ pub(super) fn plan_peers(
 
 /// The vxlan device measures the path itself. Without it the route must say that the path is narrow, so that the stack answers
 /// with the right ICMP errors.
-fn route_mtu(desired: &Desired, observed: &Observed, vtep: IpAddr) -> Option<u32> {
-    if matches!(desired.tunnel.kind, DeviceKind::Vxlan { .. }) {
+fn route_mtu(tunnel: &Tunnel, observed: &Observed, vtep: IpAddr) -> Option<u32> {
+    if matches!(tunnel.kind, DeviceKind::Vxlan { .. }) {
         return None;
     }
     let path = observed
         .way(vtep)?
         .mtu
-        .saturating_sub(OVERHEAD_V4)
+        .saturating_sub(if vtep.is_ipv4() {
+            OVERHEAD_V4
+        } else {
+            OVERHEAD_V6
+        })
         // A route whose MTU is zero has none, and would be set again and again.
         .max(Mtu::MIN);
-    (path < desired.tunnel.mtu.get()).then_some(path)
+    (path < tunnel.mtu.get()).then_some(path)
 }

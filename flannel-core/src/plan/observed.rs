@@ -2,11 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
 };
 
 use flannel_common::NodeId;
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{Hook, Node, Settings};
@@ -23,6 +23,9 @@ pub struct Observed {
     /// How the underlay reaches each peer's VTEP; a VTEP without a route is absent.
     #[serde(default)]
     pub underlay: BTreeMap<IpAddr, NextHop>,
+    /// Routes without a tunnel to subnets of the network: of each subnet the one that a route of ours would replace.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub links: BTreeMap<IpNet, LinkRoute>,
     /// The eBPF maps and programs; `None` when eBPF is not in use.
     #[serde(default)]
     pub bpf: Option<BpfState>,
@@ -67,9 +70,9 @@ pub struct Device {
     pub mac: VtepMac,
     /// Whether it is administratively up (for a veth: both ends).
     pub up: bool,
-    /// IPv4 addresses.
+    /// Addresses of the tunnel's family; of IPv6 those that are not link-local.
     #[serde(default)]
-    pub addresses: BTreeSet<Ipv4Net>,
+    pub addresses: BTreeSet<IpNet>,
     /// Routes over the device that have the shape of ours, see [`crate::mark`].
     #[serde(default)]
     pub routes: BTreeMap<IpNet, Route>,
@@ -94,7 +97,7 @@ pub enum ObservedKind {
         /// Lower device, if bound to one.
         lower: Option<IfIndex>,
         /// Source address, if set.
-        local: Option<Ipv4Addr>,
+        local: Option<IpAddr>,
         /// Whether it learns.
         learning: bool,
         /// Whether it carries group policy bits.
@@ -119,6 +122,18 @@ pub struct Route {
     pub mtu: Option<u32>,
 }
 
+/// A route over an interface that is not ours, in the main table and with the metric of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkRoute {
+    /// Gateway: for ours the peer.
+    pub gateway: IpAddr,
+    /// Interface.
+    pub ifindex: IfIndex,
+    /// Whether it bears our mark, [`crate::mark::ROUTE_PROTOCOL`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ours: bool,
+}
+
 /// How the underlay reaches one VTEP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NextHop {
@@ -131,6 +146,9 @@ pub struct NextHop {
     pub mac: Option<VtepMac>,
     /// MTU of the route, in bytes of outer packet.
     pub mtu: u32,
+    /// Whether the VTEP is on the link itself: the route has no gateway, and is one only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub on_link: bool,
 }
 
 /// The eBPF maps and programs.
@@ -157,7 +175,7 @@ pub struct BpfState {
     pub xdp: Option<Attachment>,
     /// Entries of `pods`; `None` for one that does not decode.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub pods: BTreeMap<Ipv4Addr, Option<Pod>>,
+    pub pods: BTreeMap<IpAddr, Option<Pod>>,
     /// What is ours on pod veths, present or gone, and whether it is attached and current, see [`Attachment::current`].
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub pod_hooks: BTreeMap<IfIndex, BTreeMap<Hook, bool>>,

@@ -1,12 +1,9 @@
 //! One change to the kernel.
 
-use std::{
-    fmt,
-    net::{IpAddr, Ipv4Addr},
-};
+use std::{fmt, net::IpAddr};
 
 use flannel_common::NodeId;
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{Hook, Node, Settings, Tunnel};
@@ -56,14 +53,14 @@ pub enum Op {
         /// Interface index.
         index: IfIndex,
         /// Address with prefix length.
-        address: Ipv4Net,
+        address: IpNet,
     },
     /// Take an older lease's address off the device.
     DelAddress {
         /// Interface index.
         index: IfIndex,
         /// Address with prefix length.
-        address: Ipv4Net,
+        address: IpNet,
     },
     /// Create or replace a forwarding entry.
     PutFdb {
@@ -93,6 +90,27 @@ pub enum Op {
     DelRoute {
         /// The subnet no peer has.
         subnet: IpNet,
+    },
+    /// Create or replace a route without a tunnel.
+    PutLinkRoute {
+        /// The peer's subnet.
+        subnet: IpNet,
+        /// The peer.
+        gateway: IpAddr,
+        /// The uplink.
+        ifindex: IfIndex,
+        /// Somebody's route that it takes the place of: gateway and interface.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        replaces: Option<(IpAddr, IfIndex)>,
+    },
+    /// Delete a route without a tunnel that bears our mark.
+    DelLinkRoute {
+        /// The subnet to which no packets go that way.
+        subnet: IpNet,
+        /// Its gateway.
+        gateway: IpAddr,
+        /// Its interface.
+        ifindex: IfIndex,
     },
     /// Delete a permanent neighbour.
     DelNeighbour {
@@ -149,14 +167,14 @@ pub enum Op {
     /// Write an entry of `pods`.
     PutPod {
         /// The pod's address.
-        address: Ipv4Addr,
+        address: IpAddr,
         /// Content.
         pod: Pod,
     },
     /// Remove an entry of `pods`.
     DelPod {
         /// The address that no pod has, or another one.
-        address: Ipv4Addr,
+        address: IpAddr,
     },
     /// Point a subnet at no node.
     ClearSubnet {
@@ -195,6 +213,8 @@ impl Op {
             Self::PutNeighbour { .. } => "put_neighbour",
             Self::PutRoute { .. } => "put_route",
             Self::DelRoute { .. } => "del_route",
+            Self::PutLinkRoute { .. } => "put_link_route",
+            Self::DelLinkRoute { .. } => "del_link_route",
             Self::DelNeighbour { .. } => "del_neighbour",
             Self::DelFdb { .. } => "del_fdb",
             Self::PutNode { .. } => "put_node",
@@ -249,6 +269,30 @@ impl fmt::Display for Op {
                 write!(f, "set route {subnet} via {gateway} mtu {mtu}")
             }
             Self::DelRoute { subnet } => write!(f, "delete route {subnet}"),
+            Self::PutLinkRoute {
+                subnet,
+                gateway,
+                ifindex,
+                replaces,
+            } => {
+                let ifindex = ifindex.get();
+                write!(f, "set route {subnet} via {gateway} dev {ifindex}")?;
+                match replaces {
+                    Some((gateway, ifindex)) => {
+                        let ifindex = ifindex.get();
+                        write!(f, ", in place of one via {gateway} dev {ifindex}")
+                    }
+                    None => Ok(()),
+                }
+            }
+            Self::DelLinkRoute {
+                subnet,
+                gateway,
+                ifindex,
+            } => {
+                let ifindex = ifindex.get();
+                write!(f, "delete route {subnet} via {gateway} dev {ifindex}")
+            }
             Self::DelNeighbour { address } => write!(f, "delete neighbour {address}"),
             Self::DelFdb { mac, vtep } => write!(f, "delete forwarding entry {mac} dst {vtep}"),
             Self::PutNode { id, node } => write!(f, "write node {id}: {node}"),

@@ -5,14 +5,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
 };
 
 use super::{BpfState, Desired, Gate, Hook, Observed, Op, Plan, Settings};
 use crate::{addr::IfIndex, pods::Pod};
 
 /// The pods that should have entries: none while the gate is off; `None` while they are not known.
-fn wanted<'a>(desired: &'a Desired, gate: &Gate) -> Option<BTreeMap<Ipv4Addr, &'a Pod>> {
+fn wanted<'a>(desired: &'a Desired, gate: &Gate) -> Option<BTreeMap<IpAddr, &'a Pod>> {
     if gate.is_off() {
         return Some(BTreeMap::new());
     }
@@ -85,6 +85,6 @@ pub(super) fn admit(desired: &Desired, gate: &Gate, have: &BpfState, plan: &mut 
     }
 }
 
-fn ports(wanted: &BTreeMap<Ipv4Addr, &Pod>) -> BTreeSet<IfIndex> {
+fn ports(wanted: &BTreeMap<IpAddr, &Pod>) -> BTreeSet<IfIndex> {
     wanted.values().map(|pod| pod.ifindex).collect()
 }

@@ -25,15 +25,15 @@ pub(super) enum Step {
 }
 
 /// Plans what has to be done before a device of another kind may go.
-pub(super) fn plan(desired: &Desired, observed: &Observed) -> Step {
+pub(super) fn plan(desired: &Desired, tunnel: &Tunnel, observed: &Observed) -> Step {
     let (Some(device), Some(bpf), Some(have)) = (&observed.device, &desired.bpf, &observed.bpf)
     else {
         return Step::NotNeeded;
     };
-    let Some(why) = changes_kind(&desired.tunnel, device) else {
+    let Some(why) = changes_kind(tunnel, device) else {
         return Step::NotNeeded;
     };
-    let Some((name, peer)) = mark::stand_in(&desired.tunnel.name) else {
+    let Some((name, peer)) = mark::stand_in(&tunnel.name) else {
         return Step::NotNeeded;
     };
     if observed
@@ -58,13 +58,13 @@ pub(super) fn plan(desired: &Desired, observed: &Observed) -> Step {
         Some(attachment) => have.attached.insert(Hook::ToOverlay, attachment),
         None => have.attached.remove(&Hook::ToOverlay),
     };
+    let pair = Tunnel {
+        name,
+        kind: DeviceKind::Veth { peer },
+        mac: Some(tunnel.mac.unwrap_or(device.mac)),
+        ..tunnel.clone()
+    };
     let stand_in = Desired {
-        tunnel: Tunnel {
-            name,
-            kind: DeviceKind::Veth { peer },
-            mac: Some(desired.tunnel.mac.unwrap_or(device.mac)),
-            ..desired.tunnel.clone()
-        },
         bpf: Some(Settings {
             alone: true,
             decap_gso: true,
@@ -75,10 +75,11 @@ pub(super) fn plan(desired: &Desired, observed: &Observed) -> Step {
     let seen = Observed {
         device: observed.stand_in.clone(),
         underlay: observed.underlay.clone(),
+        links: observed.links.clone(),
         bpf: Some(have),
         stand_in: None,
     };
-    let Plan { ops, problems } = super::plan_node(&stand_in, &seen);
+    let Plan { ops, problems } = super::plan_node(&stand_in, Some(&pair), &seen);
     let ops: Vec<Op> = ops.into_iter().filter_map(on_stand_in).collect();
     if ops.is_empty() {
         Step::Ready(why)
@@ -88,8 +89,7 @@ pub(super) fn plan(desired: &Desired, observed: &Observed) -> Step {
 }
 
 /// Removes the pair when it is not needed any more.
-pub(super) fn retire(desired: &Desired, observed: &Observed, plan: &mut Plan) {
-    let tunnel = &desired.tunnel;
+pub(super) fn retire(desired: &Desired, tunnel: &Tunnel, observed: &Observed, plan: &mut Plan) {
     let (Some((name, peer)), Some(there)) = (mark::stand_in(&tunnel.name), &observed.stand_in)
     else {
         return;
@@ -115,8 +115,8 @@ fn changes_kind(tunnel: &Tunnel, device: &Device) -> Option<String> {
         (DeviceKind::Veth { .. }, ObservedKind::Vxlan { .. }) => {
             Some("it is a vxlan device, eBPF alone was asked for".into())
         }
-        (DeviceKind::Vxlan { vni, .. }, ObservedKind::Veth { peer: Some(has) })
-            if mark::peer_device_name(*vni).is_ok_and(|ours| ours == *has) =>
+        (DeviceKind::Vxlan { .. }, ObservedKind::Veth { peer: Some(has) })
+            if mark::far_end(&tunnel.name).is_some_and(|ours| ours == *has) =>
         {
             Some("it is a veth pair of ours, a vxlan device was asked for".into())
         }
@@ -160,6 +160,8 @@ fn on_stand_in(op: Op) -> Option<Op> {
         Op::StandIn(_)
         | Op::Attach { .. }
         | Op::Detach { .. }
+        | Op::PutLinkRoute { .. }
+        | Op::DelLinkRoute { .. }
         | Op::AttachXdp { .. }
         | Op::DetachXdp { .. }
         | Op::PutNode { .. }

@@ -11,7 +11,7 @@ pub(super) fn retire(desired: &Desired, observed: &Observed, plan: &mut Plan) {
         return;
     };
     if let Some(there) = have.xdp
-        && (!want.xdp || there.ifindex != want.uplink)
+        && (!want.xdp || desired.tunnel.is_none() || there.ifindex != want.uplink)
     {
         plan.ops.push(Op::DetachXdp {
             ifindex: there.ifindex,

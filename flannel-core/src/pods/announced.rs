@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
     time::Duration,
 };
 
@@ -50,7 +50,7 @@ impl Announced {
     pub fn go(
         &mut self,
         report: &Report,
-        known: &BTreeMap<Ipv4Addr, Pod>,
+        known: &BTreeMap<IpAddr, Pod>,
         sources: &PodSources,
         now: Duration,
     ) -> BTreeSet<IfIndex> {
@@ -73,7 +73,7 @@ impl Announced {
 
     /// Adds what was announced to what was read. Forgotten are those whose interface is not among the ports, and those that say another
     /// MAC address of a pod that is known behind that interface.
-    pub fn extend(&mut self, sources: &mut PodSources, known: &BTreeMap<Ipv4Addr, Pod>) {
+    pub fn extend(&mut self, sources: &mut PodSources, known: &BTreeMap<IpAddr, Pod>) {
         let contradicts = |pod: &CniPod| {
             let Some(is) = known.get(&pod.address) else {
                 return false;
@@ -107,7 +107,7 @@ impl Announced {
     }
 
     /// Forgets the announcements of pods that are known.
-    pub fn settle(&mut self, known: &BTreeMap<Ipv4Addr, Pod>) {
+    pub fn settle(&mut self, known: &BTreeMap<IpAddr, Pod>) {
         self.coming.retain(|_, pods| !all_known(pods, known));
     }
 
@@ -119,7 +119,7 @@ impl Announced {
 }
 
 /// Whether every one of these pods is known with its MAC address.
-pub fn all_known(pods: &[CniPod], known: &BTreeMap<Ipv4Addr, Pod>) -> bool {
+pub fn all_known(pods: &[CniPod], known: &BTreeMap<IpAddr, Pod>) -> bool {
     pods.iter()
         .all(|pod| known.get(&pod.address).is_some_and(|is| is.mac == pod.mac))
 }
@@ -144,7 +144,7 @@ mod tests {
             container: container.into(),
             ifname: "eth0".into(),
             pods: vec![CniPod {
-                address: Ipv4Addr::new(10, 5, 1, host),
+                address: std::net::Ipv4Addr::new(10, 5, 1, host).into(),
                 mac: [2, 0, 0, 0, 5, host].into(),
                 host_interfaces: vec!["cni0".into(), veth.into()],
             }],
@@ -204,7 +204,7 @@ mod tests {
             announced.come(&report(container, host, veth), None);
         }
         let mut stranger = report("d", 3, "veth2");
-        stranger.pods[0].address = Ipv4Addr::new(10, 5, 2, 3);
+        stranger.pods[0].address = std::net::Ipv4Addr::new(10, 5, 2, 3).into();
         announced.come(&stranger, None);
         assert_eq!(
             learn(&mut announced, &mut table, &sources(&[(20, "veth2")])),
@@ -227,7 +227,10 @@ mod tests {
         // Behind another interface it is another pod, which has got the address.
         announced.come(&report("b", 2, "veth3"), Some(&there));
         learn(&mut announced, &mut table, &sources(&[(21, "veth3")]));
-        assert_eq!(table.pods()[&Ipv4Addr::new(10, 5, 1, 2)].ifindex, index(21));
+        assert_eq!(
+            table.pods()[&IpAddr::from([10, 5, 1, 2])].ifindex,
+            index(21)
+        );
     }
 
     #[test]

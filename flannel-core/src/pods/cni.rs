@@ -4,9 +4,9 @@
 //! `containernetworking/cni`. The result's shape is that of the CNI specification since 0.3.0: `interfaces` names the bridge, the
 //! host's end of the veth pair and, with a `sandbox`, the pod's own end; `ips` point into that list.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::addr::VtepMac;
@@ -16,7 +16,7 @@ use crate::addr::VtepMac;
 #[serde(rename_all = "camelCase")]
 pub struct CniPod {
     /// The pod's address.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// The pod's MAC address.
     pub mac: VtepMac,
     /// Interfaces of the host that the plugin named. One that is a port of the bridge is the host's end of the pod's veth pair.
@@ -53,7 +53,7 @@ struct Address {
     interface: Option<usize>,
 }
 
-/// Reads one file. What is not a result of that shape, or has no IPv4 address, is nobody's.
+/// Reads one file. What is not a result of that shape, or has no address, is nobody's.
 pub fn parse(text: &str) -> Vec<CniPod> {
     let result = serde_json::from_str::<Cached>(text)
         .map(|cached| cached.result)
@@ -76,7 +76,7 @@ pub fn parse(text: &str) -> Vec<CniPod> {
                 return None;
             }
             Some(CniPod {
-                address: ip.address.parse::<Ipv4Net>().ok()?.addr(),
+                address: ip.address.parse::<IpNet>().ok()?.addr(),
                 mac: interface.mac.parse().ok()?,
                 host_interfaces: host_interfaces.clone(),
             })
@@ -98,19 +98,28 @@ mod tests {
 
     fn pod() -> CniPod {
         CniPod {
-            address: Ipv4Addr::new(10, 244, 1, 7),
+            address: IpAddr::from([10, 244, 1, 7]),
             mac: "ae:8f:1b:0b:01:02".parse().unwrap(),
             host_interfaces: vec!["cni0".into(), "veth8b2d4c1e".into()],
         }
     }
 
+    /// One entry for each address.
+    fn pods() -> [CniPod; 2] {
+        let of_ipv6 = CniPod {
+            address: "fd00::7".parse().unwrap(),
+            ..pod()
+        };
+        [pod(), of_ipv6]
+    }
+
     #[test]
     fn both_forms() {
-        assert_eq!(parse(RESULT), [pod()]);
+        assert_eq!(parse(RESULT), pods());
         let cached = format!(
             r#"{{"kind":"cniCacheV1","containerId":"4ab5","config":"e30=","ifName":"eth0","networkName":"cbr0","result":{RESULT}}}"#
         );
-        assert_eq!(parse(&cached), [pod()]);
+        assert_eq!(parse(&cached), pods());
     }
 
     #[test]

@@ -168,7 +168,7 @@ mod tests {
             (r#"{"version":1}"#, "missing field `command`"),
             (r#"{"version":1,"command":"x"}"#, "unknown variant `x`"),
             (
-                r#"{"version":1,"command":"add","container":"a","ifname":"b","pods":[{"address":"fd00::1"}]}"#,
+                r#"{"version":1,"command":"add","container":"a","ifname":"b","pods":[{"address":"fd00::1/64"}]}"#,
                 "invalid",
             ),
         ] {

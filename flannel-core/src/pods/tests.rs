@@ -6,8 +6,15 @@ fn index(number: u32) -> IfIndex {
     IfIndex::try_from(number).unwrap()
 }
 
-fn ip(host: u8) -> Ipv4Addr {
-    Ipv4Addr::new(10, 5, 1, host)
+fn last_byte(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(address) => address.octets()[3],
+        IpAddr::V6(address) => address.octets()[15],
+    }
+}
+
+fn ip(host: u8) -> IpAddr {
+    IpAddr::from([10, 5, 1, host])
 }
 
 fn mac(number: u8) -> VtepMac {
@@ -47,14 +54,14 @@ fn cni(host: u8, with: u8, host_if: &str) -> CniPod {
     }
 }
 
-fn learn(table: &mut PodTable, sources: &PodSources) -> BTreeMap<Ipv4Addr, Pod> {
+fn learn(table: &mut PodTable, sources: &PodSources) -> BTreeMap<IpAddr, Pod> {
     table.learn(sources, &BTreeSet::new()).clone()
 }
 
 /// The interfaces by address.
-fn places(pods: &BTreeMap<Ipv4Addr, Pod>) -> Vec<(u8, u32)> {
+fn places(pods: &BTreeMap<IpAddr, Pod>) -> Vec<(u8, u32)> {
     pods.iter()
-        .map(|(address, pod)| (address.octets()[3], pod.ifindex.get()))
+        .map(|(address, pod)| (last_byte(*address), pod.ifindex.get()))
         .collect()
 }
 
@@ -120,8 +127,8 @@ fn only_addresses_of_pods() {
         ip(0),
         ip(1),
         ip(255),
-        Ipv4Addr::new(10, 5, 2, 7),
-        Ipv4Addr::new(172, 16, 0, 2),
+        IpAddr::from([10, 5, 2, 7]),
+        IpAddr::from([172, 16, 0, 2]),
     ] {
         node.neighbours.insert(address, mac(2));
         node.cni.push(CniPod {
@@ -235,8 +242,8 @@ proptest! {
     #[test]
     fn never_a_wrong_pod(history in collection::vec(sources(), 1..12), excluded in collection::btree_set((20u32..24).prop_map(index), 0..2)) {
         let mut table = PodTable::adopt([], 7);
-        let mut given: BTreeMap<u32, (Ipv4Addr, Pod)> = BTreeMap::new();
-        let mut last: BTreeMap<Ipv4Addr, Pod> = BTreeMap::new();
+        let mut given: BTreeMap<u32, (IpAddr, Pod)> = BTreeMap::new();
+        let mut last: BTreeMap<IpAddr, Pod> = BTreeMap::new();
         for sources in &history {
             let pods = table.learn(sources, &excluded).clone();
             let mut places = BTreeMap::new();

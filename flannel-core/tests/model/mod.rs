@@ -6,8 +6,8 @@ use flannel_core::{
     addr::{IfIndex, VtepMac},
     mark,
     plan::{
-        Attachment, BpfState, Desired, Device, DeviceKind, Node, Observed, ObservedKind, Op, Route,
-        Settings,
+        Attachment, BpfState, Desired, Device, DeviceKind, LinkRoute, Node, Observed, ObservedKind,
+        Op, Records as _, Route, Settings, V4, V6,
     },
     pods::Pod,
 };
@@ -66,10 +66,11 @@ pub(crate) fn apply(kernel: &mut Observed, op: &Op, want: &Desired) {
             }
         }
         Op::StandIn(op) => {
-            let (name, peer) = mark::stand_in(&want.tunnel.name).expect("a name");
             let mut pair = want.clone();
-            pair.tunnel.name = name;
-            pair.tunnel.kind = DeviceKind::Veth { peer };
+            let tunnel = pair.tunnel.as_mut().expect("a tunnel");
+            let (name, peer) = mark::stand_in(&tunnel.name).expect("a name");
+            tunnel.name = name;
+            tunnel.kind = DeviceKind::Veth { peer };
             let device = kernel.stand_in.take();
             let device = std::mem::replace(&mut kernel.device, device);
             let attached = kernel.bpf.as_ref().map(|bpf| bpf.attached.clone());
@@ -141,6 +142,44 @@ pub(crate) fn apply(kernel: &mut Observed, op: &Op, want: &Desired) {
             if let Some(there) = &mut kernel.stand_in {
                 there.routes.remove(subnet);
             }
+            kernel.links.remove(subnet);
+        }
+        Op::PutLinkRoute {
+            subnet,
+            gateway,
+            ifindex,
+            replaces,
+        } => {
+            // Said of somebody else's route, and once.
+            if let Some((gateway, ifindex)) = replaces
+                && let Some(there) = kernel.links.get(subnet).filter(|there| !there.ours)
+            {
+                assert_eq!((there.gateway, there.ifindex), (*gateway, *ifindex));
+            }
+            // The kernel has one route of that destination and metric.
+            for device in kernel.device.iter_mut().chain(&mut kernel.stand_in) {
+                device.routes.remove(subnet);
+            }
+            let route = LinkRoute {
+                gateway: *gateway,
+                ifindex: *ifindex,
+                ours: true,
+            };
+            kernel.links.insert(*subnet, route);
+        }
+        Op::DelLinkRoute {
+            subnet,
+            gateway,
+            ifindex,
+        } => {
+            let route = LinkRoute {
+                gateway: *gateway,
+                ifindex: *ifindex,
+                ours: true,
+            };
+            if kernel.links.get(subnet) == Some(&route) {
+                kernel.links.remove(subnet);
+            }
         }
         Op::DelRoute { subnet } => {
             tunnel(kernel, false).routes.remove(subnet);
@@ -148,7 +187,7 @@ pub(crate) fn apply(kernel: &mut Observed, op: &Op, want: &Desired) {
         Op::PutNode { id, node } => {
             let bpf = bpf(kernel);
             assert!((1..bpf.node_capacity).contains(id), "{op}: no such entry");
-            bpf.nodes.insert(*id, Node::decode(&node.encode()));
+            bpf.nodes.insert(*id, written_node(node));
         }
         Op::ClearNode { id } => {
             bpf(kernel).nodes.remove(id);
@@ -162,7 +201,7 @@ pub(crate) fn apply(kernel: &mut Observed, op: &Op, want: &Desired) {
         }
         Op::PutSettings(settings) => {
             let uplink = want.bpf.as_ref().expect("eBPF").uplink;
-            bpf(kernel).settings = Settings::decode(&settings.encode(), uplink);
+            bpf(kernel).settings = written_settings(settings, uplink);
         }
         Op::Attach { hook, ifindex } => {
             let bpf = bpf(kernel);
@@ -236,4 +275,19 @@ fn tunnel(kernel: &mut Observed, fdb: bool) -> &mut Device {
 
 fn bpf(kernel: &mut Observed) -> &mut BpfState {
     kernel.bpf.as_mut().expect("eBPF")
+}
+
+/// What is read back of a node that was written, in whichever family's map.
+fn written_node(node: &Node) -> Option<Node> {
+    match V4::record(node) {
+        Some(record) => V4::node(&record),
+        None => V6::node(&V6::record(node)?),
+    }
+}
+
+fn written_settings(settings: &Settings, uplink: IfIndex) -> Option<Settings> {
+    match V4::config(settings) {
+        Some(config) => V4::settings(&config, uplink),
+        None => V6::settings(&V6::config(settings)?, uplink),
+    }
 }

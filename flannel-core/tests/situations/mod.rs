@@ -6,13 +6,15 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
+mod family;
+
 use crate::{PASSES, model::apply};
 use flannel_core::{
     addr::{IfIndex, Mtu, Vni, VtepMac},
     mark,
     plan::{
-        Attachment, BpfState, Desired, Device, DeviceKind, Gate, GateMode, Hook, NextHop, Node,
-        Observed, ObservedKind, Peer, Route, Settings, Tunnel, plan,
+        Attachment, BpfState, Desired, Device, DeviceKind, Direct, Gate, GateMode, Hook, LinkRoute,
+        NextHop, Node, Observed, ObservedKind, Peer, Route, Settings, Tunnel, plan,
     },
     pods::Pod,
 };
@@ -43,10 +45,14 @@ pub(crate) fn situation(capacity: u32) -> BoxedStrategy<Situation> {
             let have = was(before, capacity);
             (Just(want), have).prop_map(|(want, have)| Situation { want, have })
         });
-    prop_oneof![garbage, changed].boxed()
+    let ipv4 = prop_oneof![garbage, changed].boxed();
+    let ipv6 = ipv4
+        .clone()
+        .prop_map(|situation| family::to_ipv6(&situation));
+    prop_oneof![ipv4, ipv6].boxed()
 }
 
-fn network() -> Ipv4Net {
+fn network() -> IpNet {
     "10.5.0.0/20".parse().unwrap()
 }
 
@@ -58,10 +64,10 @@ fn uplink() -> impl Strategy<Value = IfIndex> {
     select(vec![2u32, 3]).prop_map(|index| IfIndex::try_from(index).unwrap())
 }
 
-fn local() -> impl Strategy<Value = Ipv4Addr> {
+fn local() -> impl Strategy<Value = IpAddr> {
     select(vec![
-        Ipv4Addr::new(192, 0, 2, 1),
-        Ipv4Addr::new(198, 51, 100, 1),
+        IpAddr::from([192, 0, 2, 1]),
+        IpAddr::from([198, 51, 100, 1]),
     ])
 }
 
@@ -87,22 +93,24 @@ fn subnet() -> impl Strategy<Value = IpNet> {
 }
 
 fn net(offset: u32, length: u8) -> IpNet {
-    let address = Ipv4Addr::from(u32::from(network().network()) + offset);
+    let address = Ipv4Addr::from(base() + offset);
     IpNet::V4(Ipv4Net::new(address, length).unwrap())
 }
 
-fn own_address() -> impl Strategy<Value = Ipv4Net> {
-    (0..3u32).prop_map(|n| {
-        Ipv4Net::new(
-            Ipv4Addr::from(u32::from(network().network()) + (n << 8)),
-            32,
-        )
-        .unwrap()
-    })
+/// The network's first address as a number.
+fn base() -> u32 {
+    u32::from_be_bytes([10, 5, 0, 0])
+}
+
+fn own_address() -> impl Strategy<Value = IpNet> {
+    (0..3u32).prop_map(|n| net(n << 8, 32))
 }
 
 fn peers() -> impl Strategy<Value = BTreeMap<IpNet, Peer>> {
-    let peer = (mac(), vtep()).prop_map(|(mac, vtep)| Peer { mac, vtep });
+    let peer = (mac(), vtep()).prop_map(|(mac, vtep)| Peer {
+        mac: Some(mac),
+        vtep,
+    });
     collection::btree_map(subnet(), peer, 0..8)
 }
 
@@ -170,6 +178,7 @@ fn settings() -> impl Strategy<Value = Settings> {
                 xdp,
                 gate,
                 ring_shift: 8,
+                routed: false,
                 own_index: None,
                 tunnel: None,
             },
@@ -189,8 +198,8 @@ fn veth() -> impl Strategy<Value = IfIndex> {
     (20u32..24).prop_map(|index| IfIndex::try_from(index).unwrap())
 }
 
-fn pod() -> impl Strategy<Value = (Ipv4Addr, Pod)> {
-    let address = (2u8..6).prop_map(|host| Ipv4Addr::new(10, 5, 1, host));
+fn pod() -> impl Strategy<Value = (IpAddr, Pod)> {
+    let address = (2u8..6).prop_map(|host| IpAddr::from([10, 5, 1, host]));
     (address, veth(), 1u32..3, mac()).prop_map(|(address, ifindex, generation, mac)| {
         let pod = Pod {
             ifindex,
@@ -224,13 +233,31 @@ fn desired() -> impl Strategy<Value = Desired> {
         option::weighted(0.9, peers()),
         option::weighted(0.8, settings()),
         option::weighted(0.9, collection::vec(pod(), 0..5)),
+        (0u8..5, uplink()),
     )
-        .prop_map(|(tunnel, peers, bpf, pods)| {
+        .prop_map(|(tunnel, mut peers, mut bpf, pods, (backend, uplink))| {
             let own = tunnel
                 .address
-                .map(|address| IpNet::V4(Ipv4Net::new(address.addr(), 24).unwrap()));
+                .map(|address| IpNet::new(address.addr(), 24).unwrap());
+            let direct = Direct {
+                uplink: bpf.as_ref().map_or(uplink, |bpf| bpf.uplink),
+                network: network(),
+            };
+            let (tunnel, direct) = match backend {
+                0 => (None, Some(direct)),
+                1 | 2 => (Some(tunnel), Some(direct)),
+                _ => (Some(tunnel), None),
+            };
+            if tunnel.is_none() {
+                let peers = peers.iter_mut().flat_map(BTreeMap::values_mut);
+                peers.for_each(|peer| peer.mac = None);
+                if let Some(bpf) = &mut bpf {
+                    (bpf.alone, bpf.xdp) = (false, false);
+                }
+            }
             Desired {
                 tunnel,
+                direct,
                 own: own.into_iter().collect(),
                 peers,
                 bpf,
@@ -246,6 +273,13 @@ fn successor(before: Desired) -> impl Strategy<Value = Desired> {
             return other;
         }
         let mut peers = other.peers;
+        // Of the same backend.
+        if let Some(peers) = &mut peers {
+            for (peer, number) in peers.values_mut().zip(1..) {
+                let mac = peer.mac.unwrap_or(VtepMac::new([2, 0, 0, 0, 10, number]));
+                peer.mac = before.tunnel.is_some().then_some(mac);
+            }
+        }
         if let (Some(peers), Some(was)) = (&mut peers, &before.peers) {
             for ((subnet, peer), fate) in was.iter().zip(fates) {
                 match fate {
@@ -262,7 +296,7 @@ fn successor(before: Desired) -> impl Strategy<Value = Desired> {
         let mut bpf = before.bpf.clone();
         if let (Some(bpf), Some(other)) = (&mut bpf, other.bpf) {
             bpf.gate = other.gate;
-            bpf.xdp = other.xdp;
+            bpf.xdp = other.xdp && before.tunnel.is_some();
         }
         Desired {
             peers,
@@ -275,7 +309,7 @@ fn successor(before: Desired) -> impl Strategy<Value = Desired> {
 
 /// A node as `before` wanted it, but for what broke since.
 fn was(before: Desired, capacity: u32) -> impl Strategy<Value = Observed> {
-    (observed(&before, capacity), 0u8..8).prop_map(move |(garbage, broken)| {
+    (observed(&before, capacity), 0u8..10).prop_map(move |(garbage, broken)| {
         let mut kernel = garbage.clone();
         let foreign = matches!(
             kernel.device.as_ref().map(|device| &device.kind),
@@ -309,6 +343,14 @@ fn was(before: Desired, capacity: u32) -> impl Strategy<Value = Observed> {
             }
             (5, _, Some(bpf)) => bpf.nodes.values_mut().take(1).for_each(|node| *node = None),
             (6, ..) => kernel.underlay = garbage.underlay.into_iter().take(1).collect(),
+            // Routers come and go.
+            (7, ..) => {
+                let others = garbage.underlay.values().map(|way| way.on_link);
+                for (way, on_link) in kernel.underlay.values_mut().zip(others) {
+                    way.on_link = on_link;
+                }
+            }
+            (8, ..) => kernel.links.clear(),
             _ => {}
         }
         kernel
@@ -321,32 +363,50 @@ fn observed(want: &Desired, capacity: u32) -> BoxedStrategy<Observed> {
         hardware_mac(),
         option::of(hardware_mac()),
         select(vec![0u32, 68, 1400, 1500, 9000]),
+        any::<bool>(),
     )
-        .prop_map(|(ifindex, uplink_mac, mac, mtu)| NextHop {
+        .prop_map(|(ifindex, uplink_mac, mac, mtu, on_link)| NextHop {
             ifindex,
             uplink_mac,
             mac,
             mtu,
+            on_link,
         });
+    let link = (vtep(), index(), any::<bool>()).prop_map(|(gateway, ifindex, ours)| LinkRoute {
+        gateway,
+        ifindex,
+        ours,
+    });
     let bpf = match &want.bpf {
         Some(settings) => bpf_state(settings.uplink, capacity).prop_map(Some).boxed(),
         None => Just(None).boxed(),
     };
+    let device = match &want.tunnel {
+        Some(tunnel) => option::weighted(0.9, device(tunnel)).boxed(),
+        None => Just(None).boxed(),
+    };
     (
-        option::weighted(0.9, device(want)),
+        device,
         collection::btree_map(vtep(), hop, 0..6),
+        collection::btree_map(subnet(), link, 0..5),
         bpf,
     )
-        .prop_map(|(device, underlay, bpf)| Observed {
-            device,
-            underlay,
-            bpf,
-            stand_in: None,
+        .prop_map(|(device, underlay, mut links, bpf)| {
+            // Of a destination and metric there is one.
+            let routes = device.as_ref().map(|device| &device.routes);
+            links.retain(|subnet, _| routes.is_none_or(|routes| !routes.contains_key(subnet)));
+            Observed {
+                device,
+                underlay,
+                links,
+                bpf,
+                stand_in: None,
+            }
         })
         .boxed()
 }
 
-fn device(want: &Desired) -> impl Strategy<Value = Device> + use<> {
+fn device(want: &Tunnel) -> impl Strategy<Value = Device> + use<> {
     let addresses = select(vec![
         "169.254.17.4/16",
         "10.5.0.0/32",
@@ -355,7 +415,7 @@ fn device(want: &Desired) -> impl Strategy<Value = Device> + use<> {
         "10.5.2.0/24",
         "172.16.0.1/24",
     ])
-    .prop_map(|address| address.parse::<Ipv4Net>().unwrap());
+    .prop_map(|address| address.parse::<IpNet>().unwrap());
     let routes =
         (subnet(), option::weighted(0.2, select(vec![1350u32, 1500]))).prop_map(|(subnet, mtu)| {
             let gateway = subnet.network();
@@ -399,8 +459,8 @@ fn device(want: &Desired) -> impl Strategy<Value = Device> + use<> {
         )
 }
 
-fn observed_kind(want: &Desired) -> Union<BoxedStrategy<ObservedKind>> {
-    let right = match want.tunnel.kind.clone() {
+fn observed_kind(want: &Tunnel) -> Union<BoxedStrategy<ObservedKind>> {
+    let right = match want.kind.clone() {
         DeviceKind::Vxlan {
             vni,
             port,
@@ -458,21 +518,22 @@ fn bpf_state(uplink: IfIndex, capacity: u32) -> impl Strategy<Value = BpfState> 
         index(),
         option::of((hardware_mac(), hardware_mac())),
         select(vec![0u32, 1400, 1500]),
+        any_bool(3),
     )
         .prop_map(
-            |((remote, local, peer_mac, own_mac, vni), port, ifindex, hop, path_mtu)| Node {
-                remote: match remote {
-                    IpAddr::V4(remote) => remote,
-                    IpAddr::V6(_) => Ipv4Addr::UNSPECIFIED,
-                },
-                local,
-                peer_mac,
-                own_mac,
-                vni,
-                port,
-                ifindex,
-                hop,
-                path_mtu,
+            |((remote, local, peer_mac, own_mac, vni), port, ifindex, hop, path_mtu, routed)| {
+                Node {
+                    remote,
+                    local,
+                    peer_mac,
+                    own_mac,
+                    vni,
+                    port,
+                    ifindex,
+                    hop,
+                    path_mtu,
+                    routed,
+                }
             },
         );
     let tunnel = option::of((index(), select(vec![1400u32, 1450]), mac()));
@@ -481,13 +542,18 @@ fn bpf_state(uplink: IfIndex, capacity: u32) -> impl Strategy<Value = BpfState> 
     // Never written in full, so not all of it is in use.
     let top = capacity.min(12);
     (
-        option::of((settings(), tunnel)),
+        option::of((settings(), tunnel, any::<bool>())),
         collection::btree_map(0..SUBNET_COUNT, 1..top.max(2), 0..10),
         collection::btree_map(1..top.max(2), option::weighted(0.8, node), 0..10),
         collection::btree_map(
-            select(vec![Hook::ToOverlay, Hook::FromWire, Hook::FromOverlay]),
+            select(vec![
+                Hook::ToOverlay,
+                Hook::FromWire,
+                Hook::FromOverlay,
+                Hook::ToLink,
+            ]),
             attachment(),
-            0..=3,
+            0..=4,
         ),
         (
             option::of(attachment()),
@@ -501,8 +567,9 @@ fn bpf_state(uplink: IfIndex, capacity: u32) -> impl Strategy<Value = BpfState> 
                 BpfState {
                     stand_in: None,
                     // Reading them back cannot tell the uplink.
-                    settings: settings.map(|(settings, tunnel)| Settings {
+                    settings: settings.map(|(settings, tunnel, routed)| Settings {
                         uplink,
+                        routed,
                         tunnel,
                         own_index,
                         ..settings

@@ -1,17 +1,16 @@
-//! Frames that pods send: Ethernet, IPv4, and what is above.
+//! Frames that pods send: Ethernet, IP, and what is above.
 
 use super::{
-    Csum, ETHERTYPE_IPV4, Ipv4, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP, checksum, ethernet,
-    split_ethernet, split_udp, udp,
+    Address, Csum, Header, Ipv4, Ipv6, PROTOCOL_TCP, PROTOCOL_UDP, checksum, ethernet,
+    split_ethernet, split_ip, split_udp, udp,
 };
 use anyhow::{Context as _, ensure};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 const TCP: usize = 20;
 const ECHO: usize = 8;
-const ECHO_REQUEST: u8 = 8;
 
-/// What an IPv4 packet carries.
+/// What an IP packet carries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum L4 {
     Udp {
@@ -44,31 +43,38 @@ pub enum L4 {
     Raw { protocol: u8, data: Vec<u8> },
 }
 
-/// An untagged Ethernet frame with an IPv4 packet.
+/// An untagged Ethernet frame with an IP packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Inner {
+pub struct Inner<A: Address = Ipv4Addr> {
     pub dst_mac: [u8; 6],
     pub src_mac: [u8; 6],
-    /// 0x0800 unless made to lie.
+    /// 0x0800 or 0x86dd unless made to lie.
     pub ethertype: u16,
-    pub ip: Ipv4,
+    pub ip: A::Header,
     pub l4: L4,
 }
 
 impl Inner {
+    /// Takes a frame with IPv4 apart; see [`Inner::read`].
+    pub fn parse(frame: &[u8]) -> anyhow::Result<Inner> {
+        Inner::read(frame)
+    }
+}
+
+impl<A: Address> Inner<A> {
     /// A frame with everything at its usual value. The MACs are the caller's to set.
-    pub fn new(src: Ipv4Addr, dst: Ipv4Addr, l4: L4) -> Inner {
+    pub fn new(src: A, dst: A, l4: L4) -> Inner<A> {
         Inner {
             dst_mac: [0; 6],
             src_mac: [0; 6],
-            ethertype: ETHERTYPE_IPV4,
-            ip: Ipv4::new(src, dst),
+            ethertype: A::Header::ETHERTYPE,
+            ip: A::Header::usual(src, dst),
             l4,
         }
     }
 
     /// A UDP datagram from port 40000 to `dst_port`.
-    pub fn udp(src: Ipv4Addr, dst: Ipv4Addr, dst_port: u16, data: &[u8]) -> Inner {
+    pub fn udp(src: A, dst: A, dst_port: u16, data: &[u8]) -> Inner<A> {
         let l4 = L4::Udp {
             src_port: 40_000,
             dst_port,
@@ -79,7 +85,7 @@ impl Inner {
     }
 
     /// A TCP segment with ACK and PSH from port 40000 to `dst_port`.
-    pub fn tcp(src: Ipv4Addr, dst: Ipv4Addr, dst_port: u16, data: &[u8]) -> Inner {
+    pub fn tcp(src: A, dst: A, dst_port: u16, data: &[u8]) -> Inner<A> {
         let l4 = L4::Tcp {
             src_port: 40_000,
             dst_port,
@@ -95,7 +101,7 @@ impl Inner {
     }
 
     /// An echo request.
-    pub fn echo(src: Ipv4Addr, dst: Ipv4Addr, id: u16, sequence: u16, data: &[u8]) -> Inner {
+    pub fn echo(src: A, dst: A, id: u16, sequence: u16, data: &[u8]) -> Inner<A> {
         let l4 = L4::Echo {
             reply: false,
             id,
@@ -108,7 +114,7 @@ impl Inner {
 
     /// Sets both MACs.
     #[must_use]
-    pub fn with_macs(mut self, src_mac: [u8; 6], dst_mac: [u8; 6]) -> Inner {
+    pub fn with_macs(mut self, src_mac: [u8; 6], dst_mac: [u8; 6]) -> Inner<A> {
         self.src_mac = src_mac;
         self.dst_mac = dst_mac;
         self
@@ -121,10 +127,10 @@ impl Inner {
         frame
     }
 
-    /// The IPv4 packet alone.
+    /// The IP packet alone.
     pub fn packet(&self) -> Vec<u8> {
         let (protocol, payload) = self.payload();
-        self.ip.bytes(protocol, &payload)
+        self.ip.packet(protocol, &payload)
     }
 
     fn payload(&self) -> (u8, Vec<u8>) {
@@ -140,7 +146,7 @@ impl Inner {
             }
             L4::Tcp { csum, .. } => {
                 let mut segment = self.tcp_segment();
-                let pseudo = self.ip.pseudo_header(PROTOCOL_TCP, segment.len());
+                let pseudo = self.ip.pseudo_sum(PROTOCOL_TCP, segment.len());
                 let right = checksum(&segment, pseudo);
                 segment[16..18].copy_from_slice(&csum.field(right).to_be_bytes());
                 (PROTOCOL_TCP, segment)
@@ -152,13 +158,14 @@ impl Inner {
                 csum,
                 data,
             } => {
-                let mut out = vec![if *reply { 0 } else { ECHO_REQUEST }, 0, 0, 0];
+                let [request, answer] = A::Header::ECHO;
+                let mut out = vec![if *reply { answer } else { request }, 0, 0, 0];
                 out.extend(id.to_be_bytes());
                 out.extend(sequence.to_be_bytes());
                 out.extend(data);
-                let right = checksum(&out, 0);
+                let right = icmp_checksum(&self.ip, &out);
                 out[2..4].copy_from_slice(&csum.field(right).to_be_bytes());
-                (PROTOCOL_ICMP, out)
+                (A::Header::ICMP, out)
             }
             L4::Raw { protocol, data } => (*protocol, data.clone()),
         }
@@ -200,15 +207,11 @@ impl Inner {
     }
 
     /// Takes a frame apart. A fragment's content, and any protocol that [`L4`] does not name, is [`L4::Raw`].
-    pub fn parse(frame: &[u8]) -> anyhow::Result<Inner> {
+    pub fn read(frame: &[u8]) -> anyhow::Result<Inner<A>> {
         let (dst_mac, src_mac, ethertype, rest) = split_ethernet(frame)?;
-        ensure!(
-            ethertype == ETHERTYPE_IPV4,
-            "EtherType {ethertype:#06x}, not IPv4"
-        );
-        let (ip, protocol, payload) = Ipv4::parse(rest)?;
+        let (ip, protocol, payload) = split_ip::<A>(ethertype, rest)?;
         let l4 = match protocol {
-            _ if ip.is_fragment() => raw(protocol, payload),
+            _ if ip.is_piece() => raw(protocol, payload),
             PROTOCOL_UDP => {
                 let ([src_port, dst_port], csum, _, data) = split_udp(&ip, payload)?;
                 L4::Udp {
@@ -219,7 +222,7 @@ impl Inner {
                 }
             }
             PROTOCOL_TCP => parse_tcp(&ip, payload)?,
-            PROTOCOL_ICMP => parse_echo(payload),
+            protocol if protocol == A::Header::ICMP => parse_echo(&ip, payload),
             _ => raw(protocol, payload),
         };
         Ok(Inner {
@@ -232,6 +235,38 @@ impl Inner {
     }
 }
 
+/// A frame with everything at its usual value, of the addresses' family. Panics when they are of two.
+#[track_caller]
+pub fn inner_frame(addresses: [IpAddr; 2], macs: [[u8; 6]; 2], l4: L4) -> Vec<u8> {
+    let [src_mac, dst_mac] = macs;
+    match addresses {
+        [IpAddr::V4(src), IpAddr::V4(dst)] => {
+            Inner::new(src, dst, l4).with_macs(src_mac, dst_mac).bytes()
+        }
+        [IpAddr::V6(src), IpAddr::V6(dst)] => {
+            Inner::new(src, dst, l4).with_macs(src_mac, dst_mac).bytes()
+        }
+        [src, dst] => panic!("a packet from {src} to {dst}"),
+    }
+}
+
+/// A message of the addresses' ICMP, whose checksum is filled in.
+pub fn icmp(addresses: [IpAddr; 2], mut message: Vec<u8>) -> L4 {
+    message[2..4].fill(0);
+    let (protocol, sum) = match addresses {
+        [IpAddr::V6(src), IpAddr::V6(dst)] => {
+            let ip = Ipv6::usual(src, dst);
+            (Ipv6::ICMP, icmp_checksum(&ip, &message))
+        }
+        _ => (Ipv4::ICMP, checksum(&message, 0)),
+    };
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+    L4::Raw {
+        protocol,
+        data: message,
+    }
+}
+
 fn raw(protocol: u8, data: &[u8]) -> L4 {
     L4::Raw {
         protocol,
@@ -239,7 +274,7 @@ fn raw(protocol: u8, data: &[u8]) -> L4 {
     }
 }
 
-fn parse_tcp(ip: &Ipv4, segment: &[u8]) -> anyhow::Result<L4> {
+fn parse_tcp(ip: &impl Header, segment: &[u8]) -> anyhow::Result<L4> {
     ensure!(
         segment.len() >= TCP,
         "{} bytes, no TCP header",
@@ -253,7 +288,7 @@ fn parse_tcp(ip: &Ipv4, segment: &[u8]) -> anyhow::Result<L4> {
         .with_context(|| format!("TCP header of {header} bytes in {}", segment.len()))?;
     let mut zeroed = segment.to_vec();
     zeroed[16..18].fill(0);
-    let pseudo = ip.pseudo_header(PROTOCOL_TCP, segment.len());
+    let pseudo = ip.pseudo_sum(PROTOCOL_TCP, segment.len());
     Ok(L4::Tcp {
         src_port: word(0),
         dst_port: word(2),
@@ -267,18 +302,28 @@ fn parse_tcp(ip: &Ipv4, segment: &[u8]) -> anyhow::Result<L4> {
     })
 }
 
-fn parse_echo(message: &[u8]) -> L4 {
-    if message.len() < ECHO || ![0, ECHO_REQUEST].contains(&message[0]) || message[1] != 0 {
-        return raw(PROTOCOL_ICMP, message);
+/// The checksum of a message of the header's ICMP whose checksum field is zero.
+fn icmp_checksum<H: Header>(ip: &H, message: &[u8]) -> u16 {
+    let start = if H::ICMP_HAS_PSEUDO_HEADER {
+        ip.pseudo_sum(H::ICMP, message.len())
+    } else {
+        0
+    };
+    checksum(message, start)
+}
+
+fn parse_echo<H: Header>(ip: &H, message: &[u8]) -> L4 {
+    if message.len() < ECHO || !H::ECHO.contains(&message[0]) || message[1] != 0 {
+        return raw(H::ICMP, message);
     }
     let word = |at: usize| u16::from_be_bytes([message[at], message[at + 1]]);
     let mut zeroed = message.to_vec();
     zeroed[2..4].fill(0);
     L4::Echo {
-        reply: message[0] == 0,
+        reply: message[0] == H::ECHO[1],
         id: word(4),
         sequence: word(6),
-        csum: Csum::of(word(2), checksum(&zeroed, 0)),
+        csum: Csum::of(word(2), icmp_checksum(ip, &zeroed)),
         data: message[ECHO..].to_vec(),
     }
 }

@@ -1,6 +1,6 @@
 //! The IPv4 header.
 
-use super::{Csum, checksum};
+use super::{Csum, ETHERTYPE_IPV4, Header, checksum};
 use anyhow::{Context as _, ensure};
 use std::net::Ipv4Addr;
 
@@ -122,13 +122,84 @@ impl Ipv4 {
         };
         Ok((ip, packet[9], payload))
     }
+}
 
-    /// The unfolded sum of the pseudo-header of `len` bytes of `protocol`.
-    pub(crate) fn pseudo_header(&self, protocol: u8, len: usize) -> u32 {
+impl Header for Ipv4 {
+    type Address = Ipv4Addr;
+    const ETHERTYPE: u16 = ETHERTYPE_IPV4;
+    const ICMP: u8 = 1;
+    const ECHO: [u8; 2] = [8, 0];
+    const ICMP_HAS_PSEUDO_HEADER: bool = false;
+
+    fn usual(src: Ipv4Addr, dst: Ipv4Addr) -> Ipv4 {
+        Ipv4::new(src, dst)
+    }
+
+    fn packet(&self, protocol: u8, payload: &[u8]) -> Vec<u8> {
+        self.bytes(protocol, payload)
+    }
+
+    fn read(packet: &[u8]) -> anyhow::Result<(Ipv4, u8, &[u8])> {
+        Ipv4::parse(packet)
+    }
+
+    fn pseudo_sum(&self, protocol: u8, len: usize) -> u32 {
         let half = |address: Ipv4Addr| {
             let bits = address.to_bits();
             (bits >> 16) + (bits & 0xffff)
         };
         half(self.src) + half(self.dst) + u32::from(protocol) + u32::try_from(len).unwrap_or(0)
+    }
+
+    fn source(&self) -> Ipv4Addr {
+        self.src
+    }
+
+    fn destination(&self) -> Ipv4Addr {
+        self.dst
+    }
+
+    fn without_marks(&self) -> Ipv4 {
+        Ipv4 {
+            id: 0,
+            ..self.clone()
+        }
+    }
+
+    fn is_piece(&self) -> bool {
+        self.is_fragment()
+    }
+
+    fn is_summed(&self) -> bool {
+        self.csum == Csum::Right
+    }
+
+    fn tos(&self) -> u8 {
+        self.tos
+    }
+
+    fn set_tos(&mut self, tos: u8) {
+        self.tos = tos;
+    }
+
+    fn ttl(&self) -> u8 {
+        self.ttl
+    }
+
+    fn set_ttl(&mut self, ttl: u8) {
+        self.ttl = ttl;
+    }
+
+    fn piece(&self, offset: u16, more: bool) -> Ipv4 {
+        Ipv4 {
+            more_fragments: self.more_fragments || more,
+            fragment_offset: self.fragment_offset + offset / 8,
+            total_len: None,
+            ..self.clone()
+        }
+    }
+
+    fn piece_header(&self) -> usize {
+        HEADER + self.options.len()
     }
 }

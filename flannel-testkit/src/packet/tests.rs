@@ -127,3 +127,98 @@ fn sample(inner: Vec<u8>) -> Vxlan {
         ..Vxlan::new(A, B, 1, inner)
     }
 }
+
+const NODE_6: [Ipv6Addr; 2] = [
+    Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 0x11),
+    Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 0x12),
+];
+const POD_6: [Ipv6Addr; 2] = [
+    Ipv6Addr::new(0xfd00, 0x10, 0x244, 1, 0, 0, 0, 2),
+    Ipv6Addr::new(0xfd00, 0x10, 0x244, 2, 0, 0, 0, 2),
+];
+
+#[test]
+fn every_field_of_ipv6_survives_the_round_trip() {
+    let [src, dst] = POD_6;
+    let mut inner = Inner6::tcp(src, dst, 80, b"odd").with_macs([2; 6], [4; 6]);
+    inner.ip.traffic_class = 0xb9;
+    inner.ip.flow_label = 0x000a_bcde;
+    inner.ip.hop_limit = 3;
+    inner.ip.extensions = vec![Extension::padding(0), Extension::padding(60)];
+    inner.ip.extensions[1].data.extend([0; 8]);
+    let [a, b] = NODE_6;
+    let mut frame = Vxlan6::new(a, b, 1, inner.bytes());
+    assert_eq!(Vxlan6::read(&frame.bytes()).unwrap(), frame);
+    assert_eq!(frame.parse_inner().unwrap(), inner);
+    for udp_csum in [Csum::Zero, Csum::Wrong] {
+        frame.udp_csum = udp_csum;
+        assert_eq!(Vxlan6::read(&frame.bytes()).unwrap(), frame);
+    }
+    assert!(Vxlan::parse(&frame.bytes()).is_err());
+    let echo = Inner6::echo(src, dst, 7, 8, b"payload");
+    assert_eq!(Inner6::read(&echo.bytes()).unwrap(), echo);
+    assert_eq!(
+        OVERHEAD_V6,
+        frame.bytes().len() - ETHERNET - inner.packet().len()
+    );
+}
+
+#[test]
+fn etherparse_finds_the_checksums_of_ipv6_right() {
+    let [src, dst] = POD_6;
+    for inner in [
+        Inner6::udp(src, dst, 53, b"odd"),
+        Inner6::tcp(src, dst, 53, b"even"),
+        Inner6::echo(src, dst, 1, 2, b"data"),
+    ] {
+        let bytes = inner.bytes();
+        let packet = SlicedPacket::from_ethernet(&bytes).unwrap();
+        let Some(NetSlice::Ipv6(ip)) = &packet.net else {
+            panic!("no IPv6 in {packet:?}");
+        };
+        let header = ip.header().to_header();
+        let payload = ip.payload().payload;
+        match packet.transport.unwrap() {
+            TransportSlice::Udp(udp) => {
+                let right = udp.to_header().calc_checksum_ipv6(&header, udp.payload());
+                assert_eq!(udp.checksum(), right.unwrap());
+            }
+            TransportSlice::Tcp(tcp) => {
+                let right = tcp.to_header().calc_checksum_ipv6(&header, tcp.payload());
+                assert_eq!(tcp.checksum(), right.unwrap());
+            }
+            TransportSlice::Icmpv6(icmp) => {
+                assert!(icmp.is_checksum_valid(header.source, header.destination));
+                assert_eq!(payload.len(), 12);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn fragments_of_ipv6_are_those_of_the_standard() {
+    let [src, dst] = POD_6;
+    let mut inner = Inner6::udp(src, dst, 53, &[7; 3_000]);
+    inner.ip.extensions = vec![Extension::padding(60)];
+    let whole = inner.bytes();
+    assert_eq!(
+        fragment_of::<Ipv6Addr>(&whole, 3_056).unwrap(),
+        std::slice::from_ref(&whole)
+    );
+    let pieces = fragment_of::<Ipv6Addr>(&whole, 1_280).unwrap();
+    assert_eq!(pieces.len(), 3);
+    let mut payload = Vec::new();
+    for (number, piece) in pieces.iter().enumerate() {
+        assert!(piece.len() - ETHERNET <= 1_280);
+        let piece = Inner6::read(piece).unwrap();
+        let fragment = piece.ip.fragment.unwrap();
+        assert_eq!(usize::from(fragment.offset) * 8, payload.len());
+        assert_eq!(fragment.more, number < 2);
+        let L4::Raw { protocol: 17, data } = piece.l4 else {
+            panic!("{:?}", piece.l4);
+        };
+        payload.extend(data);
+    }
+    assert_eq!(payload, whole[ETHERNET + 48..]);
+}

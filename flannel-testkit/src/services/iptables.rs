@@ -1,33 +1,36 @@
 //! The rules in the language of `iptables-restore`.
 
 use super::{Policy, Rules, Service, hashed};
+use crate::family::Family;
 use crate::netns::Netns;
 use anyhow::Context as _;
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 /// The legacy program where there is one.
-pub(super) fn program() -> &'static str {
-    static PROGRAM: OnceLock<&str> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
+pub(super) fn program(family: Family) -> &'static str {
+    static LEGACY: OnceLock<bool> = OnceLock::new();
+    let legacy = *LEGACY.get_or_init(|| {
         let legacy = Command::new("iptables-legacy")
             .arg("-V")
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .status();
-        if legacy.is_ok_and(|status| status.success()) {
-            "iptables-legacy"
-        } else {
-            "iptables"
-        }
-    })
+        legacy.is_ok_and(|status| status.success())
+    });
+    match (family, legacy) {
+        (Family::V4, true) => "iptables-legacy",
+        (Family::V4, false) => "iptables",
+        (Family::V6, true) => "ip6tables-legacy",
+        (Family::V6, false) => "ip6tables",
+    }
 }
 
 /// Packets that the first rule of `KUBE-FORWARD` has dropped.
-pub(super) fn invalid_drops(ns: &Netns) -> anyhow::Result<u64> {
+pub(super) fn invalid_drops(ns: &Netns, family: Family) -> anyhow::Result<u64> {
     let list = ns.exec([
-        program(),
+        program(family),
         "-t",
         "filter",
         "-nvxL",
@@ -131,10 +134,12 @@ fn filter(rules: &Rules<'_>) -> Table {
     table.rule(&format!("OUTPUT {new} {firewall} -j KUBE-PROXY-FIREWALL"));
     table.rule(&format!("OUTPUT {new} {portals} -j KUBE-SERVICES"));
     table.rule("OUTPUT -j KUBE-FIREWALL");
-    table.rule(
-        "KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"block incoming localnet connections\" \
-         -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
-    );
+    if rules.network.family() == Family::V4 {
+        table.rule(
+            "KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"block incoming localnet connections\" \
+             -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
+        );
+    }
     table.rule("KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP");
     table.rule("KUBE-FORWARD -m comment --comment \"kubernetes forwarding rules\" -m mark --mark 0x4000/0x4000 -j ACCEPT");
     table.rule(
@@ -205,12 +210,16 @@ fn nat(rules: &Rules<'_>) -> Table {
 fn masquerade(table: &mut Table, rules: &Rules<'_>) {
     let (network, subnet) = (rules.network, rules.subnet);
     let comment = "-m comment --comment \"flanneld masq\"";
+    let groups = match network.family() {
+        Family::V4 => "224.0.0.0/4",
+        Family::V6 => "ff00::/8",
+    };
     for rule in [
         format!("-m mark --mark 0x4000/0x4000 {comment} -j RETURN"),
         format!("-s {subnet} -d {network} {comment} -j RETURN"),
         format!("-s {network} -d {subnet} {comment} -j RETURN"),
         format!("! -s {network} -d {subnet} {comment} -j RETURN"),
-        format!("-s {network} ! -d 224.0.0.0/4 {comment} -j MASQUERADE --random-fully"),
+        format!("-s {network} ! -d {groups} {comment} -j MASQUERADE --random-fully"),
         format!("! -s {network} -d {network} {comment} -j MASQUERADE --random-fully"),
     ] {
         table.rule(&format!("FLANNEL-POSTRTG {rule}"));
@@ -231,7 +240,11 @@ fn host_ports(table: &mut Table, rules: &Rules<'_>) {
         table.rule(&format!(
             "CNI-HOSTPORT-DNAT -p {transport} -m comment --comment \"dnat name: cbr0\" -m multiport --dports {port} -j {chain}"
         ));
-        for source in [rules.subnet.to_string(), "127.0.0.1/32".to_owned()] {
+        let loopback = match rules.network.family() {
+            Family::V4 => "127.0.0.1/32",
+            Family::V6 => "::1/128",
+        };
+        for source in [rules.subnet.to_string(), loopback.to_owned()] {
             table.rule(&format!(
                 "{chain} -s {source} -p {transport} --dport {port} -j CNI-HOSTPORT-SETMARK"
             ));
@@ -251,10 +264,10 @@ fn portal(table: &mut Table, rules: &Rules<'_>, service: &Service) {
     let cluster = format!("KUBE-SVC-{hash}");
     table.chain(&cluster);
     table.rule(&format!(
-        "KUBE-SERVICES -d {ip}/32 -p {transport} {comment} --dport {port} -j {cluster}"
+        "KUBE-SERVICES -d {ip} -p {transport} {comment} --dport {port} -j {cluster}"
     ));
     table.rule(&format!(
-        "{cluster} ! -s {network} -d {ip}/32 -p {transport} {comment} --dport {port} -j KUBE-MARK-MASQ"
+        "{cluster} ! -s {network} -d {ip} -p {transport} {comment} --dport {port} -j KUBE-MARK-MASQ"
     ));
     let endpoints: Vec<String> = service
         .backends
@@ -300,7 +313,7 @@ fn portal(table: &mut Table, rules: &Rules<'_>, service: &Service) {
 }
 
 /// The chain of a backend.
-fn endpoint(table: &mut Table, service: &Service, backend: SocketAddrV4) -> String {
+fn endpoint(table: &mut Table, service: &Service, backend: SocketAddr) -> String {
     let chain = format!(
         "KUBE-SEP-{}",
         hashed(&format!("{}/{backend}", service.name))
@@ -308,7 +321,7 @@ fn endpoint(table: &mut Table, service: &Service, backend: SocketAddrV4) -> Stri
     let (transport, ip) = (service.transport, backend.ip());
     let comment = format!("-m comment --comment \"default/{}\"", service.name);
     table.chain(&chain);
-    table.rule(&format!("{chain} -s {ip}/32 {comment} -j KUBE-MARK-MASQ"));
+    table.rule(&format!("{chain} -s {ip} {comment} -j KUBE-MARK-MASQ"));
     let recent = if service.affinity {
         format!("-m recent --name {chain} --set ")
     } else {

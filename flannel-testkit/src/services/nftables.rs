@@ -1,15 +1,23 @@
 //! The rules in the language of `nft`.
 
 use super::{Policy, Rules, Service, hashed};
+use crate::family::Family;
 use crate::json::nft_json;
 use crate::netns::Netns;
 use anyhow::Context as _;
 use serde_json::Value;
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 
 /// Packets that the first rule of `filter-forward` has dropped.
-pub(super) fn invalid_drops(ns: &Netns) -> anyhow::Result<u64> {
-    let list = nft_json(ns, &["list", "chain", "ip", "kube-proxy", "filter-forward"])?;
+pub(super) fn invalid_drops(ns: &Netns, family: Family) -> anyhow::Result<u64> {
+    let table = match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    };
+    let list = nft_json(
+        ns,
+        &["list", "chain", table, "kube-proxy", "filter-forward"],
+    )?;
     let counter = list["nftables"]
         .as_array()
         .into_iter()
@@ -105,7 +113,29 @@ pub(super) fn text(rules: &Rules<'_>) -> String {
     }
     masquerade(&mut text, rules);
     host_ports(&mut text, rules);
-    text
+    match rules.network.family() {
+        Family::V4 => text,
+        Family::V6 => of_ipv6(&text),
+    }
+}
+
+/// The rules of IPv6, which are those of IPv4 in other words.
+fn of_ipv6(text: &str) -> String {
+    let other = |word: &str| -> String {
+        match word {
+            "ip" => "ip6".to_owned(),
+            "ipv4_addr" => "ipv6_addr".to_owned(),
+            "flannel-ipv4" => "flannel-ipv6".to_owned(),
+            "10.96.0.0/16" => "fd00:10:96::/112".to_owned(),
+            "224.0.0.0/4" => "ff00::/8".to_owned(),
+            word => word.to_owned(),
+        }
+    };
+    let lines = text.lines().map(|line| {
+        let words: Vec<String> = line.split(' ').map(other).collect();
+        words.join(" ") + "\n"
+    });
+    lines.collect()
 }
 
 /// One Service's chains and the elements that lead there.
@@ -190,11 +220,13 @@ fn portal(text: &mut String, rules: &Rules<'_>, service: &Service) {
 }
 
 /// The chain of a backend.
-fn endpoint(text: &mut String, service: &Service, backend: SocketAddrV4) -> String {
+fn endpoint(text: &mut String, service: &Service, backend: SocketAddr) -> String {
     let transport = service.transport;
     let (ip, port) = (backend.ip(), backend.port());
+    // A name has no colons.
+    let ip_name = ip.to_string().replace(':', ".");
     let name = format!(
-        "{}-default/{}/{transport}/__{ip}/{port}",
+        "{}-default/{}/{transport}/__{ip_name}/{port}",
         &hashed(&format!("{}/{backend}", service.name))[..8],
         service.name
     );

@@ -4,7 +4,7 @@ use crate::eventually::patience;
 use crate::netns::Netns;
 use crate::socket;
 use anyhow::{Context as _, ensure};
-use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 /// How long one datagram may take in one direction.
@@ -15,13 +15,14 @@ const LIMIT: Duration = Duration::from_secs(3);
 pub struct UdpEnd {
     socket: UdpSocket,
     /// Where it is bound.
-    pub address: SocketAddrV4,
+    pub address: SocketAddr,
 }
 
 impl UdpEnd {
     /// Binds a socket of `ns` to `ip` and `port`; port 0 is any.
-    pub fn bind(ns: &Netns, ip: Ipv4Addr, port: u16) -> anyhow::Result<UdpEnd> {
-        let address = SocketAddrV4::new(ip, port);
+    pub fn bind(ns: &Netns, ip: impl Into<IpAddr>, port: u16) -> anyhow::Result<UdpEnd> {
+        let ip = ip.into();
+        let address = SocketAddr::new(ip, port);
         let socket = ns
             .try_run(|| UdpSocket::bind(address))?
             .with_context(|| format!("bind {address} in {}", ns.name()))?;
@@ -30,7 +31,7 @@ impl UdpEnd {
         let port = socket.local_addr()?.port();
         Ok(UdpEnd {
             socket,
-            address: SocketAddrV4::new(ip, port),
+            address: SocketAddr::new(ip, port),
         })
     }
 
@@ -40,7 +41,7 @@ impl UdpEnd {
     }
 
     /// Sends `bytes` of the pattern from position `mark` on.
-    pub fn send(&self, to: SocketAddrV4, mark: usize, bytes: usize) -> anyhow::Result<()> {
+    pub fn send(&self, to: SocketAddr, mark: usize, bytes: usize) -> anyhow::Result<()> {
         let len = self
             .socket
             .send_to(&super::pattern(mark, bytes), to)
@@ -50,7 +51,7 @@ impl UdpEnd {
     }
 
     /// Receives what another end has sent with [`UdpEnd::send`], and gives the sender.
-    pub fn receive(&self, mark: usize, bytes: usize) -> anyhow::Result<SocketAddrV4> {
+    pub fn receive(&self, mark: usize, bytes: usize) -> anyhow::Result<SocketAddr> {
         let mut buffer = vec![0; 65_536];
         let (len, from) = self
             .socket
@@ -61,7 +62,7 @@ impl UdpEnd {
             "{len} bytes from {from} at {} differ from the {bytes} that were sent",
             self.address
         );
-        socket::ipv4(from)
+        Ok(from)
     }
 
     /// Whether a datagram is there or comes in time. It is taken.
@@ -83,10 +84,10 @@ impl UdpEnd {
     /// client's address as it sees it. Fails when the answer comes from anywhere but `target`.
     pub fn ask(
         &self,
-        target: SocketAddrV4,
+        target: SocketAddr,
         servers: &[&UdpEnd],
         bytes: usize,
-    ) -> anyhow::Result<(usize, SocketAddrV4)> {
+    ) -> anyhow::Result<(usize, SocketAddr)> {
         self.ask_within(patience(LIMIT), target, servers, bytes)
     }
 
@@ -94,10 +95,10 @@ impl UdpEnd {
     pub fn ask_within(
         &self,
         limit: Duration,
-        target: SocketAddrV4,
+        target: SocketAddr,
         servers: &[&UdpEnd],
         bytes: usize,
-    ) -> anyhow::Result<(usize, SocketAddrV4)> {
+    ) -> anyhow::Result<(usize, SocketAddr)> {
         self.send(target, 1, bytes)?;
         let sockets: Vec<&UdpSocket> = servers.iter().map(|server| &server.socket).collect();
         let by = socket::first_readable(&sockets, limit)?.with_context(|| {

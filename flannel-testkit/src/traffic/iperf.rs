@@ -5,7 +5,7 @@ use crate::netns::Netns;
 use crate::process;
 use anyhow::{Context as _, ensure};
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{IpAddr, TcpListener};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -15,10 +15,11 @@ const LIMIT: Duration = Duration::from_mins(2);
 /// Runs an `iperf3` server and a client with `args` (such as `["-t", "5", "-P", "2"]`) and gives the client's JSON report.
 pub fn iperf3(
     server_ns: &Netns,
-    server_ip: Ipv4Addr,
+    server_ip: impl Into<IpAddr>,
     client_ns: &Netns,
     args: &[&str],
 ) -> anyhow::Result<serde_json::Value> {
+    let server_ip = server_ip.into();
     let listener = server_ns.try_run(|| TcpListener::bind((server_ip, 0)))??;
     let port = listener.local_addr()?.port().to_string();
     drop(listener);

@@ -6,7 +6,7 @@ use crate::process::poll_in;
 use crate::socket;
 use anyhow::{Context as _, ensure};
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,13 +22,14 @@ const CHUNK: usize = 256 << 10;
 pub struct TcpServer {
     listener: TcpListener,
     /// Where it listens.
-    pub address: SocketAddrV4,
+    pub address: SocketAddr,
 }
 
 impl TcpServer {
     /// Listens on `ip` and `port` of `ns`; port 0 is any.
-    pub fn listen(ns: &Netns, ip: Ipv4Addr, port: u16) -> anyhow::Result<TcpServer> {
-        let address = SocketAddrV4::new(ip, port);
+    pub fn listen(ns: &Netns, ip: impl Into<IpAddr>, port: u16) -> anyhow::Result<TcpServer> {
+        let ip = ip.into();
+        let address = SocketAddr::new(ip, port);
         let until = Instant::now() + INHERITED;
         let listener = ns
             .try_run(|| {
@@ -47,7 +48,7 @@ impl TcpServer {
         let port = listener.local_addr()?.port();
         Ok(TcpServer {
             listener,
-            address: SocketAddrV4::new(ip, port),
+            address: SocketAddr::new(ip, port),
         })
     }
 }
@@ -58,9 +59,9 @@ pub struct TcpPair {
     client: TcpStream,
     server: TcpStream,
     /// The client's own address.
-    pub local: SocketAddrV4,
+    pub local: SocketAddr,
     /// The client's address as the server sees it.
-    pub seen: SocketAddrV4,
+    pub seen: SocketAddr,
     /// Which of the servers has taken the connection.
     pub by: usize,
 }
@@ -78,7 +79,7 @@ impl TcpPair {
     /// Connects `client_ns` to `target`, which one of `servers` answers.
     pub fn connect(
         client_ns: &Netns,
-        target: SocketAddrV4,
+        target: SocketAddr,
         servers: &[&TcpServer],
     ) -> anyhow::Result<TcpPair> {
         TcpPair::connect_from(client_ns, 0, target, servers)
@@ -88,7 +89,7 @@ impl TcpPair {
     pub fn connect_from(
         client_ns: &Netns,
         port: u16,
-        target: SocketAddrV4,
+        target: SocketAddr,
         servers: &[&TcpServer],
     ) -> anyhow::Result<TcpPair> {
         TcpPair::connect_within(patience(LIMIT), client_ns, port, target, servers)
@@ -97,7 +98,7 @@ impl TcpPair {
     /// Opens `count` connections to one server.
     pub fn connect_many(
         client_ns: &Netns,
-        target: SocketAddrV4,
+        target: SocketAddr,
         server: &TcpServer,
         count: usize,
     ) -> anyhow::Result<Vec<TcpPair>> {
@@ -118,7 +119,7 @@ impl TcpPair {
         limit: Duration,
         client_ns: &Netns,
         port: u16,
-        target: SocketAddrV4,
+        target: SocketAddr,
         servers: &[&TcpServer],
     ) -> anyhow::Result<TcpPair> {
         let what = || format!("connect from {} to {target}", client_ns.name());
@@ -131,7 +132,7 @@ impl TcpPair {
 
     fn accept(client: TcpStream, listeners: &[&TcpListener]) -> anyhow::Result<TcpPair> {
         client.set_nodelay(true)?;
-        let local = socket::ipv4(client.local_addr()?)?;
+        let local = client.local_addr()?;
         let by = socket::first_readable(listeners, patience(LIMIT))?
             .context("connected, but to none of the servers")?;
         let (server, seen) = listeners[by].accept()?;
@@ -144,7 +145,7 @@ impl TcpPair {
             client,
             server,
             local,
-            seen: socket::ipv4(seen)?,
+            seen,
             by,
         })
     }

@@ -1,12 +1,13 @@
 //! ICMP echo over a raw socket of our own: every probe is numbered, so every loss is known.
 
 use crate::eventually::patience;
+use crate::family::Family;
 use crate::netns::Netns;
 use crate::process::poll_in;
 use crate::socket;
 use anyhow::{Context as _, bail};
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -48,20 +49,26 @@ pub struct PingStats {
 }
 
 /// Sends one probe of 56 bytes and gives its round-trip time.
-pub fn ping_once(ns: &Netns, dst: Ipv4Addr, timeout: Duration) -> anyhow::Result<Duration> {
+pub fn ping_once(
+    ns: &Netns,
+    dst: impl Into<IpAddr>,
+    timeout: Duration,
+) -> anyhow::Result<Duration> {
     ping_sized(ns, dst, PAYLOAD, false, timeout)
 }
 
-/// Sends one probe with `payload` bytes behind the ICMP header (the IP packet is 28 longer), with or without DF.
+/// Sends one probe with `payload` bytes behind the ICMP header (the packet is 28 longer in IPv4, 48 in IPv6), with or without DF;
+/// in IPv6, whole or cut by the sender where it is longer than the path's MTU.
 pub fn ping_sized(
     ns: &Netns,
-    dst: Ipv4Addr,
+    dst: impl Into<IpAddr>,
     payload: usize,
     dont_fragment: bool,
     timeout: Duration,
 ) -> anyhow::Result<Duration> {
+    let dst = dst.into();
     let mut probe = Prober::open(ns, dst, payload)?;
-    socket::set_dont_fragment(&probe.fd, dont_fragment).context("IP_MTU_DISCOVER")?;
+    socket::set_dont_fragment(&probe.fd, dst, dont_fragment).context("IP_MTU_DISCOVER")?;
     probe.send();
     if let Some((err, _)) = &probe.send_errors {
         bail!("ping {dst} from {}: {err}", ns.name());
@@ -82,11 +89,11 @@ pub fn ping_sized(
 /// Sends `count` probes, one each `interval`, and waits up to a second for the last replies.
 pub fn ping(
     ns: &Netns,
-    dst: Ipv4Addr,
+    dst: impl Into<IpAddr>,
     count: u64,
     interval: Duration,
 ) -> anyhow::Result<PingStats> {
-    let mut probe = Prober::open(ns, dst, PAYLOAD)?;
+    let mut probe = Prober::open(ns, dst.into(), PAYLOAD)?;
     probe.flood(interval, || false, count)?;
     Ok(probe.stats())
 }
@@ -100,18 +107,22 @@ pub struct FloodPing {
 
 impl FloodPing {
     /// Starts to probe `dst` from `ns`, one probe of 56 bytes each `interval`.
-    pub fn start(ns: &Netns, dst: Ipv4Addr, interval: Duration) -> anyhow::Result<FloodPing> {
+    pub fn start(
+        ns: &Netns,
+        dst: impl Into<IpAddr>,
+        interval: Duration,
+    ) -> anyhow::Result<FloodPing> {
         FloodPing::start_sized(ns, dst, interval, PAYLOAD)
     }
 
     /// Like [`FloodPing::start`] with `payload` bytes in each probe.
     pub fn start_sized(
         ns: &Netns,
-        dst: Ipv4Addr,
+        dst: impl Into<IpAddr>,
         interval: Duration,
         payload: usize,
     ) -> anyhow::Result<FloodPing> {
-        let mut probe = Prober::open(ns, dst, payload)?;
+        let mut probe = Prober::open(ns, dst.into(), payload)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
@@ -154,6 +165,7 @@ struct Probe {
 
 struct Prober {
     fd: OwnedFd,
+    family: Family,
     id: u16,
     payload: usize,
     probes: Vec<Probe>,
@@ -166,7 +178,7 @@ struct Prober {
 }
 
 impl Prober {
-    fn open(ns: &Netns, dst: Ipv4Addr, payload: usize) -> anyhow::Result<Prober> {
+    fn open(ns: &Netns, dst: IpAddr, payload: usize) -> anyhow::Result<Prober> {
         let fd = ns
             .try_run(|| socket::icmp(dst))?
             .with_context(|| format!("ICMP socket to {dst} in {}", ns.name()))?;
@@ -174,6 +186,7 @@ impl Prober {
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed).wrapping_add(seed) & 0xffff;
         Ok(Prober {
             fd,
+            family: Family::of(dst),
             id: u16::try_from(id)?,
             payload: payload.max(NUMBER),
             probes: Vec::new(),
@@ -190,11 +203,12 @@ impl Prober {
     fn send(&mut self) {
         let number = self.probes.len();
         let sequence = u16::try_from(number & 0xffff).unwrap_or(0);
-        let mut packet = vec![8, 0, 0, 0];
+        let mut packet = vec![self.echo(true), 0, 0, 0];
         packet.extend(self.id.to_be_bytes());
         packet.extend(sequence.to_be_bytes());
         packet.extend((number as u64).to_be_bytes());
         packet.extend(super::pattern(number, self.payload - NUMBER));
+        // In IPv6 the kernel does it, as it alone knows the source.
         let sum = crate::packet::checksum(&packet, 0);
         packet[2..4].copy_from_slice(&sum.to_be_bytes());
         self.probes.push(Probe {
@@ -236,16 +250,29 @@ impl Prober {
         }
     }
 
-    /// Accounts for one IP packet that holds an echo reply.
+    /// ICMP's type of a request or a reply.
+    fn echo(&self, request: bool) -> u8 {
+        match (self.family, request) {
+            (Family::V4, true) => 8,
+            (Family::V4, false) => 0,
+            (Family::V6, true) => 128,
+            (Family::V6, false) => 129,
+        }
+    }
+
+    /// Accounts for an echo reply. Raw sockets show the IP header of IPv4 alone.
     fn take(&mut self, packet: &[u8], now: Instant) -> anyhow::Result<()> {
-        let header = usize::from(packet.first().map_or(0, |byte| byte & 0x0f)) * 4;
+        let header = match self.family {
+            Family::V4 => usize::from(packet.first().map_or(0, |byte| byte & 0x0f)) * 4,
+            Family::V6 => 0,
+        };
         let Some(icmp) = packet
             .get(header..)
             .filter(|icmp| icmp.len() >= ICMP_HEADER + NUMBER)
         else {
             return Ok(());
         };
-        if icmp[0] != 0 || icmp[4..6] != self.id.to_be_bytes() {
+        if icmp[0] != self.echo(false) || icmp[4..6] != self.id.to_be_bytes() {
             return Ok(());
         }
         let mut number = [0; NUMBER];

@@ -7,9 +7,9 @@ use crate::process::poll_in;
 use crate::socket;
 use anyhow::{Context as _, ensure};
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -49,7 +49,7 @@ pub struct TcpStats {
 /// Sends a stream from the client to `server_ip` and checks it there. Fails when it stands still for 30 s, is cut or altered.
 pub fn tcp_transfer(
     server_ns: &Netns,
-    server_ip: Ipv4Addr,
+    server_ip: impl Into<IpAddr>,
     client_ns: &Netns,
     amount: Amount,
 ) -> anyhow::Result<TcpStats> {
@@ -57,6 +57,7 @@ pub fn tcp_transfer(
         Amount::For(time) => Some(Instant::now() + time),
         Amount::Bytes(_) => None,
     };
+    let server_ip = server_ip.into();
     transfer(server_ns, server_ip, client_ns, None, |sent| match amount {
         Amount::Bytes(all) => usize::try_from(all - sent).unwrap_or(CHUNK).min(CHUNK),
         Amount::For(_) if end.is_some_and(|end| Instant::now() >= end) => 0,
@@ -72,38 +73,42 @@ pub struct TcpFlow {
 }
 
 impl TcpFlow {
-    /// Starts to send from the client to `server_ip`, as fast as it goes; whether that works is known at the end.
+    /// Starts to send from the client to `server_ip`, as fast as it goes, and returns when it flows; whether that works is known at the end.
     pub fn start(
         server_ns: &Netns,
-        server_ip: Ipv4Addr,
+        server_ip: impl Into<IpAddr>,
         client_ns: &Netns,
     ) -> anyhow::Result<TcpFlow> {
-        Self::begin(server_ns, server_ip, client_ns, None)
+        Self::begin(server_ns, server_ip.into(), client_ns, None)
     }
 
     /// Like [`TcpFlow::start`], at no more than `rate` bytes a second: what is lost then was not lost in an overflowing queue.
     pub fn start_paced(
         server_ns: &Netns,
-        server_ip: Ipv4Addr,
+        server_ip: impl Into<IpAddr>,
         client_ns: &Netns,
         rate: u32,
     ) -> anyhow::Result<TcpFlow> {
-        Self::begin(server_ns, server_ip, client_ns, Some(rate))
+        Self::begin(server_ns, server_ip.into(), client_ns, Some(rate))
     }
 
     fn begin(
         server_ns: &Netns,
-        server_ip: Ipv4Addr,
+        server_ip: IpAddr,
         client_ns: &Netns,
         rate: Option<u32>,
     ) -> anyhow::Result<TcpFlow> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let (server, client) = (server_ns.clone(), client_ns.clone());
+        let (flowing, under_way) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(format!("tcp {}", client_ns.name()))
             .spawn(move || {
-                transfer(&server, server_ip, &client, rate, |_| {
+                transfer(&server, server_ip, &client, rate, |sent| {
+                    if sent > 0 {
+                        let _first = flowing.try_send(());
+                    }
                     if stopped.load(Ordering::Relaxed) {
                         0
                     } else {
@@ -111,6 +116,8 @@ impl TcpFlow {
                     }
                 })
             })?;
+        // What follows is to happen to a stream that flows. One that cannot begin ends its thread, and says so at the end.
+        let _flows = under_way.recv_timeout(patience(CONNECT));
         Ok(TcpFlow {
             stop,
             thread: Some(thread),
@@ -136,7 +143,7 @@ impl Drop for TcpFlow {
 /// Sends as long as `left`, given the bytes sent so far, says how many of at most [`CHUNK`] to send next.
 fn transfer(
     server_ns: &Netns,
-    server_ip: Ipv4Addr,
+    server_ip: IpAddr,
     client_ns: &Netns,
     rate: Option<u32>,
     left: impl Fn(u64) -> usize,

@@ -1,9 +1,10 @@
 //! Datagrams there and back, compared byte for byte.
 
 use crate::eventually::patience;
+use crate::family::Family;
 use crate::netns::Netns;
 use anyhow::{Context as _, ensure};
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
 /// How long one datagram may take in one direction.
@@ -13,17 +14,18 @@ const LIMIT: Duration = Duration::from_secs(3);
 /// Fails on the first that is late, lost or altered in either direction.
 pub fn udp_echo(
     server_ns: &Netns,
-    server_ip: Ipv4Addr,
+    server_ip: impl Into<IpAddr>,
     client_ns: &Netns,
     sizes: &[usize],
 ) -> anyhow::Result<()> {
+    let server_ip = server_ip.into();
     let server = server_ns
         .try_run(|| UdpSocket::bind((server_ip, 0)))?
         .with_context(|| format!("bind {server_ip} in {}", server_ns.name()))?;
     let address = server.local_addr()?;
     let client = client_ns
         .try_run(|| {
-            let client = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            let client = UdpSocket::bind((Family::of(server_ip).unspecified(), 0))?;
             client.connect(address)?;
             Ok::<_, std::io::Error>(client)
         })?

@@ -1,11 +1,12 @@
 //! A one-way stream of numbered datagrams, so that every loss is known.
 
 use crate::eventually::patience;
+use crate::family::Family;
 use crate::netns::Netns;
 use anyhow::{Context as _, ensure};
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{IpAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -40,17 +41,18 @@ impl UdpFlow {
     /// Starts to send a datagram of `bytes` (8 at least) from the client to `server_ip` each `interval`.
     pub fn start(
         server_ns: &Netns,
-        server_ip: Ipv4Addr,
+        server_ip: impl Into<IpAddr>,
         client_ns: &Netns,
         interval: Duration,
         bytes: usize,
     ) -> anyhow::Result<UdpFlow> {
+        let server_ip = server_ip.into();
         let server = server_ns
             .try_run(|| UdpSocket::bind((server_ip, 0)))?
             .with_context(|| format!("bind {server_ip} in {}", server_ns.name()))?;
         let address = server.local_addr()?;
         let client = client_ns
-            .try_run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)))?
+            .try_run(|| UdpSocket::bind((Family::of(server_ip).unspecified(), 0)))?
             .with_context(|| format!("bind in {}", client_ns.name()))?;
         server.set_read_timeout(Some(LOOK_EVERY))?;
         let stop = Arc::new(AtomicBool::new(false));

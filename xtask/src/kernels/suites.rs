@@ -38,7 +38,7 @@ const OF_THE_KERNEL: &str = "netns_kernel";
 const RUNG: &[&str] = &["rung::the_agent_makes_the_best_of_what_there_is"];
 
 /// On a kernel from which nothing is withheld, in this order.
-const SUITES: [Suite; 10] = [
+const SUITES: [Suite; 15] = [
     suite(OF_THE_KERNEL, Part::All),
     suite(
         "bpf_testrun",
@@ -52,10 +52,45 @@ const SUITES: [Suite; 10] = [
             "xdp::every_length_is_stripped",
         ]),
     ),
-    suite("netns_wire", Part::Only(&["frames_equal_the_kernels"])),
+    suite(
+        "bpf_testrun_v6",
+        Part::Only(&[
+            "decap::a_header_that_was_damaged_is_the_kernels_to_refuse",
+            "encap::every_length_and_class_gets_a_right_checksum",
+            "gate::super_packets_go_to_the_tunnel_device_past_the_stack",
+            "gate::what_arrives_goes_into_the_pod",
+        ]),
+    ),
+    suite(
+        "netns_wire",
+        Part::Only(&[
+            "frames_equal_the_kernels",
+            "frames_over_ipv6_equal_the_kernels",
+        ]),
+    ),
+    suite(
+        "netns_dual",
+        Part::Only(&["both_families_carry_side_by_side"]),
+    ),
+    suite(
+        "netns_direct",
+        Part::Only(&["peers_on_the_link_are_routed_to_past_the_stack"]),
+    ),
+    // Of the kernel it uses what netns_direct does.
+    suite("netns_hostgw", Part::Nothing),
     suite(
         "netns_module",
         Part::Only(&["the_module_itself_is_loaded_later_without_a_gap"]),
+    ),
+    // A host kernel may lack WireGuard.
+    suite(
+        "guest_wireguard",
+        Part::Only(&[
+            "both_families_over_a_device_each",
+            "a_restart_keeps_the_key_and_loses_nothing",
+            "change::from_vxlan_to_wireguard_and_back",
+            "change::what_is_told_is_what_wg_shows",
+        ]),
     ),
     suite("netns_restart", Part::Nothing),
     suite("netns_modes", Part::Nothing),
@@ -94,6 +129,12 @@ const LEFT_OUT: &[LeftOut] = &[
         test: "gate::a_syn_is_admitted_in_both_directions",
         on: without_helpers,
         why: "this kernel has no bpf_check_mtu, without which nothing is admitted by its SYN",
+    },
+    LeftOut {
+        target: "bpf_testrun_v6",
+        test: "encap::at_the_far_end_of_a_pair_every_byte_is_summed_up",
+        on: without_helpers,
+        why: "this kernel's run of a program takes no interface that the packet has come in through: netns_dual carries such packets there",
     },
     LeftOut {
         target: "bpf_testrun",

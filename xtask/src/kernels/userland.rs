@@ -13,7 +13,7 @@ use crate::dist::arch::Arch;
 const SUITE: &str = "trixie";
 
 /// What agents, labs and tests call. The agent's libraries are in it, too: glibc and `libgcc_s`.
-const WANTED: [&str; 18] = [
+const WANTED: [&str; 19] = [
     "base-files",
     "bash",
     "bpftool",
@@ -32,6 +32,7 @@ const WANTED: [&str; 18] = [
     "tcpdump",
     "tshark",
     "util-linux",
+    "wireguard-tools",
 ];
 
 /// Dependencies that only scripts of packages need.

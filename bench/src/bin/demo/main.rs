@@ -8,10 +8,11 @@ use std::{process::ExitCode, time::Instant};
 
 use bench_lab::{
     INTERRUPTED, check_stop,
-    cluster::{Cluster, Options, StoreChoice, plugin_binary},
+    cluster::{Backend, Cluster, NETWORKS, Options, StoreChoice, net_conf, plugin_binary},
     progress, say, stopped, wait_for_stop, watch_for_stop,
 };
-use clap::Parser;
+use clap::{CommandFactory as _, Parser, ValueEnum, error::ErrorKind};
+use flannel_testkit::Families;
 
 use report::Report;
 
@@ -31,6 +32,18 @@ struct Args {
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
     pods: u8,
 
+    /// Address family of nodes and pods.
+    #[arg(long, value_enum, default_value_t = FamilyChoice::V4)]
+    family: FamilyChoice,
+
+    /// What carries packets between nodes. host-gw needs no tunnel, wireguard a kernel that has it.
+    #[arg(long, value_enum, default_value_t = Backend::Vxlan)]
+    backend: Backend,
+
+    /// Route to nodes on the same link without a tunnel. The last of three or more nodes is behind a router.
+    #[arg(long)]
+    direct_routing: bool,
+
     /// Data path of the agents: auto, bpf or kernel.
     #[arg(long, default_value = "auto", value_name = "DATAPATH")]
     datapath: String,
@@ -44,8 +57,61 @@ struct Args {
     keep: bool,
 }
 
+/// Address family of nodes and pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum FamilyChoice {
+    /// IPv4.
+    #[value(name = "4")]
+    V4,
+    /// IPv6 alone.
+    #[value(name = "6")]
+    V6,
+    /// Both, side by side.
+    Dual,
+}
+
+impl FamilyChoice {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::V4 => "4",
+            Self::V6 => "6",
+            Self::Dual => "dual",
+        }
+    }
+
+    const fn families(self) -> Families {
+        match self {
+            Self::V4 => Families::V4,
+            Self::V6 => Families::V6,
+            Self::Dual => Families::Dual,
+        }
+    }
+}
+
+impl Args {
+    /// What of it does not go together, with an advice.
+    fn contradiction(&self) -> Option<&'static str> {
+        match self.backend {
+            Backend::HostGw if self.direct_routing => {
+                Some("--backend host-gw routes to every node already: leave --direct-routing out")
+            }
+            Backend::Wireguard if self.direct_routing => Some(
+                "--backend wireguard encrypts everything between nodes: leave --direct-routing out",
+            ),
+            Backend::Wireguard if self.datapath == "bpf" => Some(
+                "--backend wireguard is the kernel's alone, without eBPF: leave --datapath bpf out",
+            ),
+            _ => None,
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
+    if let Some(contradiction) = args.contradiction() {
+        let error = Args::command().error(ErrorKind::ArgumentConflict, contradiction);
+        error.exit();
+    }
     if let Err(error) = watch_for_stop() {
         progress(&format!("cannot watch for Ctrl-C: {error}"));
         return ExitCode::FAILURE;
@@ -66,8 +132,13 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<bool> {
     let started = Instant::now();
+    let families = args.family.families();
     let mut cluster = Cluster::start(&Options {
         plugin: Some(plugin_binary()?),
+        net_conf: net_conf(families, NETWORKS, args.backend, args.direct_routing),
+        families,
+        backend: args.backend,
+        far_nodes: u8::from(args.direct_routing && args.nodes > 2),
         nodes: args.nodes,
         pods: args.pods,
         store: args.store,
@@ -78,12 +149,15 @@ fn run(args: &Args) -> anyhow::Result<bool> {
     let count = cluster.pods.len();
     progress(&format!(
         "trying {} pairs of pods: ping, UDP, TCP",
-        count * count.saturating_sub(1)
+        count * count.saturating_sub(1) * families.list().len()
     ));
     for from in 0..count {
-        for to in (0..count).filter(|to| *to != from) {
+        for (to, family) in (0..count)
+            .filter(|to| *to != from)
+            .flat_map(|to| families.list().into_iter().map(move |family| (to, family)))
+        {
             check_stop()?;
-            let pair = traffic::measure(&cluster, from, to);
+            let pair = traffic::measure(&cluster, family, from, to);
             pairs.push(pair);
         }
         check_stop()?;
@@ -94,7 +168,12 @@ fn run(args: &Args) -> anyhow::Result<bool> {
         ));
     }
     check_stop()?;
-    let report = Report::new(usize::from(args.nodes), count, pairs);
+    let report = Report::new(
+        (args.family.as_str(), args.backend, args.direct_routing),
+        usize::from(args.nodes),
+        count,
+        pairs,
+    );
     if args.json {
         // Whoever keeps the lab wants to look at the result meanwhile.
         say(&report.json()?);

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets::NOTHING};
-use serde::Serialize;
+use flannel_testkit::Family;
+use serde::{Serialize, Serializer};
+
+use bench_lab::cluster::Backend;
 
 /// Which way the packets of a pair took.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -17,15 +20,34 @@ pub(crate) enum Path {
     Bpf,
     /// eBPF carried every one, and those of the TCP transfer from pod to pod, past the host's stack.
     BpfFast,
+    /// The kernel routed at least some of them to a node on the same link, as they are.
+    Direct,
+    /// eBPF carried those of the TCP transfer so, past the host's stack.
+    DirectFast,
+    /// The kernel's device encrypted them.
+    Wireguard,
 }
 
 impl Path {
+    const ALL: [Self; 7] = [
+        Self::Local,
+        Self::Kernel,
+        Self::Bpf,
+        Self::BpfFast,
+        Self::Direct,
+        Self::DirectFast,
+        Self::Wireguard,
+    ];
+
     const fn as_str(self) -> &'static str {
         match self {
             Self::Local => "local",
             Self::Kernel => "kernel",
             Self::Bpf => "bpf",
             Self::BpfFast => "bpf-fast",
+            Self::Direct => "direct",
+            Self::DirectFast => "direct-fast",
+            Self::Wireguard => "wireguard",
         }
     }
 }
@@ -35,6 +57,8 @@ impl Path {
 pub(crate) struct Pair {
     pub(crate) from: String,
     pub(crate) to: String,
+    #[serde(serialize_with = "number")]
+    pub(crate) family: Family,
     pub(crate) ping: bool,
     pub(crate) ping_ms: Option<f64>,
     pub(crate) udp: bool,
@@ -50,19 +74,40 @@ impl Pair {
     }
 }
 
+/// A family as 4 or 6.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn number<S: Serializer>(family: &Family, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u8(match family {
+        Family::V4 => 4,
+        Family::V6 => 6,
+    })
+}
+
 /// Everything.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Report {
     pub(crate) ok: bool,
+    /// `4`, `6` or `dual`.
+    family: &'static str,
+    backend: Backend,
+    direct_routing: bool,
     nodes: usize,
     pods: usize,
     pairs: Vec<Pair>,
 }
 
 impl Report {
-    pub(crate) fn new(nodes: usize, pods: usize, pairs: Vec<Pair>) -> Self {
+    pub(crate) fn new(
+        (family, backend, direct_routing): (&'static str, Backend, bool),
+        nodes: usize,
+        pods: usize,
+        pairs: Vec<Pair>,
+    ) -> Self {
         Self {
             ok: pairs.iter().all(Pair::ok),
+            family,
+            backend,
+            direct_routing,
             nodes,
             pods,
             pairs,
@@ -105,7 +150,7 @@ impl Report {
 
     pub(crate) fn summary(&self, took: Duration) -> String {
         let failed = self.pairs.iter().filter(|pair| !pair.ok()).count();
-        let paths: Vec<String> = [Path::Local, Path::Kernel, Path::Bpf, Path::BpfFast]
+        let paths: Vec<String> = Path::ALL
             .into_iter()
             .map(|path| {
                 (

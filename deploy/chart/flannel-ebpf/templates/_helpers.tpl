@@ -35,22 +35,27 @@ app.kubernetes.io/version: {{ .Chart.AppVersion }}
 {{/* Ends the rendering for what the agent would not do. */}}
 {{- define "flannel-ebpf.check" -}}
 {{- if ne .Values.flannel.backend "vxlan" -}}
-{{- fail (printf "flannel.backend=%s: this agent has the backend vxlan alone; stay with flannel for others" .Values.flannel.backend) -}}
+{{- if ne .Values.flannel.backend "host-gw" -}}
+{{- if ne .Values.flannel.backend "wireguard" -}}
+{{- if ne .Values.flannel.backend "alloc" -}}
+{{- fail (printf "flannel.backend=%s: use vxlan, host-gw, wireguard or alloc; stay with flannel for others" .Values.flannel.backend) -}}
 {{- end -}}
-{{- if not .Values.podCidr -}}
-{{- fail "podCidr is empty: this agent carries IPv4, and needs the network of all pods" -}}
 {{- end -}}
-{{- if .Values.podCidrv6 -}}
-{{- fail "podCidrv6: IPv6 is not carried yet; leave it empty, or stay with flannel for dual stack" -}}
 {{- end -}}
 {{- if .Values.flannel.directRouting -}}
-{{- fail "flannel.directRouting is not supported yet: every packet to another node is encapsulated" -}}
+{{- fail (printf "flannel.directRouting is of the backend vxlan, and flannel.backend is %s" .Values.flannel.backend) -}}
+{{- end -}}
+{{- end -}}
+{{- if not (or .Values.podCidr .Values.podCidrv6) -}}
+{{- fail "podCidr and podCidrv6 are empty: the agent needs the network of all pods, of one family or of both" -}}
 {{- end -}}
 {{- if .Values.flannel.macPrefix -}}
 {{- fail "flannel.macPrefix is for Windows nodes, which this agent does not serve" -}}
 {{- end -}}
+{{- if ne .Values.flannel.backend "wireguard" -}}
 {{- if or .Values.flannel.psk .Values.flannel.tunnelMode .Values.flannel.keepaliveInterval .Values.flannel.backendPortv6 -}}
-{{- fail "flannel.psk, tunnelMode, keepaliveInterval and backendPortv6 are of the backend wireguard, which this agent does not have" -}}
+{{- fail (printf "flannel.psk, tunnelMode, keepaliveInterval and backendPortv6 are of the backend wireguard, and flannel.backend is %s" .Values.flannel.backend) -}}
+{{- end -}}
 {{- end -}}
 {{- if .Values.netpol.enabled -}}
 {{- fail "netpol.enabled: network policies are not part of this chart; install kube-network-policies by its own manifest" -}}

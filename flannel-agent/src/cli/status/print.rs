@@ -1,6 +1,6 @@
 //! The status for people.
 
-use flannel_core::plan::GateMode;
+use flannel_core::{config::BackendKind, plan::GateMode};
 
 use super::{super::table, Status};
 
@@ -13,6 +13,17 @@ pub(super) fn status(status: &Status) {
         _ => "not running".into(),
     };
     row("Agent", agent);
+    if let Some(backend) = status
+        .backend
+        .filter(|backend| *backend != BackendKind::Vxlan)
+    {
+        let what = match backend {
+            BackendKind::Alloc => ": no data path, somebody else routes",
+            BackendKind::HostGw => ": no tunnel, routes to the nodes on the link",
+            BackendKind::Wireguard | BackendKind::Vxlan => "",
+        };
+        row("Backend", format!("{backend}{what}"));
+    }
     if let Some(path) = &status.datapath {
         let how = path.attach.as_ref().map_or(String::new(), |attach| {
             format!(", {attach}: {}", path.attached.join(" "))
@@ -58,8 +69,8 @@ pub(super) fn status(status: &Status) {
                 format!(
                     "{} pods; {} packets sent, {} received, {} on this node",
                     fast.pods,
-                    counters.encap.packets,
-                    counters.decap.packets,
+                    counters.encap.packets + counters.routed_out.packets,
+                    counters.decap.packets + counters.routed_in.packets,
                     counters.local.packets
                 ),
             );
@@ -98,6 +109,32 @@ pub(super) fn status(status: &Status) {
                 device.name, device.kind, device.mac, device.mtu, device.peers
             ),
         );
+    }
+    if let Some(routes) = &status.routes {
+        row(
+            "Routes",
+            format!("{} peers over {}", routes.peers, routes.interface),
+        );
+    }
+    if let Some(wireguard) = &status.wireguard {
+        let unknown = || "unknown".to_owned();
+        let mode = wireguard.mode.clone().unwrap_or_else(unknown);
+        let key = wireguard.public_key.clone().unwrap_or_else(unknown);
+        row("WireGuard", format!("mode {mode}, public key {key}"));
+        for device in &wireguard.devices {
+            let up = if device.up { "up" } else { "down" };
+            let told = (device.port, device.peers, device.peers_alive);
+            let more = if let (Some(port), Some(peers), Some(alive)) = told {
+                format!(", port {port}, {peers} peers, {alive} with a session")
+            } else {
+                String::new()
+            };
+            let (name, mtu) = (&device.name, device.mtu);
+            row(
+                "Device",
+                format!("{name} (wireguard), {up}, MTU {mtu}{more}"),
+            );
+        }
     }
     if let Some(counters) = &status.counters {
         row(

@@ -11,7 +11,7 @@ use aya::programs::{
 };
 use flannel_core::{
     addr::IfIndex,
-    mark,
+    mark::{self, Overlay},
     plan::{Attachment, Hook},
 };
 
@@ -69,16 +69,19 @@ impl Bpf {
             AttachMode::Tcx => {
                 self.attach_tcx(hook, ifindex, &interface)?;
                 if filter.is_some() {
-                    delete_filter(hook, ifindex)?;
+                    delete_filter(hook, ifindex, self.instance.overlay())?;
                 }
             }
             AttachMode::Clsact => {
-                self.attach_clsact(hook, ifindex, &interface)?;
+                self.attach_clsact(hook, side(hook), ifindex, &interface)?;
                 remove_pin(&self.instance.link(hook, ifindex))?;
                 if hook.is_per_pod() {
                     self.instance.note_filter(hook, ifindex)?;
                 }
             }
+        }
+        if hook == Hook::ToOverlay {
+            self.attach_far_end(&interface)?;
         }
         self.instance.remove_old_maps();
         Ok(())
@@ -95,9 +98,12 @@ impl Bpf {
         filter: Option<u32>,
     ) -> Result<(), BpfError> {
         if filter.is_some() {
-            delete_filter(hook, ifindex)?;
+            delete_filter(hook, ifindex, self.instance.overlay())?;
         }
         remove_pin(&self.instance.link(hook, ifindex))?;
+        if hook == Hook::ToOverlay {
+            self.instance.forget_far_ends()?;
+        }
         if hook.is_per_pod() && name_of(ifindex).is_err() {
             self.instance.forget_qdisc(ifindex)?;
         }
@@ -136,6 +142,7 @@ impl Bpf {
         };
         // Without the pins of its maps nobody could adopt them: neither `status` nor the next agent.
         let current = current && self.maps_are_pinned();
+        let current = current && (hook != Hook::ToOverlay || self.is_at_far_end(ifindex, own));
         Some(Attachment { ifindex, current })
     }
 
@@ -190,23 +197,20 @@ impl Bpf {
                 }
             }
         }
-        self.make_tcx(hook, interface, &pin)
+        self.make_tcx(hook, side(hook), interface, &pin)
     }
 
     /// Attaches a program by a new link, which takes the place of what is pinned there.
     pub(super) fn make_tcx(
         &mut self,
         hook: Hook,
+        side: TcAttachType,
         interface: &str,
         pin: &Path,
     ) -> Result<(), BpfError> {
         let program = program(&mut self.ebpf, hook.as_str())?;
         let id = program
-            .attach_with_options(
-                interface,
-                side(hook),
-                TcAttachOptions::TcxOrder(order(hook)),
-            )
+            .attach_with_options(interface, side, TcAttachOptions::TcxOrder(order(hook)))
             .map_err(|source| BpfError::program("attach", hook.as_str(), source))?;
         let link = program
             .take_link(id)
@@ -238,6 +242,7 @@ impl Bpf {
     pub(super) fn attach_clsact(
         &mut self,
         hook: Hook,
+        side: TcAttachType,
         ifindex: IfIndex,
         interface: &str,
     ) -> Result<(), BpfError> {
@@ -258,18 +263,18 @@ impl Bpf {
             Err(error) => return Err(tc_error("add a clsact qdisc", error.to_string())),
         }
         let handle = TcHandle::from(mark::TC_HANDLE);
+        let priority = self.instance.overlay().tc_priority();
         let program = program(&mut self.ebpf, hook.as_str())?;
-        let there =
-            SchedClassifierLink::attached(interface, side(hook), mark::TC_PRIORITY, handle, None)
-                .map_err(|error| tc_error("find the filter", error.to_string()))?;
+        let there = SchedClassifierLink::attached(interface, side, priority, handle, None)
+            .map_err(|error| tc_error("find the filter", error.to_string()))?;
         let id = match program.attach_to_link(there) {
             Ok(id) => id,
             Err(_absent) => program
                 .attach_with_options(
                     interface,
-                    side(hook),
+                    side,
                     TcAttachOptions::Netlink(NlOptions {
-                        priority: mark::TC_PRIORITY,
+                        priority,
                         handle,
                         classid: None,
                     }),
@@ -290,7 +295,7 @@ impl Bpf {
 const fn order(hook: Hook) -> LinkOrder {
     match hook {
         Hook::FromPod | Hook::FromOverlay => LinkOrder::first(),
-        Hook::ToOverlay | Hook::FromWire | Hook::ToPod => LinkOrder::last(),
+        Hook::ToOverlay | Hook::FromWire | Hook::ToPod | Hook::ToLink => LinkOrder::last(),
     }
 }
 
@@ -310,8 +315,8 @@ pub(super) fn remove_pin(pin: &Path) -> Result<(), BpfError> {
     }
 }
 
-/// Deletes our filter at this hook, and nothing else; not the qdisc either, which may serve others.
-pub fn delete_filter(hook: Hook, ifindex: IfIndex) -> Result<(), BpfError> {
+/// Deletes an overlay's filter at this hook, and nothing else; not the qdisc either, which may serve others.
+pub fn delete_filter(hook: Hook, ifindex: IfIndex, overlay: Overlay) -> Result<(), BpfError> {
     let interface = name_of(ifindex)?;
     let failed = |reason: String| BpfError::Tc {
         what: format!("delete our filter on {interface}"),
@@ -320,7 +325,7 @@ pub fn delete_filter(hook: Hook, ifindex: IfIndex) -> Result<(), BpfError> {
     SchedClassifierLink::attached(
         &interface,
         side(hook),
-        mark::TC_PRIORITY,
+        overlay.tc_priority(),
         TcHandle::from(mark::TC_HANDLE),
         None,
     )

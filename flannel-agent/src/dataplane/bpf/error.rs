@@ -3,7 +3,7 @@
 use std::{
     error::Error as StdError,
     fs, io,
-    net::Ipv4Addr,
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
@@ -79,10 +79,18 @@ pub enum BpfError {
         /// What was attempted.
         verb: &'static str,
         /// The pod's address.
-        address: Ipv4Addr,
+        address: IpAddr,
         /// Why not.
         #[source]
         source: Box<MapError>,
+    },
+    /// A plan for the other address family.
+    #[error("write {what} of {address}: the maps are of the other address family")]
+    Foreign {
+        /// What was to be written.
+        what: &'static str,
+        /// An address of it.
+        address: IpAddr,
     },
     /// The embedded object lacks something.
     #[error("the embedded eBPF object has no {0}")]
@@ -187,7 +195,7 @@ impl BpfError {
         }
     }
 
-    pub(super) fn pod(verb: &'static str, address: Ipv4Addr, source: MapError) -> Self {
+    pub(super) fn pod(verb: &'static str, address: IpAddr, source: MapError) -> Self {
         Self::Pod {
             verb,
             address,

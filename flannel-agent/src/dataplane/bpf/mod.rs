@@ -3,13 +3,16 @@
 
 mod attach;
 mod error;
+mod far_end;
 mod link;
+mod next;
 mod pins;
 mod pods;
 mod probe;
 mod scan;
 mod stand_in;
 pub(crate) mod syscall;
+mod tables;
 mod xdp;
 
 use std::{
@@ -23,11 +26,14 @@ use aya::{
     programs::SchedClassifier,
 };
 use flannel_common::{
-    Config, LAYOUT_VERSION, NodeId, NodeRecord, PodRecord,
-    flow::{self, Flow, LastSighting, Sighting},
+    NodeId, PodRecord,
+    flow::{self, Flow},
     map::TRUST,
 };
-use flannel_core::plan::{Hook, Node, Settings};
+use flannel_core::{
+    addr::Family,
+    plan::{Hook, Node, Settings},
+};
 
 use crate::telemetry::chain;
 
@@ -35,12 +41,15 @@ pub use attach::{AttachMode, delete_filter, interface_name};
 pub use error::BpfError;
 pub(crate) use error::{kept_logs, last_word};
 pub use pins::{Instance, Totals, ensure_bpffs, mounted};
-use pods::PodMap;
 pub use pods::PodState;
 pub use probe::{Room, room};
+use tables::Tables;
 
 /// The object that `cargo xtask build-ebpf` made. Public for the tests that run its programs on packets of their own.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FLANNEL_EBPF_OBJECT"));
+
+/// The same programs for IPv6.
+pub static OBJECT_V6: &[u8] = aya::include_bytes_aligned!(env!("FLANNEL_EBPF_OBJECT_V6"));
 
 /// Entries of the map `pods`: more than a node has pods.
 pub(crate) const POD_ENTRIES: u32 = 4096;
@@ -68,11 +77,9 @@ pub struct Bpf {
     instance: Instance,
     attach: AttachMode,
     room: Room,
-    config: Array<MapData, Config>,
     alive: Array<MapData, u64>,
     subnets: Array<MapData, NodeId>,
-    nodes: Array<MapData, NodeRecord>,
-    pods: PodMap,
+    tables: Box<dyn Tables>,
     /// Slots of `ring` for one CPU, as a power of two.
     ring_shift: u32,
     /// Source ports that the kernel takes beyond the span of the range: 0 or 1.
@@ -87,10 +94,10 @@ pub struct Bpf {
     used_subnets: BTreeSet<u32>,
     used_nodes: BTreeSet<NodeId>,
     /// Those entries as they were last read, and whether they had been the same before.
-    in_use: Option<scan::InUse>,
+    in_use: Option<Vec<(u32, NodeId)>>,
     unchanged: bool,
-    /// The program of native XDP that was loaded, once one was wanted.
-    xdp: Option<&'static str>,
+    /// The program of native XDP that was loaded, once one was wanted: its index in [`xdp::PROGRAMS`].
+    xdp: Option<usize>,
     /// Whether a subnet was pointed elsewhere since the last grace period.
     moved: bool,
     /// Whether there was nothing of an earlier run.
@@ -155,11 +162,13 @@ impl Bpf {
             .saturating_mul(2)
             .saturating_add(2)
             .min(1 << 20);
-        let maps = instance.prepare(&[
-            ("config", size_of::<Config>(), 1),
+        let family = instance.overlay().family;
+        let sizes = tables::sizes(family);
+        let mut maps = instance.prepare(&[
+            ("config", sizes.config, 1),
             ("alive", size_of::<u64>(), 1),
             ("subnets", size_of::<NodeId>(), *subnet_count),
-            ("nodes", size_of::<NodeRecord>(), node_capacity),
+            ("nodes", sizes.node, node_capacity),
             (
                 "counters",
                 size_of::<flannel_common::Counter>(),
@@ -173,9 +182,10 @@ impl Bpf {
             ("pods", size_of::<PodRecord>(), POD_ENTRIES),
             ("flows", size_of::<Flow>(), *flow_entries),
             ("nattuples", size_of::<u32>(), NAT_ENTRIES),
-            ("ring", size_of::<Sighting>(), ring_entries),
-            ("last", size_of::<LastSighting>(), 1),
+            ("ring", sizes.sighting, ring_entries),
+            ("last", sizes.last, 1),
         ])?;
+        maps.extend(instance.next_xdp());
         let helpers = probe::helpers();
         let mut loader = EbpfLoader::new();
         for (name, path) in &maps {
@@ -190,7 +200,7 @@ impl Bpf {
             .map_max_entries("ring", ring_entries)
             .override_global("KERNEL_HELPERS", &helpers, true);
         let mut ebpf = loader
-            .load(OBJECT)
+            .load(object(family))
             .map_err(|source| BpfError::load("the eBPF object", source))?;
         let mut gate_obstacle = None;
         for hook in Hook::ALL {
@@ -205,18 +215,16 @@ impl Bpf {
                 loaded => loaded?,
             }
         }
-        let room = probe::room(&mut ebpf).map_err(|error| error.kept_in(logs))?;
+        let room = probe::room(&mut ebpf, family).map_err(|error| error.kept_in(logs))?;
         let mut pins = Vec::new();
         for (name, path) in maps {
             let map = MapData::from_pin(&path).map_err(|source| BpfError::read(name, 0, source))?;
             pins.push((path, map));
         }
         Ok(Self {
-            config: array(&mut ebpf, "config")?,
             alive: array(&mut ebpf, "alive")?,
             subnets: array(&mut ebpf, "subnets")?,
-            nodes: array(&mut ebpf, "nodes")?,
-            pods: hash(&mut ebpf, "pods")?,
+            tables: tables::take(&mut ebpf, family)?,
             ring_shift,
             extra_ports: u16::from(*last_port),
             gate_obstacle,
@@ -236,6 +244,11 @@ impl Bpf {
             fresh,
             logs: logs.map(Path::to_owned),
         })
+    }
+
+    /// What the programs carry.
+    pub const fn family(&self) -> Family {
+        self.instance.overlay().family
     }
 
     /// What `bpf_skb_adjust_room` can do here.
@@ -271,23 +284,13 @@ impl Bpf {
 
     /// The epoch of the configuration that is in place, whoever wrote it; zero before the first.
     pub fn epoch(&self) -> Result<u32, BpfError> {
-        let config = self
-            .config
-            .get(&0, 0)
-            .map_err(|source| BpfError::read("config", 0, source))?;
-        Ok(if config.layout == LAYOUT_VERSION {
-            config.epoch
-        } else {
-            0
-        })
+        self.tables.epoch()
     }
 
     /// Writes an entry of `nodes`.
     pub fn put_node(&mut self, id: NodeId, node: &Node) -> Result<(), BpfError> {
         self.used_nodes.insert(id);
-        self.nodes
-            .set(id, node.encode(), 0)
-            .map_err(|source| BpfError::write("nodes", id, source))
+        self.tables.put_node(id, node)
     }
 
     /// Empties an entry of `nodes`.
@@ -295,9 +298,7 @@ impl Bpf {
         if std::mem::take(&mut self.moved) {
             wait_for_programs();
         }
-        self.nodes
-            .set(id, NodeRecord::default(), 0)
-            .map_err(|source| BpfError::write("nodes", id, source))?;
+        self.tables.clear_node(id)?;
         self.used_nodes.remove(&id);
         Ok(())
     }
@@ -331,9 +332,15 @@ impl Bpf {
 
     /// Writes `config`.
     pub fn put_settings(&mut self, settings: &Settings) -> Result<(), BpfError> {
-        self.config
-            .set(0, settings.encode(), 0)
-            .map_err(|source| BpfError::write("config", 0, source))
+        self.tables.put_settings(settings)
+    }
+}
+
+/// The programs of a family.
+pub const fn object(family: Family) -> &'static [u8] {
+    match family {
+        Family::V4 => OBJECT,
+        Family::V6 => OBJECT_V6,
     }
 }
 

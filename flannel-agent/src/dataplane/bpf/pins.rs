@@ -6,27 +6,26 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    net::Ipv4Addr,
+    net::IpAddr,
     os::fd::AsRawFd as _,
     path::{Path, PathBuf},
 };
 
-use aya::maps::{Array, Map, MapData, MapInfo, PerCpuArray};
+use aya::maps::{Array, Map, MapData, MapError, MapInfo, PerCpuArray};
 use flannel_common::{
-    Config, Counter, CounterId, Direction, DropReason, LAYOUT_VERSION, NodeId, NodeRecord,
-    reason_index,
+    Counter, CounterId, Direction, DropReason, LAYOUT_VERSION, NodeId, reason_index,
 };
 use flannel_core::{
-    addr::{IfIndex, Vni},
-    mark,
+    addr::IfIndex,
+    mark::{self, Overlay},
     plan::{Hook, Node},
     pods::Pod,
     xdp::Sample,
 };
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use nix::sys::statfs;
 
-use super::{BpfError, attach, join, link, pods::PodMap};
+use super::{BpfError, attach, join, link, tables};
 
 const BPFFS: &str = "/sys/fs/bpf";
 /// Directory of the maps, before the layout version.
@@ -40,6 +39,7 @@ const SO_NETNS_COOKIE: libc::c_int = 71;
 /// One node's place in the bpf file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Instance {
+    overlay: Overlay,
     dir: PathBuf,
 }
 
@@ -56,6 +56,10 @@ pub struct Totals {
     pub fast_decap: Counter,
     /// Between two pods of this node, around the stack.
     pub fast_local: Counter,
+    /// From a pod to another node on the same link, around the stack and without outer headers. Not among `fast_encap`.
+    pub routed_out: Counter,
+    /// From another node on the same link to a pod, likewise. Not among `fast_decap`.
+    pub routed_in: Counter,
     /// Stripped by native XDP. They are among the others too.
     pub xdp: Counter,
     /// Packets that the gate sent through the stack with a tag.
@@ -71,15 +75,19 @@ pub struct Totals {
 }
 
 impl Instance {
-    /// The place of the overlay `vni` in the network namespace of this process.
-    pub fn of(vni: Vni) -> Result<Self, BpfError> {
-        Ok(Self {
-            dir: PathBuf::from(mark::instance_path(netns_cookie()?, vni)),
-        })
+    /// The place of an overlay in the network namespace of this process.
+    pub fn of(overlay: Overlay) -> Result<Self, BpfError> {
+        let dir = PathBuf::from(overlay.path(netns_cookie()?));
+        Ok(Self { overlay, dir })
     }
 
-    /// The places of all overlays in the network namespace of this process, in VNI order.
-    pub fn all() -> Result<Vec<(Vni, Self)>, BpfError> {
+    /// Whose place it is.
+    pub const fn overlay(&self) -> Overlay {
+        self.overlay
+    }
+
+    /// The places of all overlays in the network namespace of this process, those of IPv4 first, in VNI order.
+    pub fn all() -> Result<Vec<Self>, BpfError> {
         let cookie = netns_cookie()?;
         let root = Path::new(mark::BPFFS_ROOT);
         let entries = match fs::read_dir(root) {
@@ -90,12 +98,21 @@ impl Instance {
         let mut found: Vec<_> = entries
             .filter_map(Result::ok)
             .filter_map(|entry| {
-                let (owner, vni) = mark::parse_instance_dir(entry.file_name().to_str()?)?;
-                (owner == cookie).then(|| (vni, Self { dir: entry.path() }))
+                let (owner, overlay) = Overlay::parse_dir(entry.file_name().to_str()?)?;
+                let dir = entry.path();
+                (owner == cookie).then_some(Self { overlay, dir })
             })
             .collect();
-        found.sort_by_key(|(vni, _)| *vni);
+        found.sort_by_key(Self::overlay);
         Ok(found)
+    }
+
+    /// The place of the other family's overlay, beside this one.
+    pub(super) fn sibling(&self) -> Option<Self> {
+        let (cookie, overlay) = Overlay::parse_dir(self.dir.file_name()?.to_str()?)?;
+        let overlay = overlay.sibling();
+        let dir = self.dir.with_file_name(overlay.dir(cookie));
+        Some(Self { overlay, dir })
     }
 
     /// The directory.
@@ -224,7 +241,12 @@ impl Instance {
         };
         let links: Vec<&PathBuf> = contents.iter().filter(is_link).collect();
         // What XDP strips needs `from_wire`.
-        link::detach(&self.xdp_link());
+        if !self.leave_xdp() {
+            link::detach(&self.xdp_link());
+        }
+        if let Some(before) = self.before_xdp() {
+            before.clear_behind();
+        }
         // A link that is only unpinned leaves its interface some time later; who asked for it to go looks at once.
         for path in &links {
             link::detach(path);
@@ -256,20 +278,15 @@ impl Instance {
     /// The nodes that subnets point at, by index of the subnet.
     fn nodes(&self) -> Result<Vec<(u32, Option<Node>)>, BpfError> {
         let subnets: Array<_, NodeId> = self.open("subnets")?;
-        let nodes: Array<_, NodeRecord> = self.open("nodes")?;
+        let tables = self.tables()?;
         let mut found = Vec::new();
         for index in 0..subnets.len() {
             let id = subnets
                 .get(&index, 0)
                 .map_err(|source| BpfError::read("subnets", index, source))?;
-            if id >= nodes.len() {
-                // Somebody has written to the map; the daemon mends it.
-                found.push((index, None));
-            } else if id != 0 {
-                let record = nodes
-                    .get(&id, 0)
-                    .map_err(|source| BpfError::read("nodes", id, source))?;
-                found.push((index, Node::decode(&record)));
+            if id != 0 {
+                // One that is not there: somebody has written to the map; the daemon mends it.
+                found.push((index, tables.node(id)?));
             }
         }
         Ok(found)
@@ -285,32 +302,24 @@ impl Instance {
     }
 
     /// The peers as the maps have them, by subnet.
-    pub fn peers(&self) -> Result<Vec<(Ipv4Net, Option<Node>)>, BpfError> {
-        let config: Array<_, Config> = self.open("config")?;
-        let config = config
-            .get(&0, 0)
-            .map_err(|source| BpfError::read("config", 0, source))?;
-        let shift = config.subnet_shift & 31;
-        let length = 32u8.saturating_sub(shift as u8);
-        Ok(self
-            .nodes()?
-            .into_iter()
-            .filter_map(|(index, node)| {
-                let base = config.network.checked_add(index.checked_shl(shift)?)?;
-                Some((Ipv4Net::new(base.into(), length).ok()?, node))
-            })
+    pub fn peers(&self) -> Result<Vec<(IpNet, Option<Node>)>, BpfError> {
+        // Not part of the map, and not asked for.
+        let Some(settings) = self.tables()?.settings(IfIndex::FIRST)? else {
+            return Ok(Vec::new());
+        };
+        let nodes = self.nodes()?.into_iter();
+        Ok(nodes
+            .filter_map(|(index, node)| Some((settings.subnet(index)?, node)))
             .collect())
     }
 
     /// The pods to which packets are handed directly, as the map has them.
-    pub fn pods(&self) -> Result<BTreeMap<Ipv4Addr, Option<Pod>>, BpfError> {
-        let pods: PodMap = self.open("pods")?;
-        let mut found = BTreeMap::new();
-        for entry in &pods {
-            let (address, record) = entry.map_err(|source| BpfError::read("pods", 0, source))?;
-            found.insert(Ipv4Addr::from(address), Pod::decode(&record));
-        }
-        Ok(found)
+    pub fn pods(&self) -> Result<BTreeMap<IpAddr, Option<Pod>>, BpfError> {
+        self.tables()?.pods()
+    }
+
+    fn tables(&self) -> Result<Box<dyn tables::Tables>, BpfError> {
+        tables::open(&self.maps(), self.overlay.family)
     }
 
     /// Whether our pinned link holds its program at this interface.
@@ -318,9 +327,10 @@ impl Instance {
         attach::is_attached(&self.link(hook, index), index)
     }
 
-    /// Whether our pinned link of native XDP holds its program at this interface.
+    /// Whether our program of native XDP runs at this interface: by our pinned link, or behind the one for IPv4.
     pub fn is_xdp_attached(&self, index: IfIndex) -> bool {
-        attach::is_attached(&self.xdp_link(), index)
+        let is_behind = |before: Self| before.has_xdp_hook(index) && before.behind().is_some();
+        self.has_xdp_hook(index) || self.before_xdp().is_some_and(is_behind)
     }
 
     /// What shows whether native XDP runs.
@@ -343,6 +353,8 @@ impl Instance {
             fast_encap: sum(CounterId::FastEncap)?,
             fast_decap: sum(CounterId::FastDecap)?,
             fast_local: sum(CounterId::FastLocal)?,
+            routed_out: sum(CounterId::FastRoutedOut)?,
+            routed_in: sum(CounterId::FastRoutedIn)?,
             xdp: sum(CounterId::XdpDecap)?,
             gate_tagged: sum(CounterId::GateTagged)?.packets,
             gate_confirmed: sum(CounterId::GateConfirmed)?.packets,
@@ -365,18 +377,11 @@ impl Instance {
         Ok(totals)
     }
 
-    fn open<M: TryFrom<Map, Error = aya::maps::MapError>>(
-        &self,
-        name: &str,
-    ) -> Result<M, BpfError> {
-        let data = MapData::from_pin(join(&self.maps(), name))
-            .map_err(|source| BpfError::read(name, 0, source))?;
-        let map = match name {
+    fn open<M: TryFrom<Map, Error = MapError>>(&self, name: &str) -> Result<M, BpfError> {
+        tables::open_map(&self.maps(), name, |data| match name {
             "counters" | "reasons" => Map::PerCpuArray(data),
-            "pods" => Map::HashMap(data),
             _ => Map::Array(data),
-        };
-        M::try_from(map).map_err(|source| BpfError::read(name, 0, source))
+        })
     }
 }
 

@@ -2,39 +2,28 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
 };
 
-use aya::maps::{HashMap, MapData, MapError};
-use flannel_common::PodRecord;
 use flannel_core::{addr::IfIndex, plan::Hook, pods::Pod};
 
-use super::{AttachMode, Bpf, BpfError, error::errno, link};
-
-/// The map `pods`.
-pub(super) type PodMap = HashMap<MapData, [u8; 4], PodRecord>;
+use super::{AttachMode, Bpf, BpfError, link};
 
 /// Entries of `pods` and what of ours is on pod veths, as [`flannel_core::plan::BpfState`] has them.
 pub type PodState = (
-    BTreeMap<Ipv4Addr, Option<Pod>>,
+    BTreeMap<IpAddr, Option<Pod>>,
     BTreeMap<IfIndex, BTreeMap<Hook, bool>>,
 );
 
 impl Bpf {
     /// Writes an entry of `pods`.
-    pub fn put_pod(&mut self, address: Ipv4Addr, pod: &Pod) -> Result<(), BpfError> {
-        self.pods
-            .insert(address.octets(), pod.encode(), 0)
-            .map_err(|source| BpfError::pod("write", address, source))
+    pub fn put_pod(&mut self, address: IpAddr, pod: &Pod) -> Result<(), BpfError> {
+        self.tables.put_pod(address, pod)
     }
 
     /// Removes an entry of `pods`.
-    pub fn del_pod(&mut self, address: Ipv4Addr) -> Result<(), BpfError> {
-        match self.pods.remove(&address.octets()) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(source) if errno(&source) == Some(libc::ENOENT) => Ok(()),
-            Err(source) => Err(BpfError::pod("delete", address, source)),
-        }
+    pub fn del_pod(&mut self, address: IpAddr) -> Result<(), BpfError> {
+        self.tables.del_pod(address)
     }
 
     /// The hooks of pod veths at which something of ours may be.
@@ -65,11 +54,6 @@ impl Bpf {
             let current = adoptable && runs.is_some() && own.get(hook) == Some(&runs);
             found.entry(*ifindex).or_default().insert(*hook, current);
         }
-        let mut pods = BTreeMap::new();
-        for entry in &self.pods {
-            let (address, record) = entry.map_err(|source| BpfError::read("pods", 0, source))?;
-            pods.insert(Ipv4Addr::from(address), Pod::decode(&record));
-        }
-        Ok((pods, found))
+        Ok((self.tables.pods()?, found))
     }
 }

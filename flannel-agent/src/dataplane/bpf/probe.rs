@@ -7,12 +7,12 @@ use aya::{
 };
 use flannel_common::map::{
     helper_flags,
-    room::{DECAP, DECAP_L4_UDP, ENCAP, ENCAP_L2_ETH},
+    room::{DECAP, DECAP_L4_UDP, ENCAP, ENCAP_L2_ETH, ENCAP_V6},
 };
 
-use super::{BpfError, program};
+use flannel_core::addr::Family;
 
-const ROOM: i32 = 50;
+use super::{BpfError, program};
 
 /// The flags to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +28,17 @@ pub struct Room {
 /// The program that asks.
 pub(super) const PROGRAM: &str = "probe_room";
 
+/// Bytes that the tunnel adds, and the flags of encapsulation that every kernel takes.
+const fn base(family: Family) -> (i32, u32) {
+    match family {
+        Family::V4 => (flannel_common::OVERHEAD_V4 as i32, ENCAP),
+        Family::V6 => (flannel_common::OVERHEAD_V6 as i32, ENCAP_V6),
+    }
+}
+
 /// Tries the flag sets, best first.
-pub fn room(ebpf: &mut Ebpf) -> Result<Room, BpfError> {
+pub fn room(ebpf: &mut Ebpf, family: Family) -> Result<Room, BpfError> {
+    let (bytes, base) = base(family);
     let probe = program(ebpf, PROGRAM)?;
     probe
         .load()
@@ -37,27 +46,27 @@ pub fn room(ebpf: &mut Ebpf) -> Result<Room, BpfError> {
     let accepts = |delta: i32, flags: u32| -> Result<i32, BpfError> {
         let result = probe
             .test_run(TestRunOptions {
-                data_in: Some(&packet(delta, flags)),
+                data_in: Some(&packet(family, delta, flags)),
                 ..TestRunOptions::new()
             })
             .map_err(|source| BpfError::program("run", PROGRAM, source))?;
         Ok(result.return_value as i32)
     };
-    let mut encap = ENCAP | ENCAP_L2_ETH;
+    let mut encap = base | ENCAP_L2_ETH;
     // 5.10 does not know ENCAP_L2_ETH, and segments correctly without.
-    if accepts(ROOM, encap)? != 0 {
-        encap = ENCAP;
-        let errno = accepts(ROOM, encap)?;
+    if accepts(bytes, encap)? != 0 {
+        encap = base;
+        let errno = accepts(bytes, encap)?;
         if errno != 0 {
             return Err(BpfError::NoRoom(-errno));
         }
     }
     let decap = DECAP;
-    let errno = accepts(-ROOM, decap)?;
+    let errno = accepts(-bytes, decap)?;
     if errno != 0 {
         return Err(BpfError::NoRoom(-errno));
     }
-    let clears_gso = accepts(-ROOM, decap | DECAP_L4_UDP)? == 0;
+    let clears_gso = accepts(-bytes, decap | DECAP_L4_UDP)? == 0;
     Ok(Room {
         encap,
         decap: if clears_gso {
@@ -85,14 +94,18 @@ pub(super) fn helpers() -> u32 {
     .fold(0, |flags, (_, flag)| flags | flag)
 }
 
-/// An IPv4 packet whose destination and source MAC carry the question.
-fn packet(delta: i32, flags: u32) -> [u8; 128] {
-    let mut packet = [0; 128];
+/// A packet whose destination and source MAC carry the question.
+fn packet(family: Family, delta: i32, flags: u32) -> [u8; 192] {
+    let mut packet = [0; 192];
+    let (kind, ip): ([u8; 2], &[u8]) = match family {
+        Family::V4 => ([0x08, 0x00], &[0x45, 0, 0, 178]),
+        Family::V6 => ([0x86, 0xdd], &[0x60, 0, 0, 0, 0, 138, 59, 64]),
+    };
     let fields: [(usize, &[u8]); 4] = [
         (0, &delta.to_le_bytes()),
         (4, &flags.to_le_bytes()),
-        (12, &[0x08, 0x00]),
-        (14, &[0x45, 0, 0, 114]),
+        (12, &kind),
+        (14, ip),
     ];
     for (at, bytes) in fields {
         if let Some(room) = packet.get_mut(at..at + bytes.len()) {

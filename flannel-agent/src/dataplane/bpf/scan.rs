@@ -11,10 +11,9 @@ use std::{
 };
 
 use aya::maps::{Array, MapData};
-use flannel_common::{NodeId, NodeRecord};
 use flannel_core::{
     addr::IfIndex,
-    plan::{BpfState, Hook, Node, Settings},
+    plan::{BpfState, Hook},
 };
 
 use super::{Bpf, BpfError};
@@ -41,13 +40,6 @@ struct Batch {
     flags: u64,
 }
 
-/// The entries in use, as they were last read.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct InUse {
-    subnets: Vec<(u32, NodeId)>,
-    nodes: Vec<(NodeId, NodeRecord)>,
-}
-
 impl Bpf {
     /// Reads the maps and what is attached. `full` reads every entry; otherwise only those known to be in use are read, which
     /// finds what was lost but not what a stranger added.
@@ -61,28 +53,21 @@ impl Bpf {
         full: bool,
         before: &mut Option<BpfState>,
     ) -> Result<BpfState, BpfError> {
-        let config = self
-            .config
-            .get(&0, 0)
-            .map_err(|source| BpfError::read("config", 0, source))?;
+        let settings = self.tables.settings(uplink)?;
         let [whole_subnets, whole_nodes] = [0..self.subnet_count, 1..self.node_capacity];
         let of = |used: &BTreeSet<u32>, whole| if full { vec![whole] } else { stretches(used) };
         let subnets = of(&self.used_subnets, whole_subnets);
         let nodes = of(&self.used_nodes, whole_nodes);
-        let now = InUse {
-            subnets: self.entries("subnets", &self.subnets, &subnets)?,
-            nodes: self.entries("nodes", &self.nodes, &nodes)?,
+        let map = |name: &str| {
+            let pin = self.pins.iter().find(|(path, _)| path.ends_with(name));
+            pin.map(|(_, map)| map.fd().as_fd())
         };
-        let unchanged = self.in_use.as_ref() == Some(&now);
+        let now = entries("subnets", map("subnets"), &self.subnets, &subnets)?;
+        let same = self.tables.look(map("nodes"), &nodes)?;
+        let unchanged = same && self.in_use.as_ref() == Some(&now);
         let (subnets, nodes) = match before.take() {
             Some(before) if unchanged => (before.subnets, before.nodes),
-            _ => (
-                now.subnets.iter().copied().collect(),
-                now.nodes
-                    .iter()
-                    .map(|(id, record)| (*id, Node::decode(record)))
-                    .collect::<BTreeMap<_, _>>(),
-            ),
+            _ => (now.iter().copied().collect(), self.tables.nodes()),
         };
         if full {
             self.used_subnets = subnets.keys().copied().collect();
@@ -97,7 +82,7 @@ impl Bpf {
             }
         }
         Ok(BpfState {
-            settings: Settings::decode(&config, uplink),
+            settings,
             subnets,
             nodes,
             node_capacity: self.node_capacity,
@@ -117,40 +102,38 @@ impl Bpf {
     pub(in crate::dataplane) const fn is_unchanged(&self) -> bool {
         self.unchanged
     }
+}
 
-    /// The entries of these stretches that are not empty.
-    fn entries<V: aya::Pod + Default + PartialEq>(
-        &self,
-        name: &str,
-        array: &Array<MapData, V>,
-        stretches: &[Range<u32>],
-    ) -> Result<Vec<(u32, V)>, BpfError> {
-        let pin = self.pins.iter().find(|(path, _)| path.ends_with(name));
-        let map = pin.map(|(_, map)| map.fd().as_fd());
-        let empty = V::default();
-        let mut found = Vec::new();
-        let longest = stretches.iter().map(|stretch| stretch.end - stretch.start);
-        let mut values = vec![empty; longest.max().unwrap_or(0).min(CHUNK) as usize];
-        for stretch in stretches {
-            for first in stretch.clone().step_by(CHUNK as usize) {
-                let count = CHUNK.min(stretch.end - first);
-                let Some(values) = values.get_mut(..count as usize) else {
-                    continue;
-                };
-                if map.is_none_or(|map| read(map, first, values).is_err()) {
-                    for (index, value) in (first..).zip(values.iter_mut()) {
-                        *value = array
-                            .get(&index, 0)
-                            .map_err(|source| BpfError::read(name, index, source))?;
-                    }
+/// The entries of these stretches of a map that are not empty; `map` is the same map, for reading many at once.
+pub(super) fn entries<V: aya::Pod + Default + PartialEq>(
+    name: &str,
+    map: Option<BorrowedFd<'_>>,
+    array: &Array<MapData, V>,
+    stretches: &[Range<u32>],
+) -> Result<Vec<(u32, V)>, BpfError> {
+    let empty = V::default();
+    let mut found = Vec::new();
+    let longest = stretches.iter().map(|stretch| stretch.end - stretch.start);
+    let mut values = vec![empty; longest.max().unwrap_or(0).min(CHUNK) as usize];
+    for stretch in stretches {
+        for first in stretch.clone().step_by(CHUNK as usize) {
+            let count = CHUNK.min(stretch.end - first);
+            let Some(values) = values.get_mut(..count as usize) else {
+                continue;
+            };
+            if map.is_none_or(|map| read(map, first, values).is_err()) {
+                for (index, value) in (first..).zip(values.iter_mut()) {
+                    *value = array
+                        .get(&index, 0)
+                        .map_err(|source| BpfError::read(name, index, source))?;
                 }
-                let entries = (first..).zip(values.iter().copied());
-                found.extend(entries.filter(|(_, value)| *value != empty));
             }
+            let entries = (first..).zip(values.iter().copied());
+            found.extend(entries.filter(|(_, value)| *value != empty));
         }
-        found.shrink_to_fit();
-        Ok(found)
     }
+    found.shrink_to_fit();
+    Ok(found)
 }
 
 /// Reads as many entries as there is room for, from `first` on.

@@ -11,7 +11,7 @@ use flannel_core::{
 
 use super::{
     AttachMode, Bpf, BpfError, Instance,
-    attach::{name_of, remove_pin},
+    attach::{name_of, remove_pin, side},
     join, link,
 };
 
@@ -26,11 +26,14 @@ impl Bpf {
     pub fn attach_stand_in(&mut self, ifindex: IfIndex) -> Result<(), BpfError> {
         let hook = Hook::ToOverlay;
         let interface = name_of(ifindex)?;
-        if self.attach == AttachMode::Clsact {
-            return self.attach_clsact(hook, ifindex, &interface);
+        match self.attach {
+            AttachMode::Clsact => self.attach_clsact(hook, side(hook), ifindex, &interface)?,
+            AttachMode::Tcx => {
+                let pin = self.instance.stand_in_link();
+                self.make_tcx(hook, side(hook), &interface, &pin)?;
+            }
         }
-        let pin = self.instance.stand_in_link();
-        self.make_tcx(hook, &interface, &pin)
+        self.attach_far_end(&interface)
     }
 
     /// What of ours is attached to the pair. `filter` is the program that our clsact filter runs there, which only netlink knows.
@@ -49,12 +52,13 @@ impl Bpf {
         let own = self.program_id(Hook::ToOverlay).unwrap_or(0);
         Some(Attachment {
             ifindex,
-            current: program == own,
+            current: program == own && self.is_at_far_end(ifindex, own),
         })
     }
 
     /// Forgets the link, whose device is gone.
     pub fn forget_stand_in(&self) -> Result<(), BpfError> {
-        remove_pin(&self.instance.stand_in_link())
+        remove_pin(&self.instance.stand_in_link())?;
+        self.instance.forget_stand_in_far_end()
     }
 }

@@ -39,7 +39,8 @@ fn attach_patiently(program: BorrowedFd<'_>, ifindex: IfIndex) -> io::Result<Own
 }
 
 impl Bpf {
-    /// Attaches native XDP, or replaces an earlier run's program in place.
+    /// Attaches native XDP, or replaces an earlier run's program in place. Where the program for IPv4 has the interface, that for IPv6 is
+    /// put behind it.
     pub fn attach_xdp(&mut self, ifindex: IfIndex) -> Result<(), BpfError> {
         let interface = name_of(ifindex)?;
         let refused = |source| BpfError::Xdp {
@@ -47,7 +48,8 @@ impl Bpf {
             source,
         };
         let pin = self.instance.xdp_link();
-        let own = self.xdp_program()?;
+        let instance = self.instance.clone();
+        let (variant, own) = self.xdp_program()?;
         let program = own
             .fd()
             .map_err(|source| BpfError::program("look up", PROGRAMS[0], source))?;
@@ -57,29 +59,49 @@ impl Bpf {
         }
         // What is pinned holds nothing any more, or another interface: an interface has one native XDP program.
         remove_pin(&pin)?;
+        if let Some(before) = instance.before_xdp().filter(|at| at.has_xdp_hook(ifindex)) {
+            let put = before.put_behind(variant, program.as_fd());
+            return put
+                .map_err(|source| pin_error("put a program behind that of", before.dir(), source));
+        }
+        let took = instance.take_xdp(ifindex, variant, program.as_fd());
+        if took.map_err(refused)? {
+            return Ok(());
+        }
         let link = attach_patiently(program.as_fd(), ifindex).map_err(refused)?;
         link::pin(&link, &pin).map_err(|source| pin_error("pin", &pin, source))
     }
 
     /// Detaches native XDP, and waits until no frame that it has stripped is on its way to `from_wire`.
     pub fn detach_xdp(&mut self) -> Result<(), BpfError> {
-        let pin = self.instance.xdp_link();
-        remove_pin(&pin)?;
+        if !self.instance.leave_xdp() {
+            remove_pin(&self.instance.xdp_link())?;
+        }
+        if let Some(before) = self.instance.before_xdp() {
+            before.clear_behind();
+        }
         wait_for_programs();
         Ok(())
     }
 
     /// What is attached, or was: a link that holds nothing any more is one at the uplink that is not current.
     pub(super) fn xdp_attachment(&mut self, uplink: IfIndex) -> Option<Attachment> {
-        let link = link::pinned(&self.instance.xdp_link())?;
         // Loaded only when it is wanted.
         let own = self
             .xdp
-            .and_then(|name| self.xdp_named(name).ok()?.info().ok());
-        Some(Attachment {
-            ifindex: link.ifindex.unwrap_or(uplink),
-            current: link.ifindex.is_some() && own.is_some_and(|own| own.id() == link.program),
-        })
+            .and_then(|variant| self.xdp_named(PROGRAMS.get(variant)?).ok()?.info().ok());
+        let is_own = |program: u32| own.as_ref().is_some_and(|own| own.id() == program);
+        if let Some(link) = link::pinned(&self.instance.xdp_link()) {
+            return Some(Attachment {
+                ifindex: link.ifindex.unwrap_or(uplink),
+                current: link.ifindex.is_some() && is_own(link.program),
+            });
+        }
+        // Behind one that is attached nowhere it is nowhere either.
+        let before = self.instance.before_xdp()?;
+        let ifindex = link::pinned(&before.xdp_link())?.ifindex?;
+        let current = is_own(before.behind()?);
+        Some(Attachment { ifindex, current })
     }
 
     /// What shows whether it runs.
@@ -87,22 +109,23 @@ impl Bpf {
         self.instance.xdp_sample()
     }
 
-    /// The program, loaded.
-    fn xdp_program(&mut self) -> Result<&mut Xdp, BpfError> {
-        let name = match self.xdp {
-            Some(name) => name,
+    /// The program, loaded, with its index in [`PROGRAMS`].
+    fn xdp_program(&mut self) -> Result<(usize, &mut Xdp), BpfError> {
+        let variant = match self.xdp {
+            Some(variant) => variant,
             None => self.load_xdp()?,
         };
-        self.xdp_named(name)
+        let name = PROGRAMS.get(variant).copied().unwrap_or_default();
+        Ok((variant, self.xdp_named(name)?))
     }
 
-    fn load_xdp(&mut self) -> Result<&'static str, BpfError> {
+    fn load_xdp(&mut self) -> Result<usize, BpfError> {
         let mut refused = BpfError::Missing(PROGRAMS[0].into());
-        for name in PROGRAMS {
+        for (variant, name) in PROGRAMS.into_iter().enumerate() {
             match self.xdp_named(name)?.load() {
                 Ok(()) => {
-                    self.xdp = Some(name);
-                    return Ok(name);
+                    self.xdp = Some(variant);
+                    return Ok(variant);
                 }
                 Err(source) => refused = BpfError::program("load", name, source),
             }

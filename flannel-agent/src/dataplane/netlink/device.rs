@@ -2,17 +2,17 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
 };
 
 use flannel_core::{
-    addr::{IfIndex, VtepMac},
+    addr::{Family, IfIndex, VtepMac},
     plan::{Device, ObservedKind, Route},
 };
 use futures_util::TryStreamExt as _;
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use rtnetlink::{
-    Error as RtError, RouteMessageBuilder,
+    Error as RtError,
     packet_route::{
         AddressFamily,
         address::AddressAttribute,
@@ -20,15 +20,18 @@ use rtnetlink::{
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
         },
-        route::{RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric},
+        route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric},
     },
 };
 
-use super::{Netlink, NetlinkError};
+use super::{
+    Netlink, NetlinkError,
+    family::{address_family, any_route, route_address},
+};
 
 impl Netlink {
-    /// Reads the device of that name; `None` if there is none.
-    pub async fn device(&self, name: &str) -> Result<Option<Device>, NetlinkError> {
+    /// Reads the device of that name, with what hangs on it of one family; `None` if there is none.
+    pub async fn device(&self, name: &str, family: Family) -> Result<Option<Device>, NetlinkError> {
         let Some(link) = self.link_by_name(name).await? else {
             return Ok(None);
         };
@@ -47,9 +50,9 @@ impl Netlink {
             mac,
             up,
             kind,
-            addresses: self.addresses(index).await?,
-            routes: self.routes(index).await?,
-            neighbours: self.neighbours(index).await?,
+            addresses: self.addresses(index, family).await?,
+            routes: self.routes(index, family).await?,
+            neighbours: self.neighbours(index, family).await?,
             fdb: self.fdb(index).await?,
         }))
     }
@@ -146,16 +149,18 @@ impl Netlink {
         }
     }
 
+    /// The addresses of an interface, without those of IPv6 that the kernel gives to every one (`fe80::/10`).
     pub(super) async fn addresses(
         &self,
         index: IfIndex,
-    ) -> Result<BTreeSet<Ipv4Net>, NetlinkError> {
+        family: Family,
+    ) -> Result<BTreeSet<IpNet>, NetlinkError> {
         let mut request = self
             .handle
             .address()
             .get()
             .set_link_index_filter(index.get());
-        request.message_mut().header.family = AddressFamily::Inet;
+        request.message_mut().header.family = address_family(family);
         let _turn = self.turn().await;
         let messages: Vec<_> = request.execute().try_collect().await.map_err(|e| {
             NetlinkError::new(format!("list addresses of interface {}", index.get()), &e)
@@ -164,24 +169,30 @@ impl Netlink {
             .iter()
             .filter(|message| message.header.index == index.get())
             .filter_map(|message| {
-                message
-                    .attributes
-                    .iter()
-                    .find_map(|attribute| match attribute {
-                        AddressAttribute::Local(IpAddr::V4(ip)) => {
-                            Ipv4Net::new(*ip, message.header.prefix_len).ok()
-                        }
-                        _ => None,
-                    })
+                // Of IPv6 the kernel names the address alone.
+                let ip =
+                    message
+                        .attributes
+                        .iter()
+                        .find_map(|attribute| match (family, attribute) {
+                            (Family::V4, AddressAttribute::Local(ip))
+                            | (Family::V6, AddressAttribute::Address(ip)) => Some(*ip),
+                            _ => None,
+                        })?;
+                let link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+                let address = IpNet::new(ip, message.header.prefix_len).ok()?;
+                (!link_local && Family::of(ip) == family).then_some(address)
             })
             .collect())
     }
 
     /// Routes over the device that have the shape of ours: in the main table, via the base address of their own destination.
-    async fn routes(&self, index: IfIndex) -> Result<BTreeMap<IpNet, Route>, NetlinkError> {
-        let request = RouteMessageBuilder::<Ipv4Addr>::new()
-            .output_interface(index.get())
-            .build();
+    async fn routes(
+        &self,
+        index: IfIndex,
+        family: Family,
+    ) -> Result<BTreeMap<IpNet, Route>, NetlinkError> {
+        let request = any_route(family).output_interface(index.get()).build();
         let _turn = self.turn().await;
         let messages: Vec<_> = self
             .handle
@@ -199,8 +210,12 @@ impl Netlink {
             .collect())
     }
 
-    async fn neighbours(&self, index: IfIndex) -> Result<BTreeMap<IpAddr, VtepMac>, NetlinkError> {
-        let messages = self.neighbours_on(index).await?;
+    async fn neighbours(
+        &self,
+        index: IfIndex,
+        family: Family,
+    ) -> Result<BTreeMap<IpAddr, VtepMac>, NetlinkError> {
+        let messages = self.neighbours_on(index, family).await?;
         Ok(messages
             .iter()
             .filter(|m| m.header.state == NeighbourState::Permanent)
@@ -220,14 +235,15 @@ impl Netlink {
             .collect())
     }
 
-    /// The IPv4 neighbours on an interface. The kernel leaves those on others out (`neigh_valid_dump_req`, 4.5), of which a node with
+    /// The neighbours of a family on an interface. The kernel leaves those on others out (`neigh_valid_dump_req`, 4.5), of which a node with
     /// thousands of peers has thousands.
     pub(super) async fn neighbours_on(
         &self,
         index: IfIndex,
+        family: Family,
     ) -> Result<Vec<NeighbourMessage>, NetlinkError> {
         let neighbours = self.handle.neighbours().get();
-        let mut request = neighbours.set_address_family(AddressFamily::Inet);
+        let mut request = neighbours.set_address_family(address_family(family));
         let wanted = NeighbourAttribute::IfIndex(index.get());
         request.message_mut().attributes.push(wanted);
         let messages = request.execute().try_collect::<Vec<_>>().await;
@@ -261,7 +277,8 @@ fn vxlan_kind(data: &[InfoVxlan]) -> ObservedKind {
             InfoVxlan::Id(id) => vni = *id,
             InfoVxlan::Port(number) => port = *number,
             InfoVxlan::Link(index) => lower = IfIndex::try_from(*index).ok(),
-            InfoVxlan::Local(ip) => local = Some(*ip).filter(|ip| !ip.is_unspecified()),
+            InfoVxlan::Local(ip) if !ip.is_unspecified() => local = Some(IpAddr::V4(*ip)),
+            InfoVxlan::Local6(ip) if !ip.is_unspecified() => local = Some(IpAddr::V6(*ip)),
             InfoVxlan::Learning(on) => learning = *on,
             InfoVxlan::Gbp => gbp = true,
             _ => {}
@@ -282,8 +299,8 @@ fn our_route(message: &RouteMessage, index: IfIndex) -> Option<(IpNet, Route)> {
     let mut table = None;
     for attribute in &message.attributes {
         match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(ip)) => destination = Some(*ip),
-            RouteAttribute::Gateway(RouteAddress::Inet(ip)) => gateway = Some(*ip),
+            RouteAttribute::Destination(address) => destination = route_address(address),
+            RouteAttribute::Gateway(address) => gateway = route_address(address),
             RouteAttribute::Oif(oif_index) => oif = Some(*oif_index),
             RouteAttribute::Table(number) => table = Some(*number),
             RouteAttribute::Metrics(metrics) => {
@@ -304,14 +321,8 @@ fn our_route(message: &RouteMessage, index: IfIndex) -> Option<(IpNet, Route)> {
     if oif? != index.get() || gateway != destination || !onlink {
         return None;
     }
-    let subnet = Ipv4Net::new(destination, message.header.destination_prefix_length).ok()?;
-    Some((
-        IpNet::V4(subnet),
-        Route {
-            gateway: IpAddr::V4(gateway),
-            mtu,
-        },
-    ))
+    let subnet = IpNet::new(destination, message.header.destination_prefix_length).ok()?;
+    Some((subnet, Route { gateway, mtu }))
 }
 
 /// `bridge fdb add … permanent` sets another bit beside the one that flannel sets.
@@ -378,7 +389,9 @@ pub(super) fn destination(message: &NeighbourMessage) -> Option<IpAddr> {
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
             // In a dump of the bridge family the library cannot know which family the outer address has.
             NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
-                <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from)
+                let v4 = <[u8; 4]>::try_from(bytes.as_slice()).map(IpAddr::from);
+                v4.or_else(|_| <[u8; 16]>::try_from(bytes.as_slice()).map(IpAddr::from))
+                    .ok()
             }
             _ => None,
         })

@@ -1,23 +1,53 @@
 //! Our filters on clsact qdiscs: found by priority, handle and kind, never by what they happen to do.
 
-use flannel_core::{addr::IfIndex, mark, plan::Hook};
+use flannel_core::{
+    addr::{Family, IfIndex},
+    mark::{self, Overlay},
+    plan::{Device, Hook, ObservedKind},
+};
 use futures_util::TryStreamExt as _;
 use rtnetlink::packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 
 use super::{Netlink, NetlinkError};
 
 impl Netlink {
-    /// The id of the program that our filter at this hook runs; `None` if there is no such filter.
+    /// The id of the program that the overlay's filter at this hook runs; `None` if there is no such filter.
     pub async fn filter_program(
         &self,
         hook: Hook,
         index: IfIndex,
+        overlay: Overlay,
     ) -> Result<Option<u32>, NetlinkError> {
         Ok(self
             .filters(hook, index)
             .await?
             .iter()
+            .filter(|filter| priority(filter) == overlay.tc_priority())
             .find_map(our_program))
+    }
+
+    /// The same of the program that encapsulates on this device. Zero, which no program has, if another one or none runs at the far end of
+    /// a pair that needs it there too.
+    pub async fn encapsulating_filter(
+        &self,
+        device: &Device,
+        overlay: Overlay,
+    ) -> Result<Option<u32>, NetlinkError> {
+        let near = self
+            .filter_program(Hook::ToOverlay, device.index, overlay)
+            .await?;
+        let ObservedKind::Veth { peer: Some(far) } = &device.kind else {
+            return Ok(near);
+        };
+        if overlay.family != Family::V6 {
+            return Ok(near);
+        }
+        let Some(far) = self.index(far).await? else {
+            return Ok(near);
+        };
+        // What comes in there.
+        let there = self.filter_program(Hook::FromOverlay, far, overlay).await?;
+        Ok(near.map(|near| if there == Some(near) { near } else { 0 }))
     }
 
     async fn filters(&self, hook: Hook, index: IfIndex) -> Result<Vec<TcMessage>, NetlinkError> {
@@ -78,7 +108,8 @@ fn is_of_others(filter: &TcMessage) -> bool {
             TcAttribute::Kind(name) => Some(name.as_str()),
             _ => None,
         });
-    kind != Some(mark::TC_KIND) || priority(filter) != mark::TC_PRIORITY
+    let ours = [mark::TC_PRIORITY, mark::TC_PRIORITY_V6];
+    kind != Some(mark::TC_KIND) || !ours.contains(&priority(filter))
 }
 
 /// The upper half of `tcm_info` (`TC_H_MAJ`); the lower is the protocol.

@@ -1,9 +1,12 @@
 //! The kernel's own objects, by netlink: thin reads and single changes. It must never decide anything.
 
 mod device;
+mod direct;
+mod family;
 mod filters;
 mod headroom;
 mod monitor;
+mod plain;
 mod pods;
 mod scratch;
 mod survey;
@@ -21,6 +24,7 @@ use rtnetlink::{
 use thiserror::Error;
 use tokio::sync::{Mutex, MutexGuard};
 
+pub(crate) use family::own_address;
 pub use monitor::{Change, LinkChange, NeighbourChange, watch};
 pub(crate) use scratch::TUNNEL_PORT;
 pub use survey::Survey;

@@ -1,8 +1,8 @@
 //! The kernel's notifications. They only say "look again"; what changed is read anew.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use flannel_core::addr::VtepMac;
+use flannel_core::addr::{Family, VtepMac};
 use futures_util::StreamExt as _;
 use rtnetlink::{
     MulticastGroup, new_multicast_connection,
@@ -53,21 +53,28 @@ pub struct LinkChange {
 pub struct NeighbourChange {
     /// Interface index.
     pub index: u32,
-    /// An IPv4 neighbour that has a MAC address now.
-    pub neighbour: Option<(Ipv4Addr, VtepMac)>,
+    /// A neighbour that has a MAC address now.
+    pub neighbour: Option<(IpAddr, VtepMac)>,
     /// A forwarding entry of a bridge: the MAC address that is behind this port now.
     pub heard: Option<VtepMac>,
 }
 
-/// Sends every change to `out` until the receiver is gone. Ends with an error if the socket dies; the caller opens another.
-pub async fn watch(out: mpsc::Sender<Change>) -> Result<(), NetlinkError> {
-    let groups = [
-        MulticastGroup::Link,
-        MulticastGroup::Neigh,
-        MulticastGroup::Ipv4Ifaddr,
-        MulticastGroup::Ipv4Route,
-        MulticastGroup::Ipv4Rule,
-    ];
+/// Sends every change, of addresses and routes those of a family, to `out` until the receiver is gone. Ends with an error if the socket dies; the caller opens another.
+pub async fn watch(out: mpsc::Sender<Change>, family: Family) -> Result<(), NetlinkError> {
+    let [addresses, routes, rules] = match family {
+        Family::V4 => [
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv4Rule,
+        ],
+        Family::V6 => [
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Ipv6Rule,
+        ],
+    };
+    let (link, neighbour) = (MulticastGroup::Link, MulticastGroup::Neigh);
+    let groups = [link, neighbour, addresses, routes, rules];
     let (connection, _handle, mut messages) =
         new_multicast_connection(&groups).map_err(NetlinkError::Open)?;
     let driver = tokio::spawn(connection);

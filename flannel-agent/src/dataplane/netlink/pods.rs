@@ -2,15 +2,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
 };
 
 use flannel_core::{
-    addr::{IfIndex, VtepMac},
+    addr::{Family, IfIndex, VtepMac},
     pods::{Bridge, PodSources, Port, gateway},
 };
 use futures_util::TryStreamExt as _;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rtnetlink::packet_route::{
     AddressFamily,
     address::AddressAttribute,
@@ -21,11 +21,12 @@ use rtnetlink::packet_route::{
 use super::{
     Netlink, NetlinkError,
     device::{destination, lladdr, mac_of, mtu_of, name_of},
+    family::address_family,
 };
 
 impl Netlink {
     /// Everything but what CNI plugins have left. `own` is this node's subnet.
-    pub async fn pod_sources(&self, own: Ipv4Net) -> Result<PodSources, NetlinkError> {
+    pub async fn pod_sources(&self, own: IpNet) -> Result<PodSources, NetlinkError> {
         let mut sources = PodSources {
             bridge: self.bridge_of(own).await?,
             ports: BTreeMap::new(),
@@ -38,7 +39,9 @@ impl Netlink {
             return Ok(sources);
         };
         sources.ports = self.ports(bridge.index).await?;
-        let neighbours = self.neighbours_on(bridge.index).await?;
+        let neighbours = self
+            .neighbours_on(bridge.index, Family::of_net(&own))
+            .await?;
         sources.neighbours = neighbours.iter().filter_map(neighbour).collect();
         let entries = self
             .neighbour_dump(AddressFamily::Bridge, "list forwarding entries")
@@ -62,12 +65,13 @@ impl Netlink {
     }
 
     /// The bridge that has the gateway's address.
-    async fn bridge_of(&self, own: Ipv4Net) -> Result<Option<Bridge>, NetlinkError> {
+    async fn bridge_of(&self, own: IpNet) -> Result<Option<Bridge>, NetlinkError> {
         let Some(gateway) = gateway(own) else {
             return Ok(None);
         };
         let mut request = self.handle.address().get();
-        request.message_mut().header.family = AddressFamily::Inet;
+        let family = Family::of_net(&own);
+        request.message_mut().header.family = address_family(family);
         let turn = self.turn().await;
         let addresses: Vec<_> = request
             .execute()
@@ -75,7 +79,11 @@ impl Netlink {
             .await
             .map_err(|e| NetlinkError::new("list addresses", &e))?;
         drop(turn);
-        let wanted = AddressAttribute::Local(IpAddr::V4(gateway.addr()));
+        let wanted = match family {
+            Family::V4 => AddressAttribute::Local(gateway.addr()),
+            // Of IPv6 the kernel names the address alone.
+            Family::V6 => AddressAttribute::Address(gateway.addr()),
+        };
         let holders = addresses.iter().filter(|message| {
             message.header.prefix_len == gateway.prefix_len()
                 && message.attributes.contains(&wanted)
@@ -134,11 +142,9 @@ fn is_kind(link: &LinkMessage, kind: &InfoKind) -> bool {
     })
 }
 
-/// An IPv4 neighbour with a MAC address that has not failed.
-pub(super) fn neighbour(message: &NeighbourMessage) -> Option<(Ipv4Addr, VtepMac)> {
-    let Some(IpAddr::V4(address)) = destination(message) else {
-        return None;
-    };
+/// A neighbour with a MAC address that has not failed.
+pub(super) fn neighbour(message: &NeighbourMessage) -> Option<(IpAddr, VtepMac)> {
+    let address = destination(message)?;
     if matches!(
         message.header.state,
         NeighbourState::Failed | NeighbourState::Incomplete

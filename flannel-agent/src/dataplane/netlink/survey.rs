@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use flannel_core::{
+    addr::Family,
     check::{Bridge, OtherVxlan},
     config::DEFAULT_PORT,
 };
@@ -45,7 +46,11 @@ impl Netlink {
                 survey.bridge = Some(Bridge {
                     name,
                     mtu: mtu_of(link),
-                    addresses: self.addresses(index).await?.into_iter().collect(),
+                    addresses: {
+                        let mut all = self.addresses(index, Family::V4).await?;
+                        all.extend(self.addresses(index, Family::V6).await?);
+                        all.into_iter().collect()
+                    },
                     ports: links
                         .iter()
                         .filter(|port| {

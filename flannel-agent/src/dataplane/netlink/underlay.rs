@@ -2,26 +2,27 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
 };
 
 use flannel_core::{
-    addr::{IfIndex, VtepMac},
+    addr::{Family, IfIndex, VtepMac},
     plan::NextHop,
 };
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use rtnetlink::{
-    Error as RtError, RouteMessageBuilder,
+    Error as RtError,
     packet_route::{
         link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
         neighbour::{NeighbourFlags, NeighbourState},
-        route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric},
+        route::{RouteAttribute, RouteMessage, RouteMetric, RouteType},
     },
 };
 
 use super::{
     Netlink, NetlinkError,
     device::{destination, lladdr, mac_of, mtu_of},
+    family::{as_route_address, route_address, route_to},
 };
 
 /// Routes that are looked up together. The kernel's buffer of a socket has room for the answers, of a page each, several times over.
@@ -40,17 +41,15 @@ impl Netlink {
     /// Looks up the way to each of `vteps`, which is sent from `local`.
     pub async fn underlay(
         &self,
-        local: Ipv4Addr,
+        local: IpAddr,
         vteps: impl IntoIterator<Item = IpAddr>,
     ) -> Result<Underlay, NetlinkError> {
         let mut found = Underlay::default();
         let links = self.ethernet_links().await?;
-        let vteps = vteps.into_iter().filter_map(|vtep| match vtep {
-            IpAddr::V4(remote) => Some(remote),
-            IpAddr::V6(_) => None,
-        });
+        let family = Family::of(local);
+        let vteps = vteps.into_iter().filter(|vtep| Family::of(*vtep) == family);
         // Several at a time: the answers to one socket fit into its buffer.
-        let ways: Vec<Option<(Ipv4Addr, Way)>> = stream::iter(vteps)
+        let ways: Vec<Option<(IpAddr, Way)>> = stream::iter(vteps)
             .map(async |remote| {
                 let route = self.route_to(local, remote).await?;
                 let way = route.and_then(|route| Way::of(&route, remote));
@@ -63,7 +62,7 @@ impl Netlink {
         let towards: BTreeSet<IfIndex> =
             ways.iter().flatten().map(|(_, way)| way.ifindex).collect();
         for index in towards {
-            for message in self.neighbours_on(index).await? {
+            for message in self.neighbours_on(index, family).await? {
                 if let Some(ip) = destination(&message) {
                     neighbours.insert((index, ip), (message.header.state, lladdr(&message)));
                 }
@@ -73,7 +72,7 @@ impl Netlink {
             let Some((uplink_mac, device_mtu)) = links.get(&way.ifindex) else {
                 continue;
             };
-            let gateway = IpAddr::V4(way.gateway);
+            let gateway = way.gateway;
             let (state, mac) = neighbours
                 .get(&(way.ifindex, gateway))
                 .copied()
@@ -86,8 +85,9 @@ impl Netlink {
                 uplink_mac: *uplink_mac,
                 mac: mac.filter(|_| is_usable(state)),
                 mtu: way.mtu.map_or(*device_mtu, |mtu| mtu.min(*device_mtu)),
+                on_link: way.on_link,
             };
-            found.next_hops.insert(IpAddr::V4(remote), hop);
+            found.next_hops.insert(remote, hop);
         }
         Ok(found)
     }
@@ -139,13 +139,13 @@ impl Netlink {
 
     async fn route_to(
         &self,
-        local: Ipv4Addr,
-        remote: Ipv4Addr,
+        local: IpAddr,
+        remote: IpAddr,
     ) -> Result<Option<RouteMessage>, NetlinkError> {
-        let request = RouteMessageBuilder::<Ipv4Addr>::new()
-            .destination_prefix(remote, 32)
-            .source_prefix(local, 32)
-            .build();
+        let mut request = route_to(remote.into()).build();
+        request.header.source_prefix_length = Family::of(local).bits();
+        let source = RouteAttribute::Source(as_route_address(local));
+        request.attributes.push(source);
         match self.handle.route().get(request).execute().try_next().await {
             Ok(route) => Ok(route),
             // No route, or one that refuses.
@@ -170,17 +170,24 @@ impl Netlink {
 
 struct Way {
     ifindex: IfIndex,
-    gateway: Ipv4Addr,
+    gateway: IpAddr,
     mtu: Option<u32>,
+    on_link: bool,
 }
 
 impl Way {
-    fn of(route: &RouteMessage, remote: Ipv4Addr) -> Option<Self> {
+    fn of(route: &RouteMessage, remote: IpAddr) -> Option<Self> {
         let (mut oif, mut gateway, mut mtu) = (None, remote, None);
+        let mut on_link = route.header.kind == RouteType::Unicast;
         for attribute in &route.attributes {
             match attribute {
                 RouteAttribute::Oif(index) => oif = IfIndex::try_from(*index).ok(),
-                RouteAttribute::Gateway(RouteAddress::Inet(ip)) => gateway = *ip,
+                RouteAttribute::Gateway(address) => {
+                    gateway = route_address(address).unwrap_or(remote);
+                    on_link = false;
+                }
+                // A gateway of another family; several ways at once.
+                RouteAttribute::Via(_) | RouteAttribute::MultiPath(_) => on_link = false,
                 RouteAttribute::Metrics(metrics) => {
                     mtu = metrics.iter().find_map(|metric| match metric {
                         RouteMetric::Mtu(mtu) if *mtu > 0 => Some(*mtu),
@@ -194,6 +201,7 @@ impl Way {
             ifindex: oif?,
             gateway,
             mtu,
+            on_link,
         })
     }
 }

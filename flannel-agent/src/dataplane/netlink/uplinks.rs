@@ -10,7 +10,7 @@ use futures_util::TryStreamExt as _;
 use rtnetlink::{
     RouteMessageBuilder,
     packet_route::{
-        address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
+        address::{AddressHeaderFlags, AddressMessage},
         link::LinkFlags,
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
     },
@@ -19,6 +19,7 @@ use rtnetlink::{
 use super::{
     Netlink, NetlinkError,
     device::{mtu_of, name_of},
+    family::own_address,
     underlay::kind_of,
 };
 
@@ -159,16 +160,8 @@ impl Netlink {
 }
 
 fn address_of(message: &AddressMessage) -> Option<LinkAddr> {
-    let (mut address, mut local) = (None, None);
-    for attribute in &message.attributes {
-        match attribute {
-            AddressAttribute::Address(ip) => address = Some(*ip),
-            AddressAttribute::Local(ip) => local = Some(*ip),
-            _ => {}
-        }
-    }
     let flags = message.header.flags;
-    let ip = local.or(address)?;
+    let ip = own_address(message)?;
     Some(LinkAddr {
         ip,
         prefix_len: message.header.prefix_len,

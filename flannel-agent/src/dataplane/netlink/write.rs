@@ -1,25 +1,29 @@
 //! Single changes. Each is idempotent: done already is done.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use flannel_core::{
-    addr::{IfIndex, Mtu, VtepMac},
+    addr::{Family, IfIndex, Mtu, VtepMac},
     plan::{DeviceKind, Tunnel},
 };
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use rtnetlink::{
     Error as RtError, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
-        address::{AddressAttribute, AddressMessage},
+        address::{AddressAttribute, AddressFlags, AddressMessage},
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
         },
-        route::{RouteAttribute, RouteMessage, RouteMetric, RouteProtocol},
+        route::{RouteAttribute, RouteMetric, RouteProtocol},
     },
 };
 
-use super::{Netlink, NetlinkError, device::index_of};
+use super::{
+    Netlink, NetlinkError,
+    device::index_of,
+    family::{address_family, route_to, set_gateway},
+};
 
 impl Netlink {
     /// Creates the tunnel device, down. `File exists` is an error here: the planner saw no device of that name, so it is
@@ -38,11 +42,14 @@ impl Netlink {
                 let mut builder = LinkVxlan::new(name, vni.get())
                     .dev(lower.get())
                     .port(*port)
-                    .local(*local)
                     .learning(*learning)
                     // As upstream makes it. The device has no queue.
                     .txqueuelen(0)
                     .mtu(tunnel.mtu.get());
+                builder = match local {
+                    IpAddr::V4(local) => builder.local(*local),
+                    IpAddr::V6(local) => builder.local6(*local),
+                };
                 if *gbp {
                     builder = builder.gbp();
                 }
@@ -74,6 +81,9 @@ impl Netlink {
             .execute()
             .await
             .map_err(|e| NetlinkError::new(what(), &e))?;
+        if let DeviceKind::Veth { peer } = &tunnel.kind {
+            self.set_mtu_of(peer, tunnel.mtu).await?;
+        }
         // As upstream does: the overlay has no router to listen to. Without IPv6 there is no such file.
         let _unavailable = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "0");
         Ok(())
@@ -97,6 +107,14 @@ impl Netlink {
         done(self.handle.link().set(message).execute().await, &[], || {
             format!("set MTU {} on interface {}", mtu.get(), index.get())
         })
+    }
+
+    /// Sets the MTU in bytes of the interface of that name, such as the other end of a pair, which takes no more than its own.
+    pub async fn set_mtu_of(&self, name: &str, mtu: Mtu) -> Result<(), NetlinkError> {
+        match self.index(name).await? {
+            Some(index) => self.set_mtu(index, mtu).await,
+            None => Ok(()),
+        }
     }
 
     /// Sets an interface's MAC address.
@@ -132,12 +150,16 @@ impl Netlink {
     }
 
     /// Adds an address, without a broadcast address: `/32` has none.
-    pub async fn put_address(&self, index: IfIndex, address: Ipv4Net) -> Result<(), NetlinkError> {
-        let mut request = self.handle.address().add(
-            index.get(),
-            IpAddr::V4(address.addr()),
-            address.prefix_len(),
-        );
+    pub async fn put_address(&self, index: IfIndex, address: IpNet) -> Result<(), NetlinkError> {
+        let mut request =
+            self.handle
+                .address()
+                .add(index.get(), address.addr(), address.prefix_len());
+        if address.addr().is_ipv6() {
+            // Nobody else can have it, and until the kernel had found that out it would be of no use.
+            let flags = AddressAttribute::Flags(AddressFlags::Nodad);
+            request.message_mut().attributes.push(flags);
+        }
         request
             .message_mut()
             .attributes
@@ -148,14 +170,14 @@ impl Netlink {
     }
 
     /// Removes an address.
-    pub async fn del_address(&self, index: IfIndex, address: Ipv4Net) -> Result<(), NetlinkError> {
+    pub async fn del_address(&self, index: IfIndex, address: IpNet) -> Result<(), NetlinkError> {
         let mut message = AddressMessage::default();
-        message.header.family = AddressFamily::Inet;
+        message.header.family = address_family(Family::of_net(&address));
         message.header.index = index.get();
         message.header.prefix_len = address.prefix_len();
         message
             .attributes
-            .push(AddressAttribute::Local(IpAddr::V4(address.addr())));
+            .push(AddressAttribute::Local(address.addr()));
         done(
             self.handle.address().del(message).execute().await,
             &[libc::EADDRNOTAVAIL, libc::ENODEV],
@@ -230,10 +252,7 @@ impl Netlink {
     /// Deletes a neighbour.
     pub async fn del_neighbour(&self, index: IfIndex, address: IpAddr) -> Result<(), NetlinkError> {
         let mut message = NeighbourMessage::default();
-        message.header.family = match address {
-            IpAddr::V4(_) => AddressFamily::Inet,
-            IpAddr::V6(_) => AddressFamily::Inet6,
-        };
+        message.header.family = address_family(Family::of(address));
         message.header.ifindex = index.get();
         message
             .attributes
@@ -253,36 +272,43 @@ impl Netlink {
         gateway: IpAddr,
         mtu: Option<u32>,
     ) -> Result<(), NetlinkError> {
-        let (IpNet::V4(subnet), IpAddr::V4(gateway)) = (subnet, gateway) else {
-            return Err(NetlinkError::Unexpected {
-                what: format!("set route {subnet} via {gateway}"),
-                reason: "IPv6 routes are not supported yet".into(),
-            });
-        };
-        let mut message = route(index, subnet).gateway(gateway).onlink().build();
+        let mut message = route(index, subnet).onlink().build();
+        set_gateway(&mut message, gateway);
         if let Some(mtu) = mtu {
             message
                 .attributes
                 .push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
         }
-        done(
-            self.handle.route().add(message).replace().execute().await,
-            &[],
-            || format!("set route {subnet} via {gateway}"),
-        )
+        let what = || format!("set route {subnet} via {gateway}");
+        let put = async || {
+            let request = self.handle.route().add(message.clone()).replace();
+            done(request.execute().await, &[], what)
+        };
+        match put().await {
+            // A gateway of IPv6 that another device has a way to is refused (`ip6_route_check_nh_onlink`), such as one that was routed to
+            // so far. With a way of its own to the gateway the device may have the route, and the other's is replaced without a gap.
+            Err(error) if gateway.is_ipv6() && error.errno() == Some(libc::EINVAL) => {
+                let host = route(index, IpNet::from(gateway)).build();
+                let way = || format!("set a way to {gateway} for a moment");
+                let request = self.handle.route().add(host.clone()).replace();
+                done(request.execute().await, &[], way)?;
+                let outcome = put().await;
+                let gone = self.handle.route().del(host).execute().await;
+                done(gone, &[libc::ESRCH, libc::ENODEV], way)?;
+                outcome
+            }
+            outcome => outcome,
+        }
     }
 
     /// Deletes a peer's route.
     pub async fn del_route(&self, index: IfIndex, subnet: IpNet) -> Result<(), NetlinkError> {
-        let IpNet::V4(subnet) = subnet else {
-            return Ok(());
-        };
         // Whatever protocol number it carries: the shape made it ours.
-        let message: RouteMessage = route(index, subnet)
-            .gateway(subnet.network())
+        let mut message = route(index, subnet)
             .onlink()
             .protocol(RouteProtocol::Unspec)
             .build();
+        set_gateway(&mut message, subnet.network());
         done(
             self.handle.route().del(message).execute().await,
             &[libc::ESRCH, libc::ENODEV],
@@ -291,9 +317,8 @@ impl Netlink {
     }
 }
 
-fn route(index: IfIndex, subnet: Ipv4Net) -> RouteMessageBuilder<Ipv4Addr> {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(subnet.network(), subnet.prefix_len())
+fn route(index: IfIndex, subnet: IpNet) -> RouteMessageBuilder<IpAddr> {
+    route_to(subnet)
         .output_interface(index.get())
         .protocol(RouteProtocol::Boot)
 }
@@ -306,7 +331,7 @@ fn neighbour_address(ip: IpAddr) -> NeighbourAddress {
 }
 
 /// Success, or an errno that means "already so".
-fn done(
+pub(super) fn done(
     answer: Result<(), RtError>,
     fine: &[i32],
     what: impl FnOnce() -> String,

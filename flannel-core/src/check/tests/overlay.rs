@@ -7,7 +7,11 @@ fn the_subnet_file() {
     use Status::{Fail, Skip};
     let text = |text: &'static str| {
         move |seen: &mut Observations| {
-            seen.overlay.subnet_file = Some(SubnetFile::parse("/run/flannel/subnet.env", text));
+            seen.overlay.subnet_file = Some(SubnetFile::parse(
+                "/run/flannel/subnet.env",
+                text,
+                Family::V4,
+            ));
             seen.overlay.bridge = None;
         }
     };
@@ -39,10 +43,11 @@ fn the_subnet_file() {
     let file = SubnetFile::parse(
         "x",
         "FLANNEL_MTU=1\nFLANNEL_MTU='1400'\nFLANNEL_SUBNET=\"10.1.2.1/24\"\n",
+        Family::V4,
     );
     assert_eq!(
         (file.mtu, file.subnet),
-        (Some(1400), Some(net("10.1.2.0/24")))
+        (Some(1400), Some(net("10.1.2.0/24").into()))
     );
 }
 
@@ -87,18 +92,18 @@ fn the_device() {
         device(seen).addresses.clear();
     });
     assert_only("device", Fail, &["remove address 10.244.8.0/32"], |seen| {
-        device(seen).addresses.insert(net("10.244.8.0/32"));
+        device(seen).addresses.insert(net("10.244.8.0/32").into());
     });
     assert_only(
         "device",
         Warn,
         &["169.254.1.2/16", "denyinterfaces flannel*"],
         |seen| {
-            device(seen).addresses.insert(net("169.254.1.2/16"));
+            device(seen).addresses.insert(net("169.254.1.2/16").into());
         },
     );
     assert_only("device", Ok, &[], |seen| {
-        device(seen).addresses.insert(net("192.0.2.1/24"));
+        device(seen).addresses.insert(net("192.0.2.1/24").into());
     });
     assert_only(
         "device",
@@ -140,7 +145,7 @@ fn entries_of_peers() {
                 .insert(Ipv4Addr::new(10, 244, 9, 0).into(), PEER_MAC.into());
         }),
         ("delete forwarding entry 02:00:00:00:00:09", |device| {
-            device.fdb.insert([2, 0, 0, 0, 0, 9].into(), PEER.into());
+            device.fdb.insert([2, 0, 0, 0, 0, 9].into(), PEER);
         }),
     ];
     for (word, change) in stale {
@@ -156,8 +161,8 @@ fn entries_of_peers() {
             let key = SubnetKey::from_v4(net("10.244.2.0/24"));
             let attrs = own_lease(seen).get_mut(&key).expect("the peer's lease");
             // The same MAC address as ours.
-            *attrs = LeaseAttrs::vxlan_v4(PEER, 1, OWN_MAC.into());
-            device(seen).fdb = [(OWN_MAC.into(), PEER.into())].into();
+            *attrs = LeaseAttrs::vxlan_v4(PEER_V4, 1, OWN_MAC.into());
+            device(seen).fdb = [(OWN_MAC.into(), PEER)].into();
             let base = Ipv4Addr::new(10, 244, 2, 0);
             device(seen).neighbours = [(base.into(), OWN_MAC.into())].into();
         },
@@ -172,7 +177,8 @@ fn the_bridge() {
         Fail,
         &["10.244.7.1/24", "ip link del cni0"],
         |seen| {
-            seen.overlay.bridge.as_mut().expect("a bridge").addresses = vec![net("10.244.7.1/24")];
+            seen.overlay.bridge.as_mut().expect("a bridge").addresses =
+                vec![net("10.244.7.1/24").into()];
         },
     );
     assert_only("bridge", Ok, &["no address yet"], |seen| {

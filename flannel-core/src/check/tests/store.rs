@@ -141,7 +141,8 @@ fn the_lease() {
         Fail,
         &["subnet.env says 10.244.9.0/24", "restart the agent"],
         |seen| {
-            seen.overlay.subnet_file.as_mut().expect("a file").subnet = Some(net("10.244.9.0/24"));
+            seen.overlay.subnet_file.as_mut().expect("a file").subnet =
+                Some(net("10.244.9.0/24").into());
             seen.overlay.bridge = None;
         },
     );

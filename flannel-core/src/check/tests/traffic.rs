@@ -250,9 +250,9 @@ fn packets_to_peers() {
 fn without_the_store_the_device_says_who_the_peers_are() {
     let mut seen = healthy();
     let base = Ipv4Addr::new(10, 244, 2, 0);
-    assert_eq!(targets(&seen), [(PEER, base)].into());
+    assert_eq!(targets(&seen), [(PEER, base.into())].into());
     seen.store.leases = Err("x".into());
-    assert_eq!(targets(&seen), [(PEER, base)].into());
+    assert_eq!(targets(&seen), [(PEER, base.into())].into());
     device(&mut seen).fdb.clear();
     assert_eq!(targets(&seen), BTreeMap::new());
 }

@@ -15,7 +15,7 @@ const KEYS: [&str; 11] = [
     "IPv6SubnetMin",
     "IPv6SubnetMax",
 ];
-const SETTINGS: [&str; 8] = [
+const SETTINGS: [&str; 13] = [
     "Type",
     "VNI",
     "Port",
@@ -24,6 +24,11 @@ const SETTINGS: [&str; 8] = [
     "Learning",
     "DirectRouting",
     "BpfFastPath",
+    "ListenPort",
+    "ListenPortV6",
+    "PSK",
+    "PersistentKeepaliveInterval",
+    "Mode",
 ];
 
 /// JSON values, mostly those that belong under some key.
@@ -38,6 +43,8 @@ fn any_value() -> impl Strategy<Value = String> {
         (any::<Ipv6Addr>(), 0u8..130).prop_map(|(ip, len)| format!("\"{ip}/{len}\"")),
         "(?s).{0,8}".prop_map(|text| serde_json::json!(text).to_string()),
         Just("\"vxlan\"".to_owned()),
+        Just("\"wireguard\"".to_owned()),
+        Just("\"auto\"".to_owned()),
         Just("null".to_owned()),
         Just("[1,{}]".to_owned()),
         Just("{}".to_owned()),
@@ -56,10 +63,14 @@ fn any_object(keys: &'static [&'static str]) -> impl Strategy<Value = String> {
 }
 
 fn any_conf() -> impl Strategy<Value = String> {
-    (any_object(&KEYS), any_object(&SETTINGS)).prop_map(|(keys, settings)| {
-        let comma = if keys.is_empty() { "" } else { "," };
-        let vxlan = if settings.is_empty() { "\"Type\":\"vxlan\"" } else { "\"Type\":\"vxlan\"," };
-        format!("{{\"Network\":\"10.5.0.0/16\",\"IPv6Network\":\"fd00::/48\"{comma}{keys},\"Backend\":{{{vxlan}{settings}}}}}")
+    let kinds = proptest::sample::select(&BackendKind::ALL[..]);
+    (any_object(&KEYS), any_object(&SETTINGS), kinds).prop_map(|(keys, settings, kind)| {
+        let comma = |members: &str| if members.is_empty() { "" } else { "," };
+        let (before, behind) = (comma(&keys), comma(&settings));
+        format!(
+            "{{\"Network\":\"10.5.0.0/16\",\"IPv6Network\":\"fd00::/48\"{before}{keys},\
+             \"Backend\":{{\"Type\":\"{kind}\"{behind}{settings}}}}}"
+        )
     })
 }
 

@@ -1,8 +1,9 @@
 //! The nftables rules against upstream's listings.
 
 use super::super::Request;
-use super::super::nft::{Change, Family, Ruleset, listing, plan, remove};
+use super::super::nft::{Change, Ruleset, listing, plan, remove};
 use super::{ours, request};
+use crate::addr::Family;
 
 const V4: &str = "table ip flannel-ipv4 {
 \tcomment \"rules for flannel-ipv4\"
