@@ -15,6 +15,9 @@ pub(super) struct Tool {
 /// Where distributions put the plugins, and where Kubernetes' own packages do.
 const CNI_PLUGINS: &str = "/usr/lib/cni/portmap:/usr/libexec/cni/portmap:/opt/cni/bin/portmap";
 
+/// What the schemas of etcd import; Debian only recommends them to `protoc`.
+const PROTOBUF_TYPES: &str = "/usr/include/google/protobuf/descriptor.proto:/usr/local/include/google/protobuf/descriptor.proto";
+
 const EBPF: &[[&str; 4]] = &[["cc", "build-essential", "gcc", "base-devel"]];
 
 const BUILD: &[[&str; 4]] = &[
@@ -23,6 +26,12 @@ const BUILD: &[[&str; 4]] = &[
         "protoc",
         "protobuf-compiler",
         "protobuf-compiler",
+        "protobuf",
+    ],
+    [
+        PROTOBUF_TYPES,
+        "libprotobuf-dev",
+        "protobuf-devel",
         "protobuf",
     ],
     [
