@@ -2,6 +2,7 @@
 
 use crate::eventually::try_eventually;
 use crate::family::{Families, Family, Prefix};
+use crate::json::ip_json;
 use crate::netns::Netns;
 use crate::nics::Nics;
 use crate::node::Node;
@@ -319,7 +320,24 @@ pub(crate) fn add_address(
         Family::V4 => format!("addr add {address}/24 brd + dev {ifname}"),
         Family::V6 => format!("addr add {address}/64 dev {ifname} nodad"),
     };
-    ns.ip(&line).map(drop)
+    ns.ip(&line)?;
+    wait_for_address(ns, address)
+}
+
+/// Waits until an address that was just added is delivered to. With `nodad` IPv6 sends from it at once, but the route by which it
+/// receives is the work of a queue (`addrconf_dad_work` in net/ipv6/addrconf.c): until then what comes for it counts as somebody else's.
+pub(crate) fn wait_for_address(ns: &Netns, address: IpAddr) -> anyhow::Result<()> {
+    if address.is_ipv4() {
+        return Ok(());
+    }
+    let what = format!("{} delivers to {address}", ns.name());
+    try_eventually(Duration::from_secs(10), &what, || {
+        let text = address.to_string();
+        let routes = ip_json(ns, &["-6", "route", "show", "table", "local", &text])?;
+        let all = routes.as_array().context("routes")?;
+        anyhow::ensure!(all.iter().any(|route| route["type"] == "local"), "{routes}");
+        Ok(())
+    })
 }
 
 /// Sends the rest of a family to a gateway.

@@ -240,6 +240,7 @@ impl Node {
             let rest = with_address(subnet.family());
             pod.ns
                 .ip(&format!("addr add {address}/{len} {rest} dev eth0"))?;
+            lab::wait_for_address(&pod.ns, address)?;
             lab::add_default_route(&pod.ns, subnet.gateway())?;
         }
         for subnet in subnets {
