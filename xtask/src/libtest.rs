@@ -1,6 +1,11 @@
 //! Reads the output of Rust's test harness.
 
-use std::ops::AddAssign;
+use std::{collections::BTreeMap, ops::AddAssign};
+
+/// Lines of a panic's message that are repeated in the summary: enough to tell what went wrong.
+const MESSAGE_LINES: usize = 12;
+/// Characters of each of them.
+const MESSAGE_WIDTH: usize = 300;
 
 /// What test binaries reported.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,9 +31,18 @@ pub(crate) struct Report {
     /// Summary lines seen: a binary that died early has none.
     pub(crate) summaries: usize,
     listed: Option<Vec<String>>,
+    /// The first panic of every failed test.
+    panics: BTreeMap<String, Vec<String>>,
+    /// The test whose output this is, and whether its panic's message is still going on.
+    section: Option<(String, bool)>,
 }
 
 impl Report {
+    /// Where a failed test panicked and with what words, a few lines at most; none if it did not say.
+    pub(crate) fn panic(&self, test: &str) -> &[String] {
+        self.panics.get(test).map_or(&[], Vec::as_slice)
+    }
+
     pub(crate) fn line(&mut self, line: &str) {
         if let Some(tally) = summary(line) {
             self.tally += &tally;
@@ -37,8 +51,37 @@ impl Report {
         } else if line == "failures:" {
             // Printed twice: before the output of the failed tests, and before their names.
             self.listed = Some(Vec::new());
+            self.section = None;
+        } else if let Some(name) = line
+            .strip_prefix("---- ")
+            .and_then(|rest| rest.strip_suffix(" stdout ----"))
+        {
+            self.section = Some((name.to_owned(), false));
+        } else if self.section.is_some() {
+            self.output(line);
         } else if let (Some(listed), Some(name)) = (&mut self.listed, line.strip_prefix("    ")) {
             listed.push(name.to_owned());
+        }
+    }
+
+    /// A line of a failed test's output.
+    fn output(&mut self, line: &str) {
+        let Some((test, goes_on)) = &mut self.section else {
+            return;
+        };
+        let said = self.panics.entry(test.clone()).or_default();
+        if said.is_empty() && line.contains("panicked at ") {
+            *goes_on = true;
+        } else if line.is_empty()
+            || said.len() == MESSAGE_LINES
+            || ["stack backtrace:", "note: ", "---"]
+                .iter()
+                .any(|end| line.starts_with(end))
+        {
+            *goes_on = false;
+        }
+        if *goes_on {
+            said.push(line.chars().take(MESSAGE_WIDTH).collect());
         }
     }
 }
@@ -76,7 +119,15 @@ failures:
 
 ---- a::wrong stdout ----
     an indented line of output
+    b::not a name
 thread 'a::wrong' panicked at src/a.rs:3:5:
+assertion `left == right` failed: the number
+  left: 1
+ right: 2
+stack backtrace:
+   0: something
+--- the agent said:
+thread 'of the agent' panicked at src/b.rs:1:1:
 
 ---- b::worse stdout ----
 
@@ -107,6 +158,33 @@ test result: FAILED. 1 passed; 2 failed; 1 ignored; 0 measured; 7 filtered out; 
         );
         assert_eq!(report.failures, ["a::wrong", "b::worse"]);
         assert_eq!(report.summaries, 1);
+    }
+
+    #[test]
+    fn a_failure_comes_with_the_words_of_its_panic() {
+        let report = read(FAILING);
+        assert_eq!(
+            report.panic("a::wrong"),
+            [
+                "thread 'a::wrong' panicked at src/a.rs:3:5:",
+                "assertion `left == right` failed: the number",
+                "  left: 1",
+                " right: 2",
+            ]
+        );
+        assert_eq!(report.panic("b::worse"), [""; 0]);
+    }
+
+    #[test]
+    fn a_long_message_is_cut() {
+        let long = "x".repeat(2 * MESSAGE_WIDTH);
+        let lines = format!("{long}\n").repeat(2 * MESSAGE_LINES);
+        let report = read(&format!(
+            "failures:\n\n---- a stdout ----\nthread 'a' panicked at a.rs:1:1:\n{lines}"
+        ));
+        let said = report.panic("a");
+        assert_eq!(said.len(), MESSAGE_LINES);
+        assert!(said.iter().all(|line| line.len() <= MESSAGE_WIDTH));
     }
 
     #[test]

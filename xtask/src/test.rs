@@ -103,8 +103,14 @@ impl Outcome {
 
     fn add(&mut self, name: &str, report: &Report) {
         self.tally += &report.tally;
-        self.failures
-            .extend(report.failures.iter().map(|test| format!("{name}: {test}")));
+        self.failures.extend(report.failures.iter().map(|test| {
+            let mut failure = format!("{name}: {test}");
+            for line in report.panic(test) {
+                failure.push_str("\n        ");
+                failure.push_str(line);
+            }
+            failure
+        }));
     }
 }
 
