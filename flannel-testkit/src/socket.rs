@@ -1,5 +1,6 @@
 //! Raw sockets: frames onto an interface, ICMP, and the namespace cookie.
 
+use crate::eventually::patience;
 use crate::family::Family;
 use crate::netns::Netns;
 use crate::process::check;
@@ -279,6 +280,22 @@ pub(crate) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     // SAFETY: listen takes no pointers.
     check(unsafe { libc::listen(fd.as_raw_fd(), 4096) })?;
     Ok(fd.into())
+}
+
+/// How long an address may stay in use after its socket: a process that another thread starts has all descriptors for a moment.
+const INHERITED: Duration = Duration::from_secs(2);
+
+/// Tries again while an address is in use by a socket that is gone.
+pub(crate) fn free_address<T>(mut bind: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let until = Instant::now() + patience(INHERITED);
+    loop {
+        match bind() {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < until => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            outcome => return outcome,
+        }
+    }
 }
 
 /// Connects from a port (0 is any) that may have been used just before.

@@ -24,7 +24,7 @@ impl UdpEnd {
         let ip = ip.into();
         let address = SocketAddr::new(ip, port);
         let socket = ns
-            .try_run(|| UdpSocket::bind(address))?
+            .try_run(|| socket::free_address(|| UdpSocket::bind(address)))?
             .with_context(|| format!("bind {address} in {}", ns.name()))?;
         socket.set_read_timeout(Some(patience(LIMIT)))?;
         socket.set_write_timeout(Some(patience(LIMIT)))?;

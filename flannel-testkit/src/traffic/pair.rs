@@ -7,13 +7,10 @@ use crate::socket;
 use anyhow::{Context as _, ensure};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long a connection may stand still, or take to come about.
 const LIMIT: Duration = Duration::from_secs(5);
-/// How long a listener's address may stay in use after it: a process that another thread starts has all descriptors for a moment.
-const INHERITED: Duration = Duration::from_secs(2);
 /// Bytes handed to the kernel at a time.
 const CHUNK: usize = 256 << 10;
 
@@ -30,20 +27,8 @@ impl TcpServer {
     pub fn listen(ns: &Netns, ip: impl Into<IpAddr>, port: u16) -> anyhow::Result<TcpServer> {
         let ip = ip.into();
         let address = SocketAddr::new(ip, port);
-        let until = Instant::now() + INHERITED;
         let listener = ns
-            .try_run(|| {
-                loop {
-                    match socket::listen(address) {
-                        Err(error)
-                            if error.kind() == ErrorKind::AddrInUse && Instant::now() < until =>
-                        {
-                            thread::sleep(Duration::from_millis(10));
-                        }
-                        outcome => return outcome,
-                    }
-                }
-            })?
+            .try_run(|| socket::free_address(|| socket::listen(address)))?
             .with_context(|| format!("listen on {address} in {}", ns.name()))?;
         let port = listener.local_addr()?.port();
         Ok(TcpServer {
