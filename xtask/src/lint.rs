@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use xtask::ebpf;
 
 use crate::cargo;
+use crate::licences;
 use crate::named_tests;
 use crate::process::{self, Reported};
 use crate::setup::{self, Needs};
@@ -25,7 +26,7 @@ const CHECKS: [(&str, Check); 8] = [
     }),
     ("clippy, host", clippy),
     ("docs", docs),
-    ("licences", licences),
+    ("licences", licences::check),
 ];
 
 /// What flannel-core must not come to depend on: it decides, and never acts.
@@ -169,14 +170,6 @@ fn forbidden(tree: &str) -> Vec<String> {
     found.sort();
     found.dedup();
     found
-}
-
-fn licences(root: &Path) -> Result<()> {
-    if !ebpf::on_search_path("cargo-deny") {
-        eprintln!("cargo-deny is not installed: skipped");
-        return Ok(());
-    }
-    process::run(cargo::command(root).args(["deny", "check", "bans", "licenses", "sources"]))
 }
 
 fn tree(root: &Path) -> Result<()> {

@@ -8,6 +8,7 @@ mod dist;
 mod kernels;
 mod labs;
 mod libtest;
+mod licences;
 mod lint;
 mod named_tests;
 mod namespaces;
