@@ -20,7 +20,7 @@ const ICMP_HEADER: usize = 8;
 const NUMBER: usize = 8;
 /// The payload of `ping` unless asked otherwise.
 const PAYLOAD: usize = 56;
-/// How long a stopped flood waits for late replies.
+/// How long a flood waits for its first reply, and when it is stopped for late ones.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// Distinguishes the sockets of one process; the high bits of the pid distinguish processes.
@@ -106,7 +106,7 @@ pub struct FloodPing {
 }
 
 impl FloodPing {
-    /// Starts to probe `dst` from `ns`, one probe of 56 bytes each `interval`.
+    /// Starts to probe `dst` from `ns`, one probe of 56 bytes each `interval`, and returns when the first is answered or lost.
     pub fn start(
         ns: &Netns,
         dst: impl Into<IpAddr>,
@@ -123,6 +123,9 @@ impl FloodPing {
         payload: usize,
     ) -> anyhow::Result<FloodPing> {
         let mut probe = Prober::open(ns, dst.into(), payload)?;
+        // What follows is to happen to a flood that is on its way, however late its thread gets a processor.
+        probe.send();
+        probe.receive_until(Instant::now() + patience(GRACE), 1)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
