@@ -70,6 +70,13 @@ fn hundred_thousand(mode: Mode, flavour: Flavour, family: Family) {
         ..Extra::over(family)
     };
     let gate = Gate::with([mode; 3], flavour, extra);
+    // However long the machine takes for all of them, none is to be forgotten meanwhile.
+    for node in 0..3 {
+        for key in ["udp_timeout", "udp_timeout_stream"] {
+            let key = format!("net/netfilter/nf_conntrack_{key}");
+            gate.rig.ns(node).set_sysctl(&key, "600").unwrap();
+        }
+    }
     gate.clear_nattuples();
     let server = gate.serve(B);
     let mut idle: Vec<TcpPair> = [server.address, gate.vip(Vip::Remote)]
