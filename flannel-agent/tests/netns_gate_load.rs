@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Context as _, ensure};
 use flannel_testkit::{
+    Family,
     services::Flavour,
     traffic::{TcpPair, UdpEnd},
 };
@@ -59,16 +60,23 @@ fn tracked(gate: &Gate, node: usize) -> u64 {
     count.expect("the count").parse().expect("a number")
 }
 
-fn hundred_thousand(mode: Mode, flavour: Flavour) {
+fn hundred_thousand(mode: Mode, flavour: Flavour, family: Family) {
     if !flannel_testkit::privileged() {
         return;
     }
     let entries = format!("--bpf-flow-entries={ENTRIES}");
     let extra = Extra {
         flags: &[&entries],
-        ..Extra::default()
+        ..Extra::over(family)
     };
     let gate = Gate::with([mode; 3], flavour, extra);
+    // However long the machine takes for all of them, none is to be forgotten meanwhile.
+    for node in 0..3 {
+        for key in ["udp_timeout", "udp_timeout_stream"] {
+            let key = format!("net/netfilter/nf_conntrack_{key}");
+            gate.rig.ns(node).set_sysctl(&key, "600").unwrap();
+        }
+    }
     gate.clear_nattuples();
     let server = gate.serve(B);
     let mut idle: Vec<TcpPair> = [server.address, gate.vip(Vip::Remote)]
@@ -110,10 +118,15 @@ fn idle_goes_on(mut pair: TcpPair, server: SocketAddr) -> anyhow::Result<()> {
 
 #[test]
 fn in_established() {
-    hundred_thousand(Mode::Established, Flavour::Iptables);
+    hundred_thousand(Mode::Established, Flavour::Iptables, Family::V4);
 }
 
 #[test]
 fn in_syn() {
-    hundred_thousand(Mode::Syn, Flavour::Nftables);
+    hundred_thousand(Mode::Syn, Flavour::Nftables, Family::V4);
+}
+
+#[test]
+fn in_established_over_ipv6() {
+    hundred_thousand(Mode::Established, Flavour::Nftables, Family::V6);
 }

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use flannel_testkit::{
-    conntrack, eventually,
+    Family, conntrack, eventually,
     services::Flavour,
     traffic::{TcpPair, TcpServer, Way},
 };
@@ -73,11 +73,11 @@ impl Live {
     }
 }
 
-fn changes_mode(flavour: Flavour, steps: &[[Mode; 3]]) {
+fn changes_mode(flavour: Flavour, family: Family, steps: &[[Mode; 3]]) {
     if !flannel_testkit::privileged() {
         return;
     }
-    let mut gate = Gate::mixed(steps[0], flavour);
+    let mut gate = Gate::with(steps[0], flavour, Extra::over(family));
     let mut live = Live::start(&gate);
     live.talk("at first");
     for (number, modes) in steps.iter().enumerate().skip(1) {
@@ -119,6 +119,7 @@ fn modes_change_under_live_connections_with_iptables() {
     use Mode::{Established, Off, Syn};
     changes_mode(
         Flavour::Iptables,
+        Family::V4,
         &[
             [Off; 3],
             [Established; 3],
@@ -138,6 +139,7 @@ fn modes_change_under_live_connections_with_nftables() {
     use Mode::{Established, Off, Syn};
     changes_mode(
         Flavour::Nftables,
+        Family::V4,
         &[
             [Established; 3],
             [Off; 3],
@@ -150,12 +152,27 @@ fn modes_change_under_live_connections_with_nftables() {
     );
 }
 
+#[test]
+fn modes_change_under_live_connections_over_ipv6() {
+    use Mode::{Established, Off, Syn};
+    changes_mode(
+        Flavour::Nftables,
+        Family::V6,
+        &[
+            [Off; 3],
+            [Syn; 3],
+            [Established; 3],
+            [Off, Established, Syn],
+            [Off; 3],
+        ],
+    );
+}
+
 /// What connection tracking has not seen for long, or never, must still be able to end.
 ///
 /// From `syn` to `off` it is not: the programs that could let a FIN pass are detached, and connection tracking calls the FIN of a
 /// connection that it has never seen invalid. One that talks before it ends is picked up, as the steps above show.
-#[test]
-fn idle_connections_end_in_another_mode() {
+fn idle_connections_end(family: Family) {
     if !flannel_testkit::privileged() {
         return;
     }
@@ -163,7 +180,7 @@ fn idle_connections_end_in_another_mode() {
         (Mode::Established, Mode::Off),
         (Mode::Syn, Mode::Established),
     ] {
-        let mut gate = Gate::start(from, Flavour::Iptables);
+        let mut gate = Gate::with([from; 3], Flavour::Iptables, Extra::over(family));
         gate.clear_nattuples();
         let mut live = Live::start(&gate);
         live.talk("at first");
@@ -184,51 +201,70 @@ fn idle_connections_end_in_another_mode() {
     }
 }
 
-/// Connections that are older than any agent become fast, and connection tracking may forget them meanwhile.
 #[test]
-fn flows_older_than_the_gate() {
+fn idle_connections_end_in_another_mode() {
+    idle_connections_end(Family::V4);
+}
+
+#[test]
+fn idle_connections_over_ipv6_end_in_another_mode() {
+    idle_connections_end(Family::V6);
+}
+
+/// Connections that are older than any agent become fast, and connection tracking may forget them meanwhile.
+fn older_than_the_gate(flavour: Flavour, family: Family) {
     if !flannel_testkit::privileged() {
         return;
     }
+    let mut gate = Gate::with([Mode::Off; 3], flavour, Extra::over(family));
+    let mut live = Live::start(&gate);
+    live.talk("before the gate");
+    for node in 0..3 {
+        assert_eq!(gate.rig.stop_agent(node), 0);
+        gate.modes[node] = Mode::Established;
+    }
+    gate.start_agents();
+    live.talk("at first");
+    let before = gate.fast(0);
+    live.talk("with the gate");
+    let now = gate.fast(0);
+    assert!(
+        now.encap > before.encap + 20 && now.local > before.local + 20,
+        "{before:?}, then {now:?}"
+    );
+    for node in 0..3 {
+        conntrack::flush(gate.rig.ns(node)).unwrap();
+    }
+    // Within a lease every connection passes the stack again, which then knows it.
+    eventually(LEASE * 2, "connection tracking knows all again", || {
+        // An answer would be taken for a connection of the server's, were it seen first.
+        for pair in &mut live.pairs {
+            pair.exchange(100)?;
+        }
+        let known = conntrack::list_of(gate.rig.ns(0), gate.family())?;
+        let is_known = |pair: &TcpPair| known.iter().any(|entry| entry.touches(pair.local));
+        let missing = live.pairs.iter().filter(|pair| !is_known(pair)).count();
+        ensure!(missing == 0, "{missing} connections are unknown");
+        Ok(())
+    });
+    live.talk("after a flush");
+    live.close();
+    gate.assert_no_invalid("at the end");
+}
+
+#[test]
+fn flows_older_than_the_gate() {
     for flavour in Flavour::ALL {
-        let mut gate = Gate::start(Mode::Off, flavour);
-        let mut live = Live::start(&gate);
-        live.talk("before the gate");
-        for node in 0..3 {
-            assert_eq!(gate.rig.stop_agent(node), 0);
-            gate.modes[node] = Mode::Established;
-        }
-        gate.start_agents();
-        live.talk("at first");
-        let before = gate.fast(0);
-        live.talk("with the gate");
-        let now = gate.fast(0);
-        assert!(
-            now.encap > before.encap + 20 && now.local > before.local + 20,
-            "{before:?}, then {now:?}"
-        );
-        for node in 0..3 {
-            conntrack::flush(gate.rig.ns(node)).unwrap();
-        }
-        // Within a lease every connection passes the stack again, which then knows it.
-        eventually(LEASE * 2, "connection tracking knows all again", || {
-            // An answer would be taken for a connection of the server's, were it seen first.
-            for pair in &mut live.pairs {
-                pair.exchange(100)?;
-            }
-            let known = conntrack::list_of(gate.rig.ns(0), gate.family())?;
-            let is_known = |pair: &TcpPair| known.iter().any(|entry| entry.touches(pair.local));
-            let missing = live.pairs.iter().filter(|pair| !is_known(pair)).count();
-            ensure!(missing == 0, "{missing} connections are unknown");
-            Ok(())
-        });
-        live.talk("after a flush");
-        live.close();
-        gate.assert_no_invalid("at the end");
+        older_than_the_gate(flavour, Family::V4);
     }
 }
 
-fn eviction(mode: Mode, flavour: Flavour) {
+#[test]
+fn flows_over_ipv6_older_than_the_gate() {
+    older_than_the_gate(Flavour::Iptables, Family::V6);
+}
+
+fn eviction(mode: Mode, flavour: Flavour, family: Family) {
     if !flannel_testkit::privileged() {
         return;
     }
@@ -238,7 +274,7 @@ fn eviction(mode: Mode, flavour: Flavour) {
     let entries = format!("--bpf-flow-entries={ENTRIES}");
     let extra = Extra {
         flags: &[&entries],
-        ..Extra::default()
+        ..Extra::over(family)
     };
     let gate = Gate::with([mode; 3], flavour, extra);
     for node in 0..3 {
@@ -292,22 +328,27 @@ fn eviction(mode: Mode, flavour: Flavour) {
 
 #[test]
 fn a_small_table_is_only_slower_in_established() {
-    eviction(Mode::Established, Flavour::Iptables);
+    eviction(Mode::Established, Flavour::Iptables, Family::V4);
 }
 
 #[test]
 fn a_small_table_is_only_slower_in_syn() {
-    eviction(Mode::Syn, Flavour::Nftables);
+    eviction(Mode::Syn, Flavour::Nftables, Family::V4);
+}
+
+#[test]
+fn a_small_table_is_only_slower_over_ipv6() {
+    eviction(Mode::Established, Flavour::Nftables, Family::V6);
 }
 
 /// Without what the agent sets in the kernel the same eviction kills connections: the test sees it.
-#[test]
-fn a_small_table_kills_without_the_sysctl() {
+fn kills_without_the_sysctl(family: Family) {
     if !flannel_testkit::privileged() {
         return;
     }
     let outcome = || -> anyhow::Result<()> {
-        let mut gate = Gate::start(Mode::Established, Flavour::Iptables);
+        let extra = Extra::over(family);
+        let mut gate = Gate::with([Mode::Established; 3], Flavour::Iptables, extra);
         gate.kill_agents();
         for node in 0..3 {
             let key = "net/netfilter/nf_conntrack_tcp_be_liberal";
@@ -326,4 +367,14 @@ fn a_small_table_kills_without_the_sysctl() {
     let error = outcome.expect_err("strict connection tracking drops what it has not followed");
     let text = format!("{error:#}");
     assert!(text.contains("was dropped") || text.contains('['), "{text}");
+}
+
+#[test]
+fn a_small_table_kills_without_the_sysctl() {
+    kills_without_the_sysctl(Family::V4);
+}
+
+#[test]
+fn a_small_table_kills_over_ipv6_without_the_sysctl() {
+    kills_without_the_sysctl(Family::V6);
 }

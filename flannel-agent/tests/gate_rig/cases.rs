@@ -39,11 +39,7 @@ pub(crate) fn run_with(mode: Mode, flavour: Flavour, extra: Extra<'_>, cases: &[
 /// The same over IPv6.
 #[track_caller]
 pub(crate) fn run_over_ipv6(mode: Mode, flavour: Flavour, cases: &[Case]) {
-    let extra = Extra {
-        family: Family::V6,
-        ..Extra::default()
-    };
-    run_with(mode, flavour, extra, cases);
+    run_with(mode, flavour, Extra::over(Family::V6), cases);
 }
 
 /// Runs all cases in a lab and gives all that is wrong.

@@ -85,6 +85,16 @@ pub(crate) struct Extra<'a> {
     pub(crate) prepare: Option<&'a dyn Fn(&Node)>,
 }
 
+impl Extra<'_> {
+    /// Nothing but the family.
+    pub(crate) fn over(family: Family) -> Self {
+        Self {
+            family,
+            ..Self::default()
+        }
+    }
+}
+
 /// Three nodes, their agents, pods and Services, and a host outside.
 pub(crate) struct Gate {
     services: Vec<Services>,
