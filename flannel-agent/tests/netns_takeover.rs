@@ -5,11 +5,11 @@ mod rig;
 mod takeover_rig;
 
 use flannel_testkit::{
-    eventually, privileged,
+    Families, Family, eventually, privileged,
     upstream::{Firewall, UpstreamConf},
 };
 use rig::PATIENCE;
-use takeover_rig::{Cluster, Monitor, StoreKind, Traffic, conf};
+use takeover_rig::{Cluster, Monitor, StoreKind, Traffic, conf_of};
 
 /// The way to attach programs on kernels before 6.6.
 const CLSACT: &str = "--bpf-attach=clsact";
@@ -23,11 +23,24 @@ enum Carrier {
 
 /// Upstream to us, killed, started, stopped, upstream again, us again: under traffic, with a peer of upstream's and then with a
 /// peer of ours.
-fn round_trip(store: StoreKind, firewall: Firewall, flags: &[&str], carrier: Carrier) {
+fn round_trip(
+    families: impl Into<Families>,
+    store: StoreKind,
+    firewall: Firewall,
+    flags: &[&str],
+    carrier: Carrier,
+) {
     if !privileged() {
         return;
     }
-    let mut cluster = Cluster::start(store, 2, UpstreamConf { firewall, ..conf() });
+    let mut cluster = Cluster::start(
+        store,
+        2,
+        UpstreamConf {
+            firewall,
+            ..conf_of(families)
+        },
+    );
     if flags.contains(&CLSACT) {
         // To add any qdisc the kernel stops a device's queues for a moment and drops what is sent then (`dev_deactivate`, seen with
         // `tc qdisc add dev eth0 clsact` alone on 6.18). Where there are no tcx links the first start cannot be without that; all
@@ -74,7 +87,9 @@ fn round_trip(store: StoreKind, firewall: Firewall, flags: &[&str], carrier: Car
     same(&cluster, "both are ours");
     carries(&cluster, carrier);
     if carrier == Carrier::Bpf {
-        cluster.wait_grown("eBPF carries both ways", 200, |it| it.carried(0));
+        cluster.wait_grown("eBPF carries both ways", 200, |it, family| {
+            it.carried(0, family)
+        });
     }
     // Upstream may also come after a crash of ours.
     cluster.kill_agent(0);
@@ -94,57 +109,112 @@ fn carries(cluster: &Cluster, carrier: Carrier) {
         Carrier::Bpf => {
             eventually(PATIENCE, "programs at both hooks", || cluster.programs(0));
             // What a peer of upstream's sends has a checksum that no veth pair has verified: the kernel's device takes it.
-            cluster.wait_grown("eBPF carries", 200, |it| [it.carried(0)[0]; 2]);
+            cluster.wait_grown("eBPF carries", 200, |it, family| {
+                [it.carried(0, family)[0]; 2]
+            });
         }
         Carrier::Kernel => {
-            cluster.programs(0).expect_err("no programs");
-            cluster.wait_grown("the kernel carries", 200, |it| it.by_kernel(0));
+            cluster.no_programs(0);
+            cluster.wait_grown("the kernel carries", 200, |it, family| {
+                it.by_kernel(0, family)
+            });
         }
     }
 }
 
 #[test]
 fn round_trip_by_etcd_and_iptables() {
-    round_trip(StoreKind::Etcd, Firewall::Iptables, &[], Carrier::Bpf);
+    let firewall = Firewall::Iptables;
+    round_trip(Family::V4, StoreKind::Etcd, firewall, &[], Carrier::Bpf);
+}
+
+#[test]
+fn round_trip_by_etcd_and_iptables_with_both_families() {
+    let firewall = Firewall::Iptables;
+    round_trip(Families::Dual, StoreKind::Etcd, firewall, &[], Carrier::Bpf);
 }
 
 #[test]
 fn round_trip_by_etcd_3_5_and_nftables_on_the_kernel_path() {
-    let flags = ["--datapath=kernel"];
     round_trip(
+        Family::V4,
         StoreKind::Etcd35,
         Firewall::Nftables,
-        &flags,
+        &["--datapath=kernel"],
         Carrier::Kernel,
     );
 }
 
 #[test]
+fn round_trip_by_etcd_3_5_and_nftables_on_the_kernel_path_with_both_families() {
+    round_trip(
+        Families::Dual,
+        StoreKind::Etcd35,
+        Firewall::Nftables,
+        &["--datapath=kernel"],
+        Carrier::Kernel,
+    );
+}
+
+/// The store is a directory: in etcd upstream cannot tell nodes with IPv6 alone from each other.
+fn by_directory(family: Family, firewall: Firewall, flags: &[&str], carrier: Carrier) {
+    round_trip(family, StoreKind::Dir, firewall, flags, carrier);
+}
+
+#[test]
 fn round_trip_by_directory_and_nftables_through_the_stack() {
     let flags = ["--bpf-fast-path=off"];
-    round_trip(StoreKind::Dir, Firewall::Nftables, &flags, Carrier::Bpf);
+    by_directory(Family::V4, Firewall::Nftables, &flags, Carrier::Bpf);
+}
+
+#[test]
+fn round_trip_of_ipv6_and_nftables_through_the_stack() {
+    let flags = ["--bpf-fast-path=off"];
+    by_directory(Family::V6, Firewall::Nftables, &flags, Carrier::Bpf);
 }
 
 #[test]
 fn round_trip_by_directory_and_iptables_on_the_kernel_path() {
     let flags = ["--datapath=kernel"];
-    round_trip(StoreKind::Dir, Firewall::Iptables, &flags, Carrier::Kernel);
+    by_directory(Family::V4, Firewall::Iptables, &flags, Carrier::Kernel);
+}
+
+#[test]
+fn round_trip_of_ipv6_and_iptables_on_the_kernel_path() {
+    let flags = ["--datapath=kernel"];
+    by_directory(Family::V6, Firewall::Iptables, &flags, Carrier::Kernel);
 }
 
 #[test]
 fn round_trip_by_directory_and_iptables_with_established_flows_around_the_stack() {
     let flags = ["--bpf-fast-path=established"];
-    round_trip(StoreKind::Dir, Firewall::Iptables, &flags, Carrier::Bpf);
+    by_directory(Family::V4, Firewall::Iptables, &flags, Carrier::Bpf);
+}
+
+#[test]
+fn round_trip_of_ipv6_and_iptables_with_established_flows_around_the_stack() {
+    let flags = ["--bpf-fast-path=established"];
+    by_directory(Family::V6, Firewall::Iptables, &flags, Carrier::Bpf);
 }
 
 #[test]
 fn round_trip_by_etcd_and_nftables_with_flows_around_the_stack_from_their_first_packet() {
     let flags = ["--bpf-fast-path=syn"];
-    round_trip(StoreKind::Etcd, Firewall::Nftables, &flags, Carrier::Bpf);
+    round_trip(
+        Family::V4,
+        StoreKind::Etcd,
+        Firewall::Nftables,
+        &flags,
+        Carrier::Bpf,
+    );
 }
 
 #[test]
 fn round_trip_with_clsact_filters() {
-    let flags = [CLSACT];
-    round_trip(StoreKind::Dir, Firewall::Iptables, &flags, Carrier::Bpf);
+    by_directory(Family::V4, Firewall::Iptables, &[CLSACT], Carrier::Bpf);
+}
+
+#[test]
+fn round_trip_of_ipv6_with_clsact_filters() {
+    by_directory(Family::V6, Firewall::Iptables, &[CLSACT], Carrier::Bpf);
 }

@@ -1,7 +1,7 @@
 //! Nodes that upstream runs on, before ours takes over: nothing is wrong with them, and what is left over is told.
 
 use flannel_testkit::{
-    privileged, process,
+    Family, privileged, process,
     upstream::{Firewall, LeaseStore, UpstreamConf},
 };
 
@@ -54,7 +54,7 @@ fn a_node_of_upstreams_is_fit_to_be_taken_over() {
         assert_eq!(findings["agent"].0, "SKIP", "{findings:#?}");
 
         // As upstream leaves it when a node is deleted while it is down.
-        let device = cluster.device();
+        let device = cluster.device(Family::V4);
         let ns = cluster.ns(0).clone();
         ns.ip(&format!(
             "route add 10.5.99.0/24 via 10.5.99.0 dev {device} onlink"

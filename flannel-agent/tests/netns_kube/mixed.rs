@@ -1,9 +1,9 @@
 //! A node that upstream runs on, beside two of ours: nothing in the API tells them apart.
 
 use super::*;
-use flannel_testkit::Upstream;
 use flannel_testkit::traffic::ping_once;
 use flannel_testkit::upstream::{LeaseStore, UpstreamConf};
+use flannel_testkit::{Family, Upstream};
 use std::fs;
 
 /// Node 2 is upstream's. Its model keeps leases in files, which stand for the Node objects.
@@ -23,7 +23,7 @@ fn a_node_of_upstreams_takes_part() {
     let conf = UpstreamConf::new(Subnet::new([10, 5, 0, 0].into(), 16));
     let mut upstream = Upstream::new(place, conf);
     upstream.start(&store).unwrap();
-    let mac = upstream.device_mac().unwrap();
+    let mac = upstream.device_mac(Family::V4).unwrap();
     rig.publish(&rig.name(2), "192.168.77.13", &mac);
     let theirs = rig.annotations(2);
     for node in 0..2 {
@@ -38,7 +38,7 @@ fn a_node_of_upstreams_takes_part() {
             "PublicIP": peer.public_ip, "PublicIPv6": null, "BackendType": "vxlan",
             "BackendData": {"VNI": 1, "VtepMAC": peer.mac},
         });
-        store.put(subnet, &lease.to_string()).unwrap();
+        store.put(&subnet.lease_key(), &lease.to_string()).unwrap();
     }
     upstream.add_peers(&store).unwrap();
     for node in 0..3 {
@@ -63,7 +63,7 @@ fn a_node_of_upstreams_takes_part() {
     });
     traffic.lossless();
     assert_eq!(rig.annotations(2), theirs);
-    assert_eq!(upstream.device_mac().unwrap(), mac);
+    assert_eq!(upstream.device_mac(Family::V4).unwrap(), mac);
 
     // Then ours takes its place: the object stays as it is, in every byte.
     let traffic = rig.traffic(2, 0);

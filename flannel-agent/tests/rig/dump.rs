@@ -113,6 +113,20 @@ impl Dump {
         )
     }
 
+    /// The same with every line changed in this way.
+    pub(crate) fn map(&self, change: impl Fn(&str) -> String) -> Dump {
+        let changed = |lines: &Vec<String>| -> Vec<String> {
+            let mut lines: Vec<String> = lines.iter().map(|line| change(line)).collect();
+            lines.sort();
+            lines
+        };
+        let all = self.0.iter();
+        Dump(
+            all.map(|(what, lines)| (what.clone(), changed(lines)))
+                .collect(),
+        )
+    }
+
     /// What these commands said alone.
     pub(crate) fn only(&self, commands: &[&str]) -> Dump {
         let kept = self

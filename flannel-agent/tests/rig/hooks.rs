@@ -9,10 +9,10 @@ use std::{
 };
 
 use aya::programs::{SchedClassifier, TcAttachType};
-use flannel_testkit::{Netns, json::bpftool_json};
+use flannel_testkit::{Family, Netns, json::bpftool_json};
 use serde_json::Value;
 
-use super::{DEVICE, list};
+use super::{VNI, list};
 
 /// A program at a hook.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,6 +42,18 @@ impl Hooks {
         }
     }
 
+    /// Whether the tunnel device has one program, and the uplink one for each of this many overlays.
+    pub(crate) fn of_overlays(&self, overlays: usize) -> Result<(), String> {
+        let named = |all: &[Program], name: &str| all.iter().all(|program| program.name == name);
+        let right = self.to_overlay.len() == 1
+            && self.from_wire.len() == overlays
+            && named(&self.to_overlay, "to_overlay")
+            && named(&self.from_wire, "from_wire");
+        right
+            .then_some(())
+            .ok_or_else(|| format!("not one program of each of {overlays} overlays: {self:?}"))
+    }
+
     /// Whether both are there, attached in this way.
     pub(crate) fn are(&self, attach: &str) -> Result<[u32; 2], String> {
         let ids = self.one_each()?;
@@ -54,27 +66,33 @@ impl Hooks {
     }
 }
 
-fn by_tcx(ns: &Netns) -> Hooks {
+fn by_tcx(ns: &Netns, device: &str) -> Hooks {
     Hooks {
-        to_overlay: tcx(ns, DEVICE, TcAttachType::Egress),
+        to_overlay: tcx(ns, device, TcAttachType::Egress),
         from_wire: tcx(ns, "eth0", TcAttachType::Ingress),
     }
 }
 
-/// What runs at the hooks, whether attached by tcx or by clsact. A device that is missing has no programs.
+/// What runs at the hooks of IPv4's overlay, whether attached by tcx or by clsact. A device that is missing has no programs.
 pub(crate) fn hooks(ns: &Netns) -> Hooks {
+    hooks_of(ns, Family::V4)
+}
+
+/// The same of a family's overlay. The uplink is both families'.
+pub(crate) fn hooks_of(ns: &Netns, family: Family) -> Hooks {
+    let device = &family.device(VNI);
     loop {
-        let mut found = by_tcx(ns);
+        let mut found = by_tcx(ns, device);
         // This bpftool knows nothing of tcx, so nothing is counted twice.
         let net = bpftool_json(ns, &["net"]).expect("bpftool net");
         // A program that moves from the one to the other between the two looks would be seen twice, or not at all.
-        if by_tcx(ns) != found {
+        if by_tcx(ns, device) != found {
             continue;
         }
         let filters = &net[0]["tc"];
         found
             .to_overlay
-            .extend(clsact(filters, DEVICE, "clsact/egress"));
+            .extend(clsact(filters, device, "clsact/egress"));
         found
             .from_wire
             .extend(clsact(filters, "eth0", "clsact/ingress"));
@@ -144,7 +162,7 @@ impl Watch {
 
     /// Watches what is attached by tcx alone, which takes a fraction of the time.
     pub(crate) fn start_tcx(ns: &Netns) -> Watch {
-        Watch::with(ns, by_tcx)
+        Watch::with(ns, |ns| by_tcx(ns, &Family::V4.device(VNI)))
     }
 
     fn with(ns: &Netns, look: fn(&Netns) -> Hooks) -> Watch {

@@ -1,11 +1,14 @@
 //! The agent's maps, read with `bpftool` and taken apart here, by the layouts that `flannel-common` documents.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
-use flannel_testkit::{Subnet, json::ip_json, mac_text};
+use flannel_testkit::{Family, LabOptions, Prefix, Subnet, json::ip_json, mac_text};
 use serde_json::Value;
 
-use super::{DEVICE, Rig, list, text};
+use super::{Rig, list, text};
 
 /// What the map `nodes` has for a peer's subnet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,10 +37,73 @@ pub(crate) struct MapConfig {
 const VALID: u32 = 1;
 const NEXT_HOP: u32 = 2;
 
+/// Where the fields are in an entry of `nodes`, and in `config`.
+struct Layout {
+    /// Outer destination, before the inner link header.
+    public_ip: usize,
+    /// Inner destination and source.
+    inner: usize,
+    /// Interface index, flags, path MTU.
+    words: usize,
+    tunnel_ifindex: usize,
+    own_mac: usize,
+}
+
+const V4: Layout = Layout {
+    public_ip: 30,
+    inner: 50,
+    words: 64,
+    tunnel_ifindex: 20,
+    own_mac: 46,
+};
+const V6: Layout = Layout {
+    public_ip: 38,
+    inner: 70,
+    words: 84,
+    tunnel_ifindex: 48,
+    own_mac: 86,
+};
+
+impl Layout {
+    fn of(family: Family) -> Layout {
+        match family {
+            Family::V4 => V4,
+            Family::V6 => V6,
+        }
+    }
+
+    fn address(&self, family: Family, record: &[u8]) -> IpAddr {
+        let bytes = &record[self.public_ip..];
+        match family {
+            Family::V4 => Ipv4Addr::from(four(bytes, 0)).into(),
+            Family::V6 => Ipv6Addr::from(*bytes.first_chunk().expect("16 bytes")).into(),
+        }
+    }
+}
+
+/// Subnet number `index` of the network of the nodes.
+fn subnet(family: Family, index: u32) -> Prefix {
+    let options = LabOptions::default();
+    match family {
+        Family::V4 => Prefix::from(options.network).subnet(24, index),
+        Family::V6 => options.network_v6.subnet(64, index),
+    }
+}
+
 impl Rig {
-    /// The peers that the maps have.
+    /// The peers that the maps of IPv4 have.
     #[track_caller]
     pub(crate) fn map_peers(&self, node: usize) -> BTreeMap<Subnet, MapPeer> {
+        let peers = self.map_peers_of(node).into_iter();
+        let peers = peers.filter_map(|(prefix, peer)| Some((prefix.as_subnet()?, peer)));
+        peers.collect()
+    }
+
+    /// The peers that the maps have.
+    #[track_caller]
+    pub(crate) fn map_peers_of(&self, node: usize) -> BTreeMap<Prefix, MapPeer> {
+        let family = self.family;
+        let at = Layout::of(family);
         // A node that changes gets another entry, to which its subnet is then pointed.
         let (subnets, nodes) = loop {
             let before = self.map_values(node, "subnets");
@@ -46,28 +112,25 @@ impl Rig {
                 break (before, nodes);
             }
         };
-        let ids = subnets
-            .iter()
-            .zip(0..=u8::MAX)
-            .map(|(value, index)| (index, word(value, 0)));
+        let ids = (0..).zip(subnets.iter().map(|value| word(value, 0)));
         ids.filter(|(_, id)| *id != 0)
             .filter_map(|(index, id)| {
                 let record = nodes.get(id as usize)?;
-                let flags = word(record, 68);
+                let flags = word(record, at.words + 4);
                 if flags & VALID == 0 {
                     return None;
                 }
                 let hop = (flags & NEXT_HOP != 0).then(|| (mac(record, 0), mac(record, 6)));
                 let peer = MapPeer {
                     id,
-                    public_ip: Ipv4Addr::from(four(record, 30)).to_string(),
-                    mac: mac(record, 50),
-                    own_mac: mac(record, 56),
+                    public_ip: at.address(family, record).to_string(),
+                    mac: mac(record, at.inner),
+                    own_mac: mac(record, at.inner + 6),
                     hop,
-                    ifindex: word(record, 64),
-                    path_mtu: word(record, 72),
+                    ifindex: word(record, at.words),
+                    path_mtu: word(record, at.words + 8),
                 };
-                Some((Subnet::new(Ipv4Addr::new(10, 244, index, 0), 24), peer))
+                Some((subnet(family, index), peer))
             })
             .collect()
     }
@@ -76,11 +139,12 @@ impl Rig {
     pub(crate) fn map_config(&self, node: usize) -> MapConfig {
         let values = self.map_values(node, "config");
         let config = &values[0];
+        let at = Layout::of(self.family);
         MapConfig {
             flags: word(config, 4),
-            tunnel_ifindex: word(config, 20),
-            tunnel_mtu: word(config, 24),
-            own_mac: mac(config, 46),
+            tunnel_ifindex: word(config, at.tunnel_ifindex),
+            tunnel_mtu: word(config, at.tunnel_ifindex + 4),
+            own_mac: mac(config, at.own_mac),
         }
     }
 
@@ -117,7 +181,7 @@ impl Rig {
 
     /// Whether the maps have exactly what the leases and the kernel say; else what is wrong.
     pub(crate) fn maps_whole(&self, node: usize) -> Result<(), String> {
-        let link = flannel_testkit::json::link(self.ns(node), DEVICE)
+        let link = flannel_testkit::json::link(self.ns(node), &self.device())
             .map_err(|error| format!("{error:#}"))?;
         let own = self.lease(node);
         let config = self.map_config(node);
@@ -138,9 +202,9 @@ impl Rig {
         }
         let uplink = flannel_testkit::json::link(self.ns(node), "eth0")
             .map_err(|error| format!("{error:#}"))?;
-        let peers = self.map_peers(node);
-        let mut leases = self.leases();
-        leases.remove(&self.node(node).subnet);
+        let peers = self.map_peers_of(node);
+        let mut leases = self.leases_of(self.family);
+        leases.remove(&self.node(node).subnet_of(self.family));
         if peers.keys().ne(leases.keys()) {
             return Err(format!("the maps have {peers:?}, wanted {leases:?}"));
         }

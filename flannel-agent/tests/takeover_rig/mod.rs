@@ -1,43 +1,41 @@
 //! Clusters of nodes in upstream's state, agents of ours that come and go on them, and traffic that must not notice.
 
-#![allow(dead_code, reason = "every test binary uses a part of it")]
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "every test binary uses a part of it"
+)]
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    net::Ipv4Addr,
-    path::PathBuf,
-    process::{Child, Stdio},
-    time::Duration,
-};
+mod watch;
 
+use std::{collections::BTreeMap, fs, net::Ipv4Addr, path::PathBuf, time::Duration};
+
+use flannel_core::mark::Overlay;
 use flannel_testkit::{
-    AgentProcess, Etcd, EtcdVersion, Lab, LabOptions, Netns, Pod, Subnet, Upstream, eventually,
-    json, process,
-    traffic::{FloodPing, TcpFlow, UdpFlow},
+    AgentProcess, Etcd, EtcdVersion, Families, Family, Lab, LabOptions, Netns, Pod, Prefix, Subnet,
+    Upstream, eventually, json,
     upstream::{LeaseStore, UpstreamConf},
 };
 
-use crate::rig::{PATIENCE, agent_binary, dump::Dump, hooks::hooks, list, per_cpu};
+use crate::rig::{
+    PATIENCE, agent_binary,
+    dump::Dump,
+    hooks::{Hooks, hooks_of},
+    list, per_cpu,
+};
+
+pub(crate) use watch::{Monitor, Traffic};
 
 /// Host number of etcd on the underlay.
 const ETCD_HOST: u8 = 200;
-/// 1 kHz.
-const EVERY: Duration = Duration::from_millis(1);
-/// The longest time for which a TCP stream may stand still.
-const STALL: Duration = Duration::from_secs(1);
-/// What a stream sends, in bytes a second: less than overflows a queue on its way.
-const RATE: u32 = 5_000_000;
-/// Payload in bytes of a datagram that fills a packet.
-const DATAGRAM: usize = 1300;
-
 /// What a node must look like whoever runs on it. Programs, qdiscs and filters are what we add.
-const KERNEL: [&str; 8] = [
+const KERNEL: [&str; 9] = [
     "ip -j -d link show",
     "ip -j -d addr show",
     "ip -j -d route show table all",
     "ip -j -6 route show table all",
     "ip -j rule show",
+    "ip -j -6 rule show",
     "ip -j neigh show nud permanent",
     "bridge -j -d fdb show",
     "ip_forward",
@@ -60,8 +58,22 @@ pub(crate) fn conf() -> UpstreamConf {
     UpstreamConf::new(Subnet::new(Ipv4Addr::new(10, 5, 0, 0), 16))
 }
 
-/// Index and MAC of the device, stored leases, `subnet.env`.
-pub(crate) type Identity = (u32, String, BTreeMap<String, String>, String);
+/// The same with fd05::/48, as there, besides or alone.
+pub(crate) fn conf_of(families: impl Into<Families>) -> UpstreamConf {
+    let families = families.into();
+    UpstreamConf { families, ..conf() }
+}
+
+/// What peers and tools know a node by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// Index and MAC address of each family's device.
+    pub(crate) devices: Vec<(u32, String)>,
+    /// The stored leases byte for byte.
+    pub(crate) leases: BTreeMap<String, String>,
+    /// `subnet.env`; with IPv6 without the MTU, which upstream has otherwise.
+    pub(crate) env: String,
+}
 
 /// Nodes that upstream runs on, with a pod each.
 pub(crate) struct Cluster {
@@ -91,7 +103,9 @@ impl Cluster {
     pub(crate) fn new(kind: StoreKind, confs: &[UpstreamConf], mtu: u32) -> Cluster {
         let lab = Lab::new(LabOptions {
             nodes: u8::try_from(confs.len()).expect("few nodes"),
+            families: confs[0].families,
             network: confs[0].network,
+            network_v6: confs[0].network_v6,
             mtu,
             ..LabOptions::default()
         })
@@ -143,8 +157,13 @@ impl Cluster {
         &self.nodes[node].ns
     }
 
-    pub(crate) fn device(&self) -> String {
-        self.nodes[0].conf.device()
+    pub(crate) fn device(&self, family: Family) -> String {
+        self.nodes[0].conf.device(family)
+    }
+
+    /// The families of the cluster, IPv4 first.
+    pub(crate) fn families(&self) -> Vec<Family> {
+        self.nodes[0].conf.families.list()
     }
 
     /// Starts upstream on a node: the first time, or again. Returns why it replaced the device, if it did.
@@ -170,8 +189,11 @@ impl Cluster {
             .subnet_env(node, "FLANNEL_MTU")
             .parse()
             .expect("FLANNEL_MTU");
-        let subnet = self.nodes[node].subnet;
-        let pod = self.lab.node(node).add_pod(subnet, 2, mtu).expect("a pod");
+        let place = &self.nodes[node];
+        let families = self.families().into_iter();
+        let subnets: Vec<Prefix> = families.map(|family| place.subnet_of(family)).collect();
+        let pod = self.lab.node(node).add_pod_in(&subnets, 2, mtu);
+        let pod = pod.expect("a pod");
         assert_eq!(self.pods.len(), node, "one pod a node, in order");
         self.pods.push(pod);
     }
@@ -185,7 +207,7 @@ impl Cluster {
         };
         let common = [
             store,
-            format!("--iface={}", place.public_ip),
+            format!("--iface={}", place.address(self.families()[0])),
             format!("--subnet-file={}", place.subnet_file.display()),
             format!("--ip-masq={}", place.conf.ip_masq),
         ];
@@ -203,11 +225,20 @@ impl Cluster {
     pub(crate) fn take_over(&mut self, node: usize, flags: &[&str]) {
         self.start_agent(node, flags);
         self.wait_log(node, "flannel is ready");
-        // On a node that nobody ran on it has drawn one.
-        self.nodes[node].subnet = self
-            .subnet_env(node, "FLANNEL_SUBNET")
-            .parse()
-            .expect("FLANNEL_SUBNET");
+        // On a node that nobody ran on it has drawn them.
+        for family in self.families() {
+            let name = match family {
+                Family::V4 => "FLANNEL_SUBNET",
+                Family::V6 => "FLANNEL_IPV6_SUBNET",
+            };
+            let subnet = self.subnet_env(node, name).parse().expect(name);
+            self.nodes[node].set_subnet(subnet);
+        }
+        let conf = self.nodes[node].conf;
+        // Upstream takes 50 off whatever the family.
+        if conf.mtu == 1500 && conf.families.has(Family::V6) {
+            assert_eq!(self.subnet_env(node, "FLANNEL_MTU"), "1430");
+        }
     }
 
     /// A value of the node's `subnet.env`.
@@ -258,38 +289,64 @@ impl Cluster {
                 .map(|line| line.split(" [").next().unwrap_or(line).to_owned())
                 .collect()
         };
+        let mut dump = Dump::of(ns).only(&KERNEL).without(&[HEADROOM]);
+        if self.nodes[node].conf.families == Families::Dual {
+            dump = dump.map(one_mtu);
+        }
         Kernel {
-            dump: Dump::of(ns).only(&KERNEL).without(&[HEADROOM]),
+            dump,
             // Without counters, in their order.
-            iptables: rules("iptables-save"),
+            iptables: [rules("iptables-save"), rules("ip6tables-save")],
             nftables: rules("nft --stateless list ruleset"),
         }
     }
 
-    /// What peers and tools know a node by: index and MAC of the device, the stored leases byte for byte, `subnet.env`.
     pub(crate) fn identity(&self, node: usize) -> Identity {
         let upstream = &self.nodes[node];
-        let env = fs::read_to_string(&upstream.subnet_file).expect("subnet.env");
-        (
-            upstream.ns.ifindex(&self.device()).expect("the device"),
-            upstream.device_mac().expect("its MAC"),
-            self.store().stored().expect("the leases"),
+        let mut env = fs::read_to_string(&upstream.subnet_file).expect("subnet.env");
+        if upstream.conf.families.has(Family::V6) {
+            let lines = env.lines().filter(|line| !line.starts_with("FLANNEL_MTU="));
+            env = lines.collect::<Vec<_>>().join("\n");
+        }
+        let devices = self.families().into_iter().map(|family| {
+            let index = upstream.ns.ifindex(&self.device(family));
+            let mac = upstream.device_mac(family);
+            (index.expect("the device"), mac.expect("its MAC"))
+        });
+        Identity {
+            devices: devices.collect(),
+            leases: self.store().stored().expect("the leases"),
             env,
-        )
+        }
     }
 
-    /// Whether our two programs run on a node, one at each hook.
+    /// Whether our two programs of each family run on a node, one at each hook.
     pub(crate) fn programs(&self, node: usize) -> Result<(), String> {
-        hooks(self.ns(node)).one_each().map(drop)
+        let families = self.families();
+        families
+            .iter()
+            .try_for_each(|family| hooks_of(self.ns(node), *family).of_overlays(families.len()))
     }
 
-    /// Packets that eBPF has carried both ways, through the stack or around it.
-    pub(crate) fn carried(&self, node: usize) -> [u64; 2] {
+    /// Fails if a program runs at a hook of ours.
+    #[track_caller]
+    pub(crate) fn no_programs(&self, node: usize) {
+        for family in self.families() {
+            assert_eq!(hooks_of(self.ns(node), family), Hooks::default());
+        }
+    }
+
+    /// Packets of a family that eBPF has carried both ways, through the stack or around it.
+    pub(crate) fn carried(&self, node: usize, family: Family) -> [u64; 2] {
         let cookie = self.ns(node).cookie().expect("cookie");
         let vni = self.nodes[node].conf.vni.try_into().expect("a VNI");
+        let overlay = match family {
+            Family::V4 => Overlay::v4(vni),
+            Family::V6 => Overlay::v6(vni),
+        };
         let pin = format!(
             "{}/maps-v{}/counters",
-            flannel_core::mark::instance_path(cookie, vni),
+            overlay.path(cookie),
             flannel_common::LAYOUT_VERSION
         );
         let dump = json::bpftool_json(self.ns(node), &["map", "dump", "pinned", &pin])
@@ -298,35 +355,45 @@ impl Cluster {
         [packets(0) + packets(2), packets(1) + packets(3)]
     }
 
-    /// Packets that the kernel's device has sent and received.
-    pub(crate) fn by_kernel(&self, node: usize) -> [u64; 2] {
-        let link = json::link(self.ns(node), &self.device()).expect("the device");
+    /// Packets that the kernel's device of a family has sent and received.
+    pub(crate) fn by_kernel(&self, node: usize, family: Family) -> [u64; 2] {
+        let link = json::link(self.ns(node), &self.device(family)).expect("the device");
         ["tx", "rx"].map(|way| link["stats64"][way]["packets"].as_u64().expect("packets"))
     }
 
-    /// Waits until `counter` has grown by this many in both directions.
+    /// Waits until `counter` has grown by this many in both directions, of every family.
     #[track_caller]
-    pub(crate) fn wait_grown(&self, what: &str, by: u64, counter: impl Fn(&Cluster) -> [u64; 2]) {
-        let before = counter(self);
-        eventually(PATIENCE, what, || {
-            let now = counter(self);
-            let grown = now[0] >= before[0] + by && now[1] >= before[1] + by;
-            grown
-                .then_some(())
-                .ok_or_else(|| format!("{now:?}, it was {before:?}"))
-        });
+    pub(crate) fn wait_grown(
+        &self,
+        what: &str,
+        by: u64,
+        counter: impl Fn(&Cluster, Family) -> [u64; 2],
+    ) {
+        for family in self.families() {
+            let before = counter(self, family);
+            eventually(PATIENCE, &format!("{what}: {family}"), || {
+                let now = counter(self, family);
+                let grown = now[0] >= before[0] + by && now[1] >= before[1] + by;
+                grown
+                    .then_some(())
+                    .ok_or_else(|| format!("{now:?}, it was {before:?}"))
+            });
+        }
     }
 
-    /// Waits until every pod reaches every other.
+    /// Waits until every pod reaches every other, over every family.
     #[track_caller]
     pub(crate) fn wait_all_pairs(&self) {
         for (from, to) in self.pairs() {
-            let (from, to) = (&self.pods[from], &self.pods[to]);
-            let what = format!("{} reaches {}", from.name, to.name);
-            eventually(PATIENCE, &what, || {
-                flannel_testkit::traffic::ping_once(&from.ns, to.ip, Duration::from_millis(500))
-                    .map_err(|error| format!("{error:#}"))
-            });
+            for family in self.families() {
+                let (from, to) = (&self.pods[from], &self.pods[to]);
+                let what = format!("{} reaches {} over {family}", from.name, to.name);
+                let (ip, limit) = (to.address(family), Duration::from_millis(500));
+                eventually(PATIENCE, &what, || {
+                    flannel_testkit::traffic::ping_once(&from.ns, ip, limit)
+                        .map_err(|error| format!("{error:#}"))
+                });
+            }
         }
     }
 
@@ -343,7 +410,8 @@ impl Cluster {
 /// What upstream leaves in the kernel of a node.
 pub(crate) struct Kernel {
     dump: Dump,
-    iptables: Vec<String>,
+    /// Of IPv4 and of IPv6.
+    iptables: [Vec<String>; 2],
     nftables: Vec<String>,
 }
 
@@ -357,6 +425,15 @@ impl Kernel {
     }
 }
 
+/// With both families ours gives both devices the MTU that packets of IPv6 leave, and upstream does not: its IPv4 device has 20 more.
+/// Started again, it keeps what it finds.
+fn one_mtu(line: &str) -> String {
+    if line.contains(r#""ifname":"flannel.1""#) {
+        return line.replace(r#""mtu":1450"#, r#""mtu":1430"#);
+    }
+    line.to_owned()
+}
+
 impl Drop for Cluster {
     fn drop(&mut self) {
         if std::thread::panicking() {
@@ -367,93 +444,12 @@ impl Drop for Cluster {
     }
 }
 
-/// ICMP both ways, TCP and UDP between the pods of node 0 and node 1.
-pub(crate) struct Traffic {
-    pings: [FloodPing; 2],
-    tcp: TcpFlow,
-    udp: [UdpFlow; 2],
-}
-
-impl Traffic {
-    pub(crate) fn start(cluster: &Cluster) -> Traffic {
-        let (a, b) = (&cluster.pods[0], &cluster.pods[1]);
-        let ping = |from: &Pod, to: &Pod| FloodPing::start(&from.ns, to.ip, EVERY).expect("ping");
-        let udp = |from: &Pod, to: &Pod| {
-            UdpFlow::start(&to.ns, to.ip, &from.ns, 2 * EVERY, DATAGRAM).expect("UDP")
-        };
-        Traffic {
-            pings: [ping(a, b), ping(b, a)],
-            tcp: TcpFlow::start_paced(&b.ns, b.ip, &a.ns, RATE).expect("TCP"),
-            udp: [udp(a, b), udp(b, a)],
-        }
-    }
-
-    /// Nothing was lost, nothing stood still.
-    #[track_caller]
-    pub(crate) fn assert_untouched(self) {
-        let tcp = self.tcp.stop().expect("the TCP stream");
-        for udp in self.udp {
-            let udp = udp.stop().expect("the UDP stream");
-            assert!(
-                udp.sent > 100 && udp.lost.is_empty() && udp.refused == 0,
-                "{udp:?}"
-            );
-        }
-        for ping in self.pings {
-            let ping = ping.stop().expect("the pings");
-            assert!(ping.sent > 100 && ping.lost == 0, "{ping:?}");
-        }
-        assert!(tcp.longest_stall <= STALL, "{tcp:?}");
-    }
-}
-
-/// What the kernel tells of the changes to a node: nothing of the overlay may go, not even to come back.
-pub(crate) struct Monitor {
-    child: Child,
-    file: PathBuf,
-}
-
-impl Monitor {
-    pub(crate) fn start(cluster: &Cluster, node: usize) -> Monitor {
-        let file = cluster.lab.node(node).run_dir.join("monitor");
-        let out = File::create(&file).expect("a file");
-        let child = cluster
-            .ns(node)
-            .command("ip")
-            .args(["monitor", "link", "address", "route"])
-            .stdin(Stdio::null())
-            .stdout(out)
-            .spawn()
-            .expect("ip monitor");
-        // It listens as soon as it tells of a change.
-        let ns = cluster.ns(node);
-        eventually(PATIENCE, "ip monitor listens", || {
-            ns.ip("link set lo alias probe")
-                .map_err(|error| error.to_string())?;
-            let len = fs::metadata(&file).map_or(0, |meta| meta.len());
-            (len > 0).then_some(()).ok_or("nothing yet".to_owned())
-        });
-        ns.exec(["ip", "link", "set", "lo", "alias", ""])
-            .expect("take the alias away");
-        Monitor { child, file }
-    }
-
-    /// The lines that tell of something removed.
-    pub(crate) fn stop(mut self) -> Vec<String> {
-        process::kill_and_reap(&mut self.child);
-        let text = fs::read_to_string(&self.file).expect("what ip monitor said");
-        text.lines()
-            .filter(|line| line.starts_with("Deleted"))
-            .map(str::to_owned)
-            .collect()
-    }
-}
-
 /// The permanent entries of a node that name an address or MAC: routes, neighbours, forwarding entries.
 pub(crate) fn traces(ns: &Netns, words: &[&str]) -> Vec<String> {
     let mut found = Vec::new();
     for command in [
         "ip -j route show",
+        "ip -j -6 route show",
         "ip -j neigh show nud permanent",
         "bridge -j fdb show",
     ] {

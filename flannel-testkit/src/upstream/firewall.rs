@@ -1,6 +1,7 @@
 //! Upstream's rules, and how a start of upstream puts them there.
 
 use super::{Release, Upstream};
+use crate::family::Family;
 
 /// `EnableNFTables`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,10 +36,13 @@ impl Firewall {
     pub(super) fn start(self, node: &Upstream) -> anyhow::Result<()> {
         match (self, node.conf.release) {
             (Firewall::Nftables, _) => {
-                let saved = node.ns.exec(["iptables-save"])?;
-                if saved.contains(MASQUERADE.name) {
-                    // The jump is still there, so that the chain cannot be deleted: only its rules go.
-                    iptables(node, &["-t", "nat", "-F", MASQUERADE.name])?;
+                // Of both families, whichever are on.
+                for family in Family::ALL {
+                    let saved = node.ns.exec([format!("{}-save", program(family))])?;
+                    if saved.contains(MASQUERADE.name) {
+                        // The jump is still there, so that the chain cannot be deleted: only its rules go.
+                        iptables(node, family, &["-t", "nat", "-F", MASQUERADE.name])?;
+                    }
                 }
                 let file = node.scratch("upstream.nft", &ruleset(node))?;
                 node.ns.exec(["nft", "-f", &file]).map(drop)
@@ -60,28 +64,55 @@ impl Firewall {
     }
 }
 
-fn iptables(node: &Upstream, words: &[&str]) -> anyhow::Result<String> {
-    node.ns.exec(["iptables", "--wait"].iter().chain(words))
+/// What sets a family's rules.
+fn program(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "iptables",
+        Family::V6 => "ip6tables",
+    }
+}
+
+fn multicast(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "224.0.0.0/4",
+        Family::V6 => "ff00::/8",
+    }
+}
+
+fn iptables(node: &Upstream, family: Family, words: &[&str]) -> anyhow::Result<String> {
+    node.ns
+        .exec([program(family), "--wait"].iter().chain(words))
 }
 
 /// Rules in chains of upstream's own: the chain is made or flushed, then one restore without flushing moves the jump to the end and
 /// adds the rules.
 fn chains(node: &Upstream) -> anyhow::Result<()> {
+    let families = node.conf.families.list();
     if node.conf.ip_masq {
-        bootstrap(node, &MASQUERADE, &masquerade(node))?;
+        for family in &families {
+            bootstrap(node, *family, &MASQUERADE, &masquerade(node, *family))?;
+        }
     }
-    bootstrap(node, &FORWARD, &forward(node))
+    for family in families {
+        bootstrap(node, family, &FORWARD, &forward(node, family))?;
+    }
+    Ok(())
 }
 
-fn bootstrap(node: &Upstream, chain: &Chain, rules: &[String]) -> anyhow::Result<()> {
+fn bootstrap(
+    node: &Upstream,
+    family: Family,
+    chain: &Chain,
+    rules: &[String],
+) -> anyhow::Result<()> {
     let Chain {
         table,
         hook,
         name,
         comment,
     } = chain;
-    if iptables(node, &["-t", table, "-N", name]).is_err() {
-        iptables(node, &["-t", table, "-F", name])?;
+    if iptables(node, family, &["-t", table, "-N", name]).is_err() {
+        iptables(node, family, &["-t", table, "-F", name])?;
     }
     let jump = format!("{hook} -m comment --comment \"{comment}\" -j {name}");
     let check = [
@@ -97,7 +128,7 @@ fn bootstrap(node: &Upstream, chain: &Chain, rules: &[String]) -> anyhow::Result
         name,
     ];
     let mut lines = vec![format!("*{table}")];
-    if iptables(node, &check).is_ok() {
+    if iptables(node, family, &check).is_ok() {
         lines.push(format!("-D {jump}"));
     }
     lines.push(format!("-A {jump}"));
@@ -107,25 +138,27 @@ fn bootstrap(node: &Upstream, chain: &Chain, rules: &[String]) -> anyhow::Result
     }));
     lines.push("COMMIT\n".to_owned());
     let file = node.scratch("upstream.rules", &lines.join("\n"))?;
+    let restore = format!("{}-restore", program(family));
     node.ns
-        .exec(["iptables-restore", "--wait", "--noflush", &file])
+        .exec([&restore, "--wait", "--noflush", &file])
         .map(drop)
 }
 
-fn masquerade(node: &Upstream) -> [String; 6] {
-    let (net, own) = (node.conf.network, node.subnet);
+fn masquerade(node: &Upstream, family: Family) -> [String; 6] {
+    let (net, own) = (node.conf.network_of(family), node.subnet_of(family));
+    let multicast = multicast(family);
     [
         "-m mark --mark 0x4000/0x4000 -j RETURN".to_owned(),
         format!("-s {own} -d {net} -j RETURN"),
         format!("-s {net} -d {own} -j RETURN"),
         format!("! -s {net} -d {own} -j RETURN"),
-        format!("-s {net} ! -d 224.0.0.0/4 -j MASQUERADE --random-fully"),
+        format!("-s {net} ! -d {multicast} -j MASQUERADE --random-fully"),
         format!("! -s {net} -d {net} -j MASQUERADE --random-fully"),
     ]
 }
 
-fn forward(node: &Upstream) -> [String; 2] {
-    let net = node.conf.network;
+fn forward(node: &Upstream, family: Family) -> [String; 2] {
+    let net = node.conf.network_of(family);
     [format!("-s {net} -j ACCEPT"), format!("-d {net} -j ACCEPT")]
 }
 
@@ -138,7 +171,7 @@ fn plain(node: &Upstream) -> anyhow::Result<()> {
         format!("! -s {net} -d {own} -j RETURN"),
         format!("! -s {net} -d {net} -j MASQUERADE --random-fully"),
     ];
-    let forward = forward(node);
+    let forward = forward(node, Family::V4);
     let sets = [
         ("nat", "POSTROUTING", &masquerade[..]),
         ("filter", "FORWARD", &forward[..]),
@@ -153,7 +186,7 @@ fn plain(node: &Upstream) -> anyhow::Result<()> {
                     .into_iter()
                     .chain(rule.split(' '))
                     .collect();
-                let done = iptables(node, &words);
+                let done = iptables(node, Family::V4, &words);
                 if action == "-A" {
                     done?;
                 }
@@ -163,14 +196,30 @@ fn plain(node: &Upstream) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One transaction that makes the chains, flushes them and fills them. The IPv6 table is made too, and stays empty.
+/// One transaction a family that makes the chains, flushes them and fills them. Both tables are made; that of a family that is off
+/// stays empty.
 fn ruleset(node: &Upstream) -> String {
-    let (net, own) = (node.conf.network, node.subnet);
-    let table = "ip flannel-ipv4";
-    let mut lines = vec![
-        format!("add table {table} {{ comment \"rules for flannel-ipv4\"; }}"),
-        "add table ip6 flannel-ipv6 { comment \"rules for flannel-ipv6\"; }".to_owned(),
-    ];
+    let mut lines = Vec::new();
+    for family in Family::ALL {
+        let (table, comment) = match family {
+            Family::V4 => ("ip flannel-ipv4", "rules for flannel-ipv4"),
+            Family::V6 => ("ip6 flannel-ipv6", "rules for flannel-ipv6"),
+        };
+        lines.push(format!("add table {table} {{ comment \"{comment}\"; }}"));
+        if node.conf.families.has(family) {
+            lines.extend(table_rules(node, family, table));
+        }
+    }
+    lines.join("\n") + "\n"
+}
+
+fn table_rules(node: &Upstream, family: Family, table: &str) -> Vec<String> {
+    let (net, own) = (node.conf.network_of(family), node.subnet_of(family));
+    let (ip, multicast) = match family {
+        Family::V4 => ("ip", multicast(family)),
+        Family::V6 => ("ip6", multicast(family)),
+    };
+    let mut lines = Vec::new();
     let mut chain = |name: &str, comment: &str, hook: &str, rules: &[String]| {
         lines.push(format!(
             "add chain {table} {name} {{ comment \"{comment}\"; type {hook}; policy accept; }}"
@@ -182,11 +231,11 @@ fn ruleset(node: &Upstream) -> String {
     if node.conf.ip_masq {
         let rules = [
             "meta mark 0x00004000 return".to_owned(),
-            format!("ip saddr {own} ip daddr {net} return"),
-            format!("ip saddr {net} ip daddr {own} return"),
-            format!("ip saddr != {own} ip daddr {net} return"),
-            format!("ip saddr {net} ip daddr != 224.0.0.0/4 masquerade fully-random"),
-            format!("ip saddr != {net} ip daddr {net} masquerade fully-random"),
+            format!("{ip} saddr {own} {ip} daddr {net} return"),
+            format!("{ip} saddr {net} {ip} daddr {own} return"),
+            format!("{ip} saddr != {own} {ip} daddr {net} return"),
+            format!("{ip} saddr {net} {ip} daddr != {multicast} masquerade fully-random"),
+            format!("{ip} saddr != {net} {ip} daddr {net} masquerade fully-random"),
         ];
         let comment = "chain to manage traffic masquerading by flannel";
         chain(
@@ -197,8 +246,8 @@ fn ruleset(node: &Upstream) -> String {
         );
     }
     let rules = [
-        format!("ip saddr {net} accept"),
-        format!("ip daddr {net} accept"),
+        format!("{ip} saddr {net} accept"),
+        format!("{ip} daddr {net} accept"),
     ];
     let comment = "chain to accept flannel traffic";
     chain(
@@ -207,5 +256,5 @@ fn ruleset(node: &Upstream) -> String {
         "filter hook forward priority filter",
         &rules,
     );
-    lines.join("\n") + "\n"
+    lines
 }

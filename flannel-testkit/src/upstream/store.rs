@@ -1,7 +1,7 @@
 //! Where the leases of upstream's nodes are.
 
 use crate::etcd::Etcd;
-use crate::subnet::Subnet;
+use crate::family::Prefix;
 use anyhow::Context as _;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -27,20 +27,20 @@ impl LeaseStore<'_> {
         }
     }
 
-    /// Writes a lease as upstream does: with a new etcd lease of 24 hours, whatever was there.
-    pub fn put(&self, subnet: Subnet, text: &str) -> anyhow::Result<()> {
+    /// Writes a lease as upstream does, under the last part of its key: with a new etcd lease of 24 hours, whatever was there.
+    pub fn put(&self, key: &str, text: &str) -> anyhow::Result<()> {
         match self {
             LeaseStore::Etcd(etcd) => {
                 let said = etcd.etcdctl(&["lease", "grant", "86400"])?;
                 let id = said.split(' ').nth(1).context("no id of a lease")?;
-                let key = format!("{PREFIX}/subnets/{}", subnet.lease_key());
+                let key = format!("{PREFIX}/subnets/{key}");
                 let lease = format!("--lease={id}");
                 etcd.etcdctl(&["put", &lease, "--", &key, text]).map(drop)
             }
             LeaseStore::Dir(dir) => {
                 let dir = dir.join("subnets");
                 fs::create_dir_all(&dir)?;
-                replace(&dir.join(subnet.lease_key()), text)
+                replace(&dir.join(key), text)
             }
         }
     }
@@ -71,12 +71,15 @@ impl LeaseStore<'_> {
         }
     }
 
-    /// The leases by subnet.
-    pub fn leases(&self) -> anyhow::Result<BTreeMap<Subnet, Value>> {
+    /// The leases, with the subnets that their keys name: one, or one of each family, IPv4 first.
+    pub fn leases(&self) -> anyhow::Result<Vec<(Vec<Prefix>, Value)>> {
         let stored = self.stored()?;
         let leases = stored.iter().map(|(key, text)| {
-            let subnet = key.replacen('-', "/", 1).parse()?;
-            Ok((subnet, serde_json::from_str(text)?))
+            // Without IPv4 its part of the key is 0.0.0.0-0.
+            let parts = key.split('&').map(|part| part.replacen('-', "/", 1));
+            let parts = parts.filter(|part| part != "0.0.0.0/0");
+            let subnets = parts.map(|part| part.parse()).collect::<Result<_, _>>()?;
+            Ok((subnets, serde_json::from_str(text)?))
         });
         leases.collect()
     }
