@@ -60,7 +60,7 @@ pub async fn run(args: &Args, cancel: CancellationToken) -> Result<(), StartErro
     if let Some(address) = args.serving.healthz() {
         health::serve(address, board.clone(), cancel.clone());
     }
-    let metrics = Metrics::default();
+    let metrics = Metrics::new(args.serving.metrics_peers);
     if let Some(address) = args.serving.metrics_addr {
         metrics::serve(address, metrics.clone(), board.clone(), cancel.clone());
     }

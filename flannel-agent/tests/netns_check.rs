@@ -6,6 +6,8 @@ mod families;
 mod faults;
 #[path = "netns_check/firewall.rs"]
 mod firewall;
+#[path = "netns_check/firewall_v6.rs"]
+mod firewall_v6;
 #[path = "netns_check/node.rs"]
 mod node;
 #[path = "netns_check/port.rs"]

@@ -88,9 +88,13 @@ pub(crate) async fn run(given: &Args, reach: Reach) -> Result<Report, NetlinkErr
     }
     overlay.bridge.clone_from(&survey.bridge);
     let mut seen = Observations {
-        node: node::look(&args, known.agent.pid).await,
+        node: node::look(&args, known.agent.pid, first).await,
         sockets: sockets::look(&survey, &overlay.name, &mark::headroom_name(vni)),
-        rules: rules().await,
+        rules: rules(first).await,
+        rules_v6: match families.as_slice() {
+            [_, second, ..] => Some(rules(*second).await),
+            _ => None,
+        },
         agent: known.agent,
         network,
         store,
@@ -170,15 +174,19 @@ fn agent(args: &Args, state: Option<&State>, running: Option<&State>) -> Agent {
     }
 }
 
-async fn rules() -> Rules {
-    let listed = fastpath::rules::list(Family::V4).await;
+async fn rules(family: Family) -> Rules {
+    let listed = fastpath::rules::list(family).await;
     let mut managers = Vec::new();
     let everything: String = [&listed.legacy, &listed.compat, &listed.nft]
         .into_iter()
         .flatten()
         .map(String::as_str)
         .collect();
-    if everything.contains("ufw-before-input") {
+    let of_ufw = match family {
+        Family::V4 => "ufw-before-input",
+        Family::V6 => "ufw6-before-input",
+    };
+    if everything.contains(of_ufw) {
         managers.push("ufw");
     }
     if everything.contains("\"firewalld\"") || everything.contains("INPUT_ZONES") {

@@ -8,7 +8,7 @@ use std::{
 
 use aya::{programs::ProgramType, sys::is_program_supported};
 use flannel_core::{
-    addr::Vni,
+    addr::{Family, Vni},
     check::{
         Bpffs, Capabilities, Clock, Manager, Node, Observations, Reverse, ReverseFilter, Vxlan,
         Wants,
@@ -34,8 +34,12 @@ use crate::{
 const IPV4: &str = "/proc/sys/net/ipv4";
 
 /// Looks. `agent` is the running daemon, whose privileges count more than ours.
-pub(super) async fn look(args: &Args, agent: Option<u32>) -> Node {
+pub(super) async fn look(args: &Args, agent: Option<u32>, family: Family) -> Node {
     let host = kernel_modules::host(Feature::Vxlan);
+    let bridge_nf = match family {
+        Family::V4 => "/proc/sys/net/bridge/bridge-nf-call-iptables",
+        Family::V6 => "/proc/sys/net/bridge/bridge-nf-call-ip6tables",
+    };
     Node {
         btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
         capabilities: capabilities(agent),
@@ -50,7 +54,7 @@ pub(super) async fn look(args: &Args, agent: Option<u32>) -> Node {
         vxlan: vxlan(&host).await,
         ip_forward: setting(&format!("{IPV4}/ip_forward")).map(|value| value != 0),
         forwarding_v6: setting("/proc/sys/net/ipv6/conf/all/forwarding").map(|value| value != 0),
-        bridge_nf: setting("/proc/sys/net/bridge/bridge-nf-call-iptables").map(|value| value != 0),
+        bridge_nf: setting(bridge_nf).map(|value| value != 0),
         reverse: Reverse::default(),
         clock: clock(args),
         managers: managers(),

@@ -4,6 +4,7 @@
 
 mod labels;
 mod node;
+mod peers;
 mod process;
 mod scrape;
 
@@ -41,6 +42,8 @@ pub(crate) struct Metrics(Arc<Counted>);
 
 #[derive(Debug)]
 struct Counted {
+    /// Whether figures of each peer are wanted.
+    peers: bool,
     looks: Family<Look, Counter>,
     duration: Histogram,
     changes: Family<Change, Counter>,
@@ -75,9 +78,11 @@ struct MapUse {
     capacity: Option<u64>,
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
+impl Metrics {
+    /// Nothing counted yet; `peers` asks for figures of each peer.
+    pub(crate) fn new(peers: bool) -> Self {
         Self(Arc::new(Counted {
+            peers,
             looks: Family::default(),
             // From half a millisecond to sixteen seconds.
             duration: Histogram::new(exponential_buckets(0.0005, 2.0, 16)),
@@ -85,9 +90,7 @@ impl Default for Metrics {
             known: Mutex::default(),
         }))
     }
-}
 
-impl Metrics {
     /// The loop has looked at the node.
     pub(crate) fn looked(&self, scope: Scope, took: Duration) {
         self.0.looks.get_or_create(&Look { scope }).inc();
@@ -123,6 +126,10 @@ impl Metrics {
     /// The node of a backend without eBPF.
     pub(crate) fn know_bare(&self, peers: usize, state: &Bare) {
         self.lock().bare = Some((peers, state.clone()));
+    }
+
+    fn of_each_peer(&self) -> bool {
+        self.0.peers
     }
 
     fn known(&self) -> Known {

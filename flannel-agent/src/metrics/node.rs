@@ -16,7 +16,7 @@ use prometheus_client::{
     metrics::MetricType,
 };
 
-use super::{Known, Metrics, Overlay, PREFIX, XDP};
+use super::{Known, Metrics, Overlay, PREFIX, XDP, peers};
 use crate::{
     dataplane::bpf::{self, Instance, Totals},
     health::{Board, Part},
@@ -30,7 +30,7 @@ pub(super) struct Node {
     pub(super) board: Board,
 }
 
-type Label<'a> = [(&'a str, &'a str)];
+pub(super) type Label<'a> = [(&'a str, &'a str)];
 
 /// An overlay at the moment of a scrape.
 struct Shown {
@@ -87,6 +87,9 @@ impl Collector for Node {
         self.readiness(to, overlays.len() > 1)?;
         if let Some((peers, state)) = bare {
             without_bpf(to, peers, &state)?;
+            if self.metrics.of_each_peer() {
+                peers::encode(to, &peers::read(&state))?;
+            }
         } else if overlays.is_empty() {
             gauge(to, &named("peers"), PEERS, 0.0)?;
         } else {
@@ -118,7 +121,7 @@ impl Node {
     }
 }
 
-fn named(name: &str) -> String {
+pub(super) fn named(name: &str) -> String {
     format!("{PREFIX}_{name}")
 }
 
@@ -361,7 +364,7 @@ fn packets(to: &mut DescriptorEncoder<'_>, overlays: &[Shown]) -> fmt::Result {
     Ok(())
 }
 
-fn count(family: &mut MetricEncoder<'_>, labels: &Label<'_>, value: u64) -> fmt::Result {
+pub(super) fn count(family: &mut MetricEncoder<'_>, labels: &Label<'_>, value: u64) -> fmt::Result {
     family
         .encode_family(&labels)?
         .encode_counter::<NoLabelSet, u64, f64>(&value, None)

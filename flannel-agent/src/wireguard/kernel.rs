@@ -277,21 +277,23 @@ pub(crate) async fn look(net: &Netlink, name: &str) -> Result<Option<Seen>, Netl
     if !mark::is_our_wireguard(name, &device.kind) {
         return Ok(None);
     }
-    let read = || {
-        let none = || io::Error::from_raw_os_error(libc::EOPNOTSUPP);
-        let mut inner = Wireguard::open()?.ok_or_else(none)?.device(name)?;
-        inner.private = None;
-        for peer in inner.peers.values_mut() {
-            peer.psk = None;
-        }
-        Ok(inner)
-    };
     Ok(Some(Seen {
         mtu: device.mtu,
         up: device.up,
         routes: device.routes,
-        inner: read(),
+        inner: read(name),
     }))
+}
+
+/// WireGuard's half of a device, without the private key and those that are shared with peers.
+pub(crate) fn read(name: &str) -> io::Result<Inner> {
+    let none = || io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+    let mut inner = Wireguard::open()?.ok_or_else(none)?.device(name)?;
+    inner.private = None;
+    for peer in inner.peers.values_mut() {
+        peer.psk = None;
+    }
+    Ok(inner)
 }
 
 /// One line for a failure.

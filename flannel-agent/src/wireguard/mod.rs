@@ -11,4 +11,4 @@ mod socket;
 
 pub(crate) use keeper::{Keeper, Site};
 pub use kernel::WireguardError;
-pub(crate) use kernel::{Kernel, look};
+pub(crate) use kernel::{Kernel, look, read};

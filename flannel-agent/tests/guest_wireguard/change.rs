@@ -1,8 +1,12 @@
 //! Another backend on a running cluster, node by node, and what is told of the encrypted one.
 
-use std::{collections::BTreeSet, fs};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::SocketAddr,
+};
 
-use flannel_testkit::{Families, Family, eventually, json::ip_json, traffic::ping_once};
+use flannel_testkit::{Families, Family, eventually, http, json::ip_json, traffic::ping_once};
 
 use crate::{
     SOON,
@@ -136,4 +140,98 @@ fn what_is_told_is_what_wg_shows() {
     assert!(done.status.success(), "{done:?}");
     assert_eq!(ours(&cloud, 0), (BTreeSet::new(), BTreeSet::new()));
     assert!(!cloud.has_file(0, "flannel-wireguard.json") && !cloud.has_file(0, "subnet.env"));
+}
+
+/// A series of `/metrics` and its value.
+type Series = BTreeMap<String, u64>;
+
+/// What `/metrics` of a node says of its peers.
+fn scrape(cloud: &Cloud, node: usize) -> Series {
+    let address = SocketAddr::from(([127, 0, 0, 1], 9476));
+    let answer = http::get(cloud.ns(node), address, "/metrics", PATIENCE).expect("an answer");
+    let lines = answer.body.lines();
+    let lines = lines.filter(|line| line.starts_with("flannel_peer_"));
+    lines
+        .filter_map(|line| line.rsplit_once(' '))
+        .map(|(series, value)| (series.to_owned(), value.parse().expect("a number")))
+        .collect()
+}
+
+/// The same series, from `wg`.
+fn shown(cloud: &Cloud, node: usize) -> Series {
+    let mut found = Series::new();
+    for device in ["flannel-wg", "flannel-wg-v6"] {
+        let show = |what: &str| peers_of(&cloud.wg(node, &format!("show {device} {what}")));
+        let (subnets, times) = (show("allowed-ips"), show("latest-handshakes"));
+        for (key, bytes) in show("transfer") {
+            let labels = format!(
+                r#"device="{device}",peer="{}",public_key="{key}""#,
+                subnets[&key]
+            );
+            let (received, sent) = bytes.split_once('\t').expect("two figures");
+            for (direction, bytes) in [("received", received), ("sent", sent)] {
+                let name =
+                    format!(r#"flannel_peer_bytes_total{{{labels},direction="{direction}"}}"#);
+                found.insert(name, bytes.parse().expect("bytes"));
+            }
+            let name = format!("flannel_peer_last_handshake_timestamp_seconds{{{labels}}}");
+            found.insert(name, times[&key].parse().expect("a time"));
+        }
+    }
+    found
+}
+
+#[test]
+fn metrics_of_each_peer_are_what_wg_shows() {
+    const FLAG: &str = "--metrics-addr=127.0.0.1:9476";
+    let mut cloud = Cloud::start(Families::Dual, r#"{"Type":"wireguard"}"#);
+    reach(&cloud);
+    assert_eq!(cloud.stop_agent(0), 0);
+    cloud.start_agent_with(0, &[FLAG, "--metrics-peers"]);
+    cloud.wait_ready(0);
+    // Between two looks of the same figures nothing has passed.
+    eventually(PATIENCE, "the figures are the kernel's", || {
+        let before = shown(&cloud, 0);
+        let said = scrape(&cloud, 0);
+        let after = shown(&cloud, 0);
+        if before == after && said == before {
+            Ok(())
+        } else {
+            Err(format!("{before:#?} {said:#?} {after:#?}"))
+        }
+    });
+    let before = scrape(&cloud, 0);
+    // Two peers on two devices, with three series each.
+    assert_eq!(before.len(), 12, "{before:#?}");
+    let target = cloud.pod(1).address(Family::V4).to_string();
+    cloud
+        .pod(0)
+        .ns
+        .exec([
+            "ping", "-q", "-c", "10", "-i", "0.01", "-s", "1000", &target,
+        ])
+        .expect("pings");
+    let after = scrape(&cloud, 0);
+    let key = cloud.public_key(1);
+    for (series, bytes) in &after {
+        let more = bytes - before[series];
+        let passed = series.contains("_bytes_") && series.contains("\"flannel-wg\"");
+        if passed && series.contains(&key) {
+            assert!((10_000..20_000).contains(&more), "{series}: {more}");
+        } else {
+            assert!(more < 5_000, "{series}: {more}");
+        }
+    }
+    let handshake = after.iter().find(|(series, _)| {
+        series.contains("handshake") && series.contains("\"flannel-wg\"") && series.contains(&key)
+    });
+    assert!(
+        handshake.expect("the series").1 > &1_600_000_000,
+        "{after:#?}"
+    );
+    // Without the flag the number of series does not grow with the cluster.
+    assert_eq!(cloud.stop_agent(0), 0);
+    cloud.start_agent_with(0, &[FLAG]);
+    cloud.wait_ready(0);
+    assert_eq!(scrape(&cloud, 0), Series::new());
 }

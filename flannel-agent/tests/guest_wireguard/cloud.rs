@@ -92,11 +92,16 @@ impl Cloud {
 
     /// Starts the agent of a node with a key file of its own. It asks for the subnets that the lab has set aside.
     pub(crate) fn start_agent(&mut self, node: usize) {
+        self.start_agent_with(node, &[]);
+    }
+
+    /// Like [`Cloud::start_agent`] with flags of the caller's.
+    pub(crate) fn start_agent_with(&mut self, node: usize, flags: &[&str]) {
         self.reserve(node);
         let key_file = self.key_file(node);
         let key_file = key_file.to_str().expect("a path");
         let env = [("WIREGUARD_KEY_FILE", key_file)];
-        self.rig.start_binary(node, agent_binary(), &[], &env);
+        self.rig.start_binary(node, agent_binary(), flags, &env);
     }
 
     /// Runs an agent that is expected to end by itself.

@@ -44,10 +44,7 @@ fn ipv6_alone_and_both_families() {
         return;
     }
     let rig = start(Families::V6, "vxlan");
-    settle(
-        &rig,
-        &["certificates", "firewall-forward", "firewall-input"],
-    );
+    settle(&rig, &["certificates"]);
     let (findings, _) = check(&rig, 0);
     assert!(
         findings["path-mtu"]

@@ -1,6 +1,10 @@
-//! The output of `iptables-save` into chains that can be followed.
+//! The output of `iptables-save` and `ip6tables-save` into chains that can be followed.
 
-use super::firewall::{Action, Chain, Hook, Of, Rule, Test};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::filter::{Action, Chain, Hook, Of, Rule, Test};
 
 /// The chains that filter.
 pub(super) fn parse(dump: &str, tool: &str) -> Vec<Chain> {
@@ -81,6 +85,10 @@ fn read(text: &str) -> Rule {
                 Of::State(value.split(',').map(str::to_owned).collect())
             }
             ("--dst-type", Some(value)) => Of::DestinationType(value.to_owned()),
+            ("--icmpv6-type", Some(value)) => value
+                .parse()
+                .map_or(Of::Unknown, |kind| Of::Icmp(vec![kind])),
+            ("--hl-eq", Some(value)) => value.parse().map_or(Of::Unknown, Of::HopLimit),
             _ => Of::Unknown,
         };
         rule.tests.push(Test { negated, of });
@@ -96,7 +104,7 @@ fn action(target: &str) -> Action {
         "RETURN" => Action::Return,
         // Targets that let the packet go on. Chains of users are not written so by convention, and need not exist.
         "LOG" | "NFLOG" | "MARK" | "CONNMARK" | "TCPMSS" | "TRACE" | "CT" | "NOTRACK"
-        | "CHECKSUM" | "ULOG" | "AUDIT" | "SET" | "TOS" | "DSCP" | "CLASSIFY" | "TTL" => {
+        | "CHECKSUM" | "ULOG" | "AUDIT" | "SET" | "TOS" | "DSCP" | "CLASSIFY" | "TTL" | "HL" => {
             Action::Nothing
         }
         chain => Action::Jump(chain.to_owned()),
@@ -124,12 +132,12 @@ fn ports(value: &str) -> Option<Vec<(u16, u16)>> {
         .collect()
 }
 
-fn networks(value: &str) -> Option<Vec<ipnet::Ipv4Net>> {
+fn networks(value: &str) -> Option<Vec<IpNet>> {
     value
         .split(',')
         .map(|part| {
             part.parse()
-                .or_else(|_| part.parse::<std::net::Ipv4Addr>().map(ipnet::Ipv4Net::from))
+                .or_else(|_| part.parse::<IpAddr>().map(IpNet::from))
                 .ok()
         })
         .collect()

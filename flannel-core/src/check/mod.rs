@@ -6,6 +6,7 @@
 mod agent;
 mod cert;
 mod encrypted;
+mod filter;
 mod firewall;
 mod iptables;
 mod mtu;
@@ -21,7 +22,8 @@ mod subnet_file;
 use serde::Serialize;
 
 use crate::{
-    config::{BackendKind, DEFAULT_PORT},
+    addr::Family,
+    config::{BackendKind, DEFAULT_PORT, WireguardMode},
     plan::ObservedKind,
 };
 
@@ -162,8 +164,10 @@ pub struct Observations {
     pub overlay: Overlay,
     /// UDP sockets and vxlan devices.
     pub sockets: Sockets,
-    /// The packet filter's rules.
+    /// The packet filter's rules for the family of the overlay.
     pub rules: Rules,
+    /// The same for IPv6 of a node that has both families.
+    pub rules_v6: Option<Rules>,
     /// What became of packets to other nodes; `None` when none were to be sent.
     pub probes: Option<Probes>,
     /// The overlay of IPv6 of a node that has one of IPv4 too.
@@ -218,10 +222,27 @@ impl Observations {
         })
     }
 
+    /// The node as the rules for its second family concern it.
+    fn of_rules_v6(&self) -> Option<Self> {
+        let rules = self.rules_v6.clone()?;
+        // With wireguard and alloc there is no second overlay.
+        let mut other = self.of_second().unwrap_or_else(|| self.clone());
+        other.overlay.family = Family::V6;
+        other.rules = rules;
+        other.rules_v6 = None;
+        Some(other)
+    }
+
     /// The UDP port of the overlay: as configured, else as the device has it, else the usual one.
     fn port(&self) -> u16 {
         let configured = self.store.conf().map(|conf| match conf.backend.kind {
-            BackendKind::Wireguard => conf.backend.wireguard.port,
+            BackendKind::Wireguard => {
+                let wireguard = &conf.backend.wireguard;
+                match (wireguard.mode, self.overlay.family) {
+                    (WireguardMode::Separate, Family::V6) => wireguard.port_v6,
+                    _ => wireguard.port,
+                }
+            }
             BackendKind::Vxlan | BackendKind::HostGw | BackendKind::Alloc => {
                 conf.backend.vxlan.port
             }
@@ -245,14 +266,14 @@ pub fn judge(seen: &Observations) -> Report {
     findings.push(port::judge(seen));
     findings.extend(firewall::judge(seen));
     findings.extend(peers::judge(seen));
-    if let Some(second) = seen.of_second() {
-        let both = overlay::judge(&second).into_iter();
-        let both = both.chain(peers::judge(&second));
-        findings.extend(both.filter_map(|finding| {
-            let name = second_name(finding.name)?;
-            Some(Finding { name, ..finding })
-        }));
-    }
+    let (second, rules) = (seen.of_second(), seen.of_rules_v6());
+    let mut both = second.as_ref().map_or_else(Vec::new, overlay::judge);
+    both.extend(rules.as_ref().map_or_else(Vec::new, firewall::judge));
+    both.extend(second.as_ref().map_or_else(Vec::new, peers::judge));
+    findings.extend(both.into_iter().filter_map(|finding| {
+        let name = second_name(finding.name)?;
+        Some(Finding { name, ..finding })
+    }));
     Report::new(findings)
 }
 
@@ -265,6 +286,8 @@ fn second_name(name: &str) -> Option<&'static str> {
         "datapath" => "datapath-v6",
         "bridge" => "bridge-v6",
         "mtu" => "mtu-v6",
+        "firewall-input" => "firewall-input-v6",
+        "firewall-forward" => "firewall-forward-v6",
         "underlay" => "underlay-v6",
         "overlay" => "overlay-v6",
         "path-mtu" => "path-mtu-v6",

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::Ipv4Net;
 
 use super::{Finding, Observations, few};
 use crate::iface::{Link, Uplink};
@@ -124,20 +124,4 @@ fn same_lan(network: &Network, chosen: &Uplink) -> Vec<String> {
         })
         .map(|link| link.name.clone())
         .collect()
-}
-
-/// An address as a network of its own, if it is of IPv4.
-pub(super) fn v4(address: IpAddr) -> Option<Ipv4Net> {
-    match address {
-        IpAddr::V4(address) => Some(address.into()),
-        IpAddr::V6(_) => None,
-    }
-}
-
-/// A network, if it is of IPv4.
-pub(super) fn v4_net(net: IpNet) -> Option<Ipv4Net> {
-    match net {
-        IpNet::V4(net) => Some(net),
-        IpNet::V6(_) => None,
-    }
 }

@@ -1,17 +1,19 @@
 //! The output of `nft -j list ruleset` into chains that can be followed.
 
-use ipnet::Ipv4Net;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
 use serde_json::{Map, Value};
 
-use crate::fastpath::nft::text_of;
+use crate::{addr::Family, fastpath::nft::text_of};
 
-use super::firewall::{Action, Chain, Hook, Of, Rule, Test};
+use super::filter::{Action, Chain, Hook, Of, Rule, Test};
 
 /// Tables that iptables-nft makes, and lists better itself.
 const COMPAT: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
 
-/// The chains that filter IPv4. `without_compat` leaves out the tables of iptables-nft.
-pub(super) fn parse(dump: &str, without_compat: bool) -> Vec<Chain> {
+/// The chains that filter packets of a family. `without_compat` leaves out the tables of iptables-nft.
+pub(super) fn parse(dump: &str, family: Family, without_compat: bool) -> Vec<Chain> {
     let Ok(value) = serde_json::from_str::<Value>(dump) else {
         return Vec::new();
     };
@@ -22,14 +24,18 @@ pub(super) fn parse(dump: &str, without_compat: bool) -> Vec<Chain> {
         .flatten()
         .filter_map(Value::as_object)
         .collect();
+    let own = protocol(family);
     let of_kind = |kind: &'static str| {
         objects
             .iter()
             .filter_map(move |object| object.get(kind)?.as_object())
-            .filter(|object| matches!(text(object, "family"), "ip" | "inet"))
+            .filter(|object| {
+                let of = text(object, "family");
+                of == own || of == "inet"
+            })
             .filter(|object| {
                 !(without_compat
-                    && text(object, "family") == "ip"
+                    && text(object, "family") == own
                     && COMPAT.contains(&text(object, "table")))
             })
     };
@@ -52,7 +58,7 @@ pub(super) fn parse(dump: &str, without_compat: bool) -> Vec<Chain> {
         if let (Some(chain), Some(expressions)) =
             (chain, rule.get("expr").and_then(Value::as_array))
         {
-            chain.rules.extend(read(expressions));
+            chain.rules.extend(read(expressions, family));
         }
     }
     chains
@@ -76,22 +82,20 @@ fn base(chain: &Map<String, Value>) -> Option<(Hook, bool)> {
 }
 
 /// A rule; several for one with a verdict map.
-fn read(expressions: &[Value]) -> Vec<Rule> {
+fn read(expressions: &[Value], family: Family) -> Vec<Rule> {
     let mut tests = Vec::new();
     let mut rules = Vec::new();
     let shown = text_of(expressions);
     for expression in expressions.iter().filter_map(Value::as_object) {
         for (kind, value) in expression {
             match kind.as_str() {
-                "match" => tests.push(test(value)),
+                "match" => tests.extend(test(value, family)),
                 "counter" | "log" | "comment" | "mangle" | "notrack" | "set" | "last" => {}
                 "vmap" => {
                     for (of, verdict) in elements(value) {
                         let mut tests: Vec<Test> = tests.clone();
-                        tests.push(Test {
-                            negated: false,
-                            of: subject(value.get("key").unwrap_or(&Value::Null), of),
-                        });
+                        let key = value.get("key").unwrap_or(&Value::Null);
+                        tests.extend(about(key, of, false, family));
                         rules.push(Rule {
                             tests,
                             action: verdict,
@@ -150,25 +154,45 @@ fn elements(vmap: &Value) -> Vec<(&Value, Action)> {
         .collect()
 }
 
-fn test(value: &Value) -> Test {
-    let op = value.get("op").and_then(Value::as_str).unwrap_or_default();
-    let (Some(left), Some(right)) = (value.get("left"), value.get("right")) else {
-        return Test {
-            negated: false,
-            of: Of::Unknown,
-        };
-    };
-    let of = match op {
-        "==" | "!=" | "in" => subject(left, right),
-        _ => Of::Unknown,
-    };
-    Test {
-        negated: op == "!=",
-        of,
+/// As rules and tables name the family.
+pub(super) const fn protocol(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
     }
 }
 
-fn subject(left: &Value, right: &Value) -> Of {
+fn test(value: &Value, family: Family) -> Vec<Test> {
+    let op = value.get("op").and_then(Value::as_str).unwrap_or_default();
+    match (value.get("left"), value.get("right")) {
+        (Some(left), Some(right)) if matches!(op, "==" | "!=" | "in") => {
+            about(left, right, op == "!=", family)
+        }
+        _ => vec![Test {
+            negated: false,
+            of: Of::Unknown,
+        }],
+    }
+}
+
+/// What a rule asks that looks at `left`. Who looks at a header asks for its protocol first, whatever it wants to be in it.
+fn about(left: &Value, right: &Value, negated: bool, family: Family) -> Vec<Test> {
+    let of = subject(left, right, family);
+    let header = left
+        .get("payload")
+        .and_then(|payload| payload.get("protocol"));
+    let asks = |of| Some(Test { negated: false, of });
+    let header = match header.and_then(Value::as_str) {
+        Some(name @ ("udp" | "tcp" | "icmp" | "icmpv6" | "sctp" | "dccp")) => {
+            asks(Of::Protocol(vec![name.to_owned()]))
+        }
+        Some("ip" | "arp") if family == Family::V6 => asks(Of::Always(false)),
+        _ => None,
+    };
+    header.into_iter().chain([Test { negated, of }]).collect()
+}
+
+fn subject(left: &Value, right: &Value, family: Family) -> Of {
     let key = |kind: &str| {
         left.get(kind)
             .and_then(|value| value.get("key"))
@@ -188,15 +212,68 @@ fn subject(left: &Value, right: &Value) -> Of {
         (Some("oifname" | "oif"), ..) => words(right).map(Of::Out),
         (_, Some("state"), ..) => words(right).map(Of::State),
         (.., Some("udp" | "th"), Some("dport")) => ports(right).map(Of::Port),
-        // Another protocol's port: not of a UDP packet.
-        (.., Some("tcp" | "icmp" | "icmpv6" | "sctp" | "dccp"), _) => Some(Of::Protocol(
-            part("protocol").map(str::to_owned).into_iter().collect(),
-        )),
-        (.., Some("ip"), Some("saddr")) => networks(right).map(Of::Source),
-        (.., Some("ip"), Some("daddr")) => networks(right).map(Of::Destination),
+        (.., Some("icmpv6"), Some("type")) => types(right).map(Of::Icmp),
+        (.., Some(name), Some("saddr")) if name == protocol(family) => {
+            networks(right).map(Of::Source)
+        }
+        (.., Some(name), Some("daddr")) if name == protocol(family) => {
+            networks(right).map(Of::Destination)
+        }
+        (meta, ..) if family == Family::V6 => match (meta, part("protocol"), part("field")) {
+            (Some("nfproto"), ..) => words(right).map(|all| Of::Always(contains(&all, "ipv6"))),
+            (Some("protocol"), ..) => words(right).map(|all| Of::Always(contains(&all, "ip6"))),
+            (_, Some("ip6"), Some("nexthdr")) => words(right).map(Of::Protocol),
+            (_, Some("ip6"), Some("hoplimit")) => right
+                .as_u64()
+                .and_then(|limit| u8::try_from(limit).ok())
+                .map(Of::HopLimit),
+            _ => None,
+        },
         _ => None,
     };
     of.unwrap_or(Of::Unknown)
+}
+
+fn contains(words: &[String], wanted: &str) -> bool {
+    words.iter().any(|word| word == wanted)
+}
+
+/// Types of ICMPv6 messages, as nft names them. What it has no name for is a number.
+fn types(value: &Value) -> Option<Vec<u8>> {
+    const NAMES: [(&str, u8); 17] = [
+        ("destination-unreachable", 1),
+        ("packet-too-big", 2),
+        ("time-exceeded", 3),
+        ("parameter-problem", 4),
+        ("echo-request", 128),
+        ("echo-reply", 129),
+        ("mld-listener-query", 130),
+        ("mld-listener-report", 131),
+        ("mld-listener-done", 132),
+        ("mld-listener-reduction", 132),
+        ("nd-router-solicit", 133),
+        ("nd-router-advert", 134),
+        ("nd-neighbor-solicit", 135),
+        ("nd-neighbor-advert", 136),
+        ("nd-redirect", 137),
+        ("router-renumbering", 138),
+        ("mld2-listener-report", 143),
+    ];
+    let number = |value: &Value| match value {
+        Value::String(name) => NAMES
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, number)| *number),
+        value => u8::try_from(value.as_u64()?).ok(),
+    };
+    let mut found = Vec::new();
+    for one in each(value) {
+        match one.get("range").and_then(Value::as_array) {
+            Some(range) => found.extend(number(range.first()?)?..=number(range.get(1)?)?),
+            None => found.push(number(one)?),
+        }
+    }
+    Some(found)
 }
 
 /// One value, a list or a set of them.
@@ -233,19 +310,15 @@ fn ports(value: &Value) -> Option<Vec<(u16, u16)>> {
         .collect()
 }
 
-fn networks(value: &Value) -> Option<Vec<Ipv4Net>> {
+fn networks(value: &Value) -> Option<Vec<IpNet>> {
     each(value)
         .iter()
         .map(|one| match one.get("prefix") {
             Some(prefix) => {
-                let address = prefix.get("addr")?.as_str()?.parse().ok()?;
-                Ipv4Net::new(address, u8::try_from(prefix.get("len")?.as_u64()?).ok()?).ok()
+                let address: IpAddr = prefix.get("addr")?.as_str()?.parse().ok()?;
+                IpNet::new(address, u8::try_from(prefix.get("len")?.as_u64()?).ok()?).ok()
             }
-            None => one
-                .as_str()?
-                .parse()
-                .ok()
-                .map(|ip: std::net::Ipv4Addr| Ipv4Net::from(ip)),
+            None => one.as_str()?.parse::<IpAddr>().ok().map(IpNet::from),
         })
         .collect()
 }

@@ -419,26 +419,35 @@ fn rp_filter(seen: &Observations) -> Finding {
 
 fn br_netfilter(seen: &Observations) -> Finding {
     const NAME: &str = "br-netfilter";
-    let fix = "modprobe br_netfilter && sysctl -w net.bridge.bridge-nf-call-iptables=1";
+    let (tool, setting) = match seen.overlay.family {
+        Family::V4 => ("iptables", "net.bridge.bridge-nf-call-iptables"),
+        Family::V6 => ("ip6tables", "net.bridge.bridge-nf-call-ip6tables"),
+    };
+    let fix = format!("modprobe br_netfilter && sysctl -w {setting}=1");
     let kube_proxy = seen.rules.has_kube_proxy();
     match (seen.node.bridge_nf, kube_proxy) {
-        (Some(true), _) => Finding::ok(NAME, "net.bridge.bridge-nf-call-iptables = 1"),
+        (Some(true), _) => Finding::ok(NAME, format!("{setting} = 1")),
         (Some(false), true) => Finding::warn(
             NAME,
-            "net.bridge.bridge-nf-call-iptables = 0, and kube-proxy uses iptables: pods reach no Service whose pod is on the same node",
+            format!(
+                "{setting} = 0, and kube-proxy uses {tool}: pods reach no Service whose pod is on the same node"
+            ),
             fix,
         ),
         (None, true) => Finding::warn(
             NAME,
-            "the module br_netfilter is not loaded, and kube-proxy uses iptables: pods reach no Service whose pod is on the same node",
+            format!(
+                "the module br_netfilter is not loaded, and kube-proxy uses {tool}: pods reach no Service whose pod is on the same node"
+            ),
             fix,
         ),
-        (Some(false), false) => {
-            Finding::ok(NAME, "off, and no iptables rules of kube-proxy need it")
-        }
+        (Some(false), false) => Finding::ok(
+            NAME,
+            format!("off, and no {tool} rules of kube-proxy need it"),
+        ),
         (None, false) => Finding::ok(
             NAME,
-            "not loaded, and no iptables rules of kube-proxy need it",
+            format!("not loaded, and no {tool} rules of kube-proxy need it"),
         ),
     }
 }

@@ -1,6 +1,7 @@
 //! Every verdict of every check: a healthy node, and one thing changed at a time.
 
 mod backends;
+mod firewall_v6;
 mod node;
 mod overlay;
 mod store;
@@ -211,6 +212,7 @@ fn healthy() -> Observations {
             vxlan: Vec::new(),
         },
         rules: Rules::default(),
+        rules_v6: None,
         probes: Some(Probes {
             peers: [(
                 PEER,

@@ -235,7 +235,8 @@ impl Place<'_> {
             .rev()
             .find_map(|(family, _)| data(attrs, *family));
         let data = data.ok_or_else(|| no_data(Family::V4))?;
-        let over = self.over(attrs);
+        let mode = self.conf.backend.wireguard.mode;
+        let over = over(mode, (self.v4, self.v6), attrs);
         let data = WireguardData {
             port: self::data(attrs, over).map_or(data.port, |data| data.port),
             ..data
@@ -276,29 +277,33 @@ impl Place<'_> {
             keepalive: conf.keepalive,
         })
     }
+}
 
-    /// Over which family the one device reaches a peer. In mode `auto` as upstream chooses it, but that a peer or a node without IPv4
-    /// is reached over IPv6 (upstream: `selectMode` in pkg/backend/wireguard).
-    fn over(&self, attrs: &LeaseAttrs) -> Family {
-        match self.conf.backend.wireguard.mode {
-            WireguardMode::Ipv4 => return Family::V4,
-            WireguardMode::Ipv6 => return Family::V6,
-            WireguardMode::Separate | WireguardMode::Auto => {}
-        }
-        let (Some(v4), Some(v6)) = (attrs.public_ip, attrs.public_ipv6) else {
-            return if attrs.public_ip.is_some() {
-                Family::V4
-            } else {
-                Family::V6
-            };
+/// Over which family the one device of a node with these addresses reaches a peer. In mode `auto` as upstream chooses it, but that a
+/// peer or a node without IPv4 is reached over IPv6 (upstream: `selectMode` in pkg/backend/wireguard).
+pub fn over(
+    mode: WireguardMode,
+    own: (Option<Ipv4Addr>, Option<Ipv6Addr>),
+    attrs: &LeaseAttrs,
+) -> Family {
+    match mode {
+        WireguardMode::Ipv4 => return Family::V4,
+        WireguardMode::Ipv6 => return Family::V6,
+        WireguardMode::Separate | WireguardMode::Auto => {}
+    }
+    let (Some(v4), Some(v6)) = (attrs.public_ip, attrs.public_ipv6) else {
+        return if attrs.public_ip.is_some() {
+            Family::V4
+        } else {
+            Family::V6
         };
-        let is_private = |ip: &Ipv6Addr| ip.is_unique_local();
-        match (self.v4, self.v6) {
-            (None, Some(_)) => Family::V6,
-            (Some(_), _) if !v4.is_private() => Family::V4,
-            (_, Some(own)) if !is_private(&v6) && !is_private(&own) => Family::V6,
-            _ => Family::V4,
-        }
+    };
+    let is_private = |ip: &Ipv6Addr| ip.is_unique_local();
+    match own {
+        (None, Some(_)) => Family::V6,
+        (Some(_), _) if !v4.is_private() => Family::V4,
+        (_, Some(own)) if !is_private(&v6) && !is_private(&own) => Family::V6,
+        _ => Family::V4,
     }
 }
 

@@ -9,7 +9,7 @@ mod op;
 mod plan;
 pub mod wire;
 
-pub use desired::{Desired, Peer, Place, Tunnel, desired};
+pub use desired::{Desired, Peer, Place, Tunnel, desired, over};
 pub use observed::{Device, Inner, Observed, SeenPeer};
 pub use op::Op;
 pub use plan::{Plan, plan};

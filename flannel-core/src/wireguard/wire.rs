@@ -470,6 +470,43 @@ mod tests {
         assert_eq!(inner.peers[&key].allowed.len(), 2);
     }
 
+    /// Laid out by hand from the kernel's headers, as a kernel answers.
+    #[test]
+    fn figures_of_a_peer_are_read() {
+        let attribute = |kind: u16, value: &[u8]| {
+            let length = u16::try_from(value.len()).unwrap() + 4;
+            let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+            bytes.extend(value);
+            bytes
+        };
+        let timespec = |seconds: i64| [seconds.to_ne_bytes(), 999i64.to_ne_bytes()].concat();
+        let part = |handshake: i64| {
+            let peer = [
+                attribute(1, &[7; LEN]),
+                attribute(6, &timespec(handshake)),
+                attribute(7, &(1u64 << 40).to_ne_bytes()),
+                attribute(8, &148u64.to_ne_bytes()),
+            ];
+            attribute(8 | NESTED, &attribute(NESTED, &peer.concat()))
+        };
+        for (handshake, alive) in [(0, false), (1_000, true), (821, true), (820, false)] {
+            let mut inner = Inner::default();
+            read_device(&mut inner, &part(handshake), 1_000).unwrap();
+            let wanted = SeenPeer {
+                handshake: u64::try_from(handshake).unwrap(),
+                alive,
+                received: 1 << 40,
+                sent: 148,
+                ..SeenPeer::default()
+            };
+            assert_eq!(inner.peers[&PublicKey::new([7; LEN])], wanted);
+            // The rest of a peer with many networks comes without figures.
+            let more = attribute(8 | NESTED, &attribute(NESTED, &attribute(1, &[7; LEN])));
+            read_device(&mut inner, &more, 1_000).unwrap();
+            assert_eq!(inner.peers[&PublicKey::new([7; LEN])], wanted);
+        }
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {

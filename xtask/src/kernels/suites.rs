@@ -89,6 +89,7 @@ const SUITES: [Suite; 15] = [
             "both_families_over_a_device_each",
             "a_restart_keeps_the_key_and_loses_nothing",
             "change::from_vxlan_to_wireguard_and_back",
+            "change::metrics_of_each_peer_are_what_wg_shows",
             "change::what_is_told_is_what_wg_shows",
         ]),
     ),

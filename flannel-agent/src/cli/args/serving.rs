@@ -4,6 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use clap::{Args as Group, ValueEnum};
 
+use super::boolean;
+
 /// Flags about health endpoints and logs.
 #[derive(Clone, Debug, Group)]
 #[command(next_help_heading = super::SERVING)]
@@ -29,6 +31,20 @@ pub struct ServingArgs {
     /// Address and port to serve /metrics at, such as 127.0.0.1:9476 or [::]:9476. Default: not to.
     #[arg(long, env = "FLANNELD_METRICS_ADDR", value_name = "IP:PORT")]
     pub metrics_addr: Option<SocketAddr>,
+
+    /// Serve figures of each peer of the backend wireguard at /metrics, too: three series for each on every node.
+    #[arg(
+        long,
+        env = "FLANNELD_METRICS_PEERS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value_t = false,
+        default_missing_value = "true",
+        value_parser = boolean,
+        action = clap::ArgAction::Set,
+        value_name = "BOOL"
+    )]
+    pub metrics_peers: bool,
 
     /// Shape of log lines.
     #[arg(long, env = "FLANNELD_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT", global = true)]

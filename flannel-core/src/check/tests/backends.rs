@@ -10,11 +10,11 @@ use crate::{
 const V6_OWN: &str = "fd77::11";
 const V6_PEER: &str = "fd77::12";
 
-fn ip(text: &str) -> IpAddr {
+pub(super) fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 
-fn prefix(text: &str) -> IpNet {
+pub(super) fn prefix(text: &str) -> IpNet {
     text.parse().expect("a network")
 }
 
@@ -105,7 +105,7 @@ fn probes_v6() -> Probes {
     }
 }
 
-fn uplink_of_both(seen: &mut Observations) {
+pub(super) fn uplink_of_both(seen: &mut Observations) {
     let chosen = &mut uplink(seen).chosen;
     let own = V6_OWN.parse().expect("an address");
     chosen.address_v6 = Some(own);
@@ -114,7 +114,7 @@ fn uplink_of_both(seen: &mut Observations) {
 }
 
 /// Turns the leases into those of nodes with these families.
-fn leases(seen: &mut Observations, v4: bool) {
+pub(super) fn leases(seen: &mut Observations, v4: bool) {
     let all = own_lease(seen);
     let old = std::mem::take(all);
     for (number, (key, attrs)) in (1..).zip(old) {
@@ -133,7 +133,7 @@ fn leases(seen: &mut Observations, v4: bool) {
     }
 }
 
-fn v6_only() -> Observations {
+pub(super) fn v6_only() -> Observations {
     let mut seen = healthy();
     uplink_of_both(&mut seen);
     uplink(&mut seen).chosen.public_ip = None;
@@ -149,7 +149,7 @@ fn v6_only() -> Observations {
     seen
 }
 
-fn dual() -> Observations {
+pub(super) fn dual() -> Observations {
     let mut seen = healthy();
     uplink_of_both(&mut seen);
     leases(&mut seen, true);
@@ -166,6 +166,7 @@ fn dual() -> Observations {
         overlay,
         probes: Some(probes_v6()),
     });
+    seen.rules_v6 = Some(Rules::default());
     seen.node.forwarding_v6 = Some(true);
     conf(
         &mut seen,
@@ -176,8 +177,7 @@ fn dual() -> Observations {
 
 #[test]
 fn ipv6_alone() {
-    let rules = ["firewall-input", "firewall-forward"];
-    assert_healthy(&v6_only(), &rules);
+    assert_healthy(&v6_only(), &[]);
     let mut seen = v6_only();
     seen.node.forwarding_v6 = Some(false);
     assert_fails(&seen, "ip-forward", "net.ipv6.conf.all.forwarding = 0");
@@ -199,6 +199,8 @@ fn both_families() {
         "peer-entries-v6",
         "datapath-v6",
         "mtu-v6",
+        "firewall-input-v6",
+        "firewall-forward-v6",
         "overlay-v6",
     ] {
         assert_eq!(
@@ -259,7 +261,7 @@ fn routed(kind: BackendKind) -> Observations {
     seen
 }
 
-fn host_gw() -> Observations {
+pub(super) fn host_gw() -> Observations {
     let mut seen = routed(BackendKind::HostGw);
     let way = NextHop {
         ifindex: index(2),
@@ -319,7 +321,7 @@ fn alloc_has_no_data_path() {
     assert_healthy(&seen, &skipped);
 }
 
-fn wireguard() -> Observations {
+pub(super) fn wireguard() -> Observations {
     let mut seen = routed(BackendKind::Wireguard);
     seen.agent.mode = Some("kernel");
     seen.overlay.subnet_file.as_mut().expect("a file").mtu = Some(1420);
