@@ -135,6 +135,26 @@ fn without_privileges_or_with_metrics_it_is_the_overlay() {
     }
 }
 
+#[test]
+fn figures_of_peers_are_asked_for_with_metrics_alone() {
+    let asked = |given: Value| -> Vec<Value> {
+        let environment = |object: &Value| {
+            let list = object.pointer("/spec/template/spec/containers/0/env");
+            list.and_then(Value::as_array).cloned().unwrap_or_default()
+        };
+        let objects = rendered(&given);
+        let all = objects.values().flat_map(environment);
+        all.filter(|one| one["name"] == "FLANNELD_METRICS_PEERS")
+            .collect()
+    };
+    let wanted = json!({"name": "FLANNELD_METRICS_PEERS", "value": "true"});
+    let metrics =
+        |enabled: bool, peers: bool| json!({"metrics": {"enabled": enabled, "peers": peers}});
+    assert_eq!(asked(metrics(true, true)), [wanted]);
+    assert_eq!(asked(metrics(true, false)), [Value::Null; 0]);
+    assert_eq!(asked(metrics(false, true)), [Value::Null; 0]);
+}
+
 /// By name: kustomize puts what comes from a patch first.
 fn sort_lists(objects: &mut Objects) {
     for object in objects.values_mut() {
