@@ -3,10 +3,10 @@
 
 mod rig;
 
-use std::{fs, net::SocketAddr, os::unix::fs::PermissionsExt as _, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf};
 
 use flannel_testkit::{
-    Family, Netns, Prefix, eventually, privileged,
+    Family, Netns, Prefix, eventually, privileged, put_program,
     services::{Flavour, HostPort, Policy, Service, Services, Transport},
 };
 use rig::{DEVICE, PATIENCE, Rig, agent_binary};
@@ -364,7 +364,6 @@ fn read_only_proc(rig: &Rig) -> PathBuf {
          mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec {} \"$@\"' sh \"$@\"\n",
         agent_binary().display()
     );
-    fs::write(&path, script).expect("write a script");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("make it a program");
+    put_program(&path, script);
     path
 }

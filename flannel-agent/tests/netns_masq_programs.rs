@@ -5,11 +5,10 @@ mod rig;
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
-use flannel_testkit::{LabOptions, eventually, privileged};
+use flannel_testkit::{LabOptions, eventually, privileged, put_program};
 use masq_rig::NFT;
 use rig::{NET_CONF, PATIENCE, Rig};
 
@@ -26,8 +25,7 @@ fn rig_with(net_conf: &str) -> Rig {
 }
 
 fn put_script(path: &Path, text: &str) {
-    fs::write(path, format!("#!/bin/sh\n{text}\n")).expect("write a script");
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("make it executable");
+    put_program(path, format!("#!/bin/sh\n{text}\n"));
 }
 
 /// A directory with programs of these names in front of the real ones, for PATH.

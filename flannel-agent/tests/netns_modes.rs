@@ -11,13 +11,13 @@ mod start;
 #[path = "netns_modes/veth.rs"]
 mod veth;
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use confined::complaints;
 use flannel_testkit::{
     BpfCall, Capability, Confinement, Netns, eventually,
     json::{ip_json, link},
-    privileged,
+    privileged, put_program,
     traffic::{self, Amount, FloodPing, TcpFlow, TcpStats},
 };
 use rig::{
@@ -240,8 +240,7 @@ fn without_bpffs(rig: &Rig) -> PathBuf {
     let text = format!(
         "#!/bin/sh\nexec unshare -m sh -c 'umount /sys/fs/bpf && exec {agent} \"$@\"' sh \"$@\"\n"
     );
-    fs::write(&script, text).expect("write a script");
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("make it a program");
+    put_program(&script, text);
     script
 }
 

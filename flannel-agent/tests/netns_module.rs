@@ -8,7 +8,6 @@ mod rig;
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -17,7 +16,7 @@ use std::{
 use flannel_testkit::{
     Confinement, Families, Family, LabOptions, eventually,
     json::link,
-    patience, privileged,
+    patience, privileged, put_program,
     traffic::{FloodPing, TcpFlow},
 };
 use rig::{
@@ -250,8 +249,7 @@ fn with_own_bpffs(rig: &Rig) -> PathBuf {
     let text = format!(
         "#!/bin/sh\nexec unshare -m sh -c 'umount /sys/fs/bpf; mount -t bpf bpf /sys/fs/bpf && exec setpriv --bounding-set=-sys_admin {agent} \"$@\"' sh \"$@\"\n"
     );
-    fs::write(&script, text).expect("write a script");
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("make it a program");
+    put_program(&script, text);
     script
 }
 
@@ -348,8 +346,7 @@ fn the_module_itself_is_loaded_later_without_a_gap() {
     let text = format!(
         "#!/bin/sh\nexec unshare -m sh -c 'mount -t tmpfs none /lib/modules && exec {agent} \"$@\"' sh \"$@\"\n"
     );
-    fs::write(&script, text).expect("write a script");
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("make it a program");
+    put_program(&script, text);
     rig.start_binary(0, &script, &[SLOW], &[]);
     rig.start_agent(1, &[SLOW, "--bpf-device=veth"]);
     for node in 0..2 {

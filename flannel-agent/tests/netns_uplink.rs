@@ -3,9 +3,9 @@
 
 mod rig;
 
-use std::{fs, os::unix::fs::PermissionsExt as _};
+use std::fs;
 
-use flannel_testkit::{LabOptions, eventually, json::ip_json, privileged, process};
+use flannel_testkit::{LabOptions, eventually, json::ip_json, privileged, process, put_program};
 use rig::{DEVICE, NET_CONF, PATIENCE, Rig, agent_binary, text};
 
 /// Nodes with a second NIC, `eth1`, in 192.168.78.0/24.
@@ -287,8 +287,7 @@ fn a_missing_br_netfilter_is_loaded_or_told() {
     let asked = dir.join("asked");
     let script = |name: &str, text: String| {
         let path = dir.join(name);
-        fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("write a script");
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("chmod");
+        put_program(&path, format!("#!/bin/sh\n{text}\n"));
         path
     };
     // A machine without the module: nothing is where the settings are, in a mount namespace that goes with the agent.

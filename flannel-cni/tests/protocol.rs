@@ -3,12 +3,12 @@
 use std::{
     fs,
     io::Write as _,
-    os::unix::fs::PermissionsExt as _,
     os::unix::net::UnixListener,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
 
+use flannel_testkit::put_program;
 use serde_json::{Value, json};
 
 const ENV: &str = "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.1.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
@@ -31,8 +31,7 @@ impl Desk {
              echo \"bridge: $CNI_COMMAND\" >&2\ntest -e answer.$CNI_COMMAND || exit 0\ncat answer.$CNI_COMMAND\n! grep -q '\"code\"' answer.$CNI_COMMAND\n",
             desk.dir.path().display()
         );
-        fs::write(&bridge, script).unwrap();
-        fs::set_permissions(&bridge, fs::Permissions::from_mode(0o755)).unwrap();
+        put_program(&bridge, script);
         fs::write(desk.path("subnet.env"), ENV).unwrap();
         desk.answer("ADD", RESULT);
         desk.answer(

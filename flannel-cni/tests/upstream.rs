@@ -8,6 +8,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
+use flannel_testkit::put_program;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -54,8 +55,7 @@ impl Place {
         fs::create_dir(&bin).unwrap();
         for name in ["bridge", "ptp"] {
             let delegate = bin.join(name);
-            fs::write(&delegate, DELEGATE).unwrap();
-            fs::set_permissions(&delegate, fs::Permissions::from_mode(0o755)).unwrap();
+            put_program(&delegate, DELEGATE);
         }
         fs::write(dir.path().join("subnet.env"), env).unwrap();
         Place { dir, plugin }

@@ -61,6 +61,7 @@ pub use netns::Netns;
 pub use nics::Nics;
 pub use node::{Node, Pod, mac_for, mac_text};
 pub use pcap::Packet;
+pub use process::put_program;
 pub use socket::{RawSocket, send_ip, send_raw, set_socket_bytes, set_socket_option};
 pub use subnet::Subnet;
 pub use upstream::Upstream;

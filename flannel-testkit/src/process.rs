@@ -2,9 +2,11 @@
 
 use crate::eventually::patience;
 use anyhow::{Context as _, bail};
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Read as _, Seek as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -17,6 +19,27 @@ pub struct Finished {
     pub status: ExitStatus,
     pub stdout: String,
     pub stderr: String,
+}
+
+/// Writes a program that can be run at once. The kernel runs no file that somebody may still write to (`ETXTBSY`), such as a process
+/// that another test has forked meanwhile: so it is another process that writes it.
+///
+/// # Panics
+///
+/// If it cannot be written.
+#[track_caller]
+pub fn put_program(path: &Path, contents: impl AsRef<[u8]>) {
+    let draft = path.with_extension("draft");
+    std::fs::write(&draft, contents)
+        .unwrap_or_else(|err| panic!("write {}: {err}", draft.display()));
+    std::fs::set_permissions(&draft, Permissions::from_mode(0o755))
+        .unwrap_or_else(|err| panic!("make {} executable: {err}", draft.display()));
+    let copied = Command::new("cp").args([&draft, path]).status();
+    match copied {
+        Ok(status) if status.success() => {}
+        other => panic!("copy {} to {}: {other:?}", draft.display(), path.display()),
+    }
+    std::fs::remove_file(&draft).unwrap_or_else(|err| panic!("remove {}: {err}", draft.display()));
 }
 
 /// Runs `cmd` to its end, killing it after `limit`. A non-zero exit is not an error here.

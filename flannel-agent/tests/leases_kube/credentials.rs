@@ -1,13 +1,16 @@
 //! Credentials that change while the agent runs.
 
 use std::{
-    fs::{self, Permissions},
-    os::unix::fs::{PermissionsExt as _, symlink},
+    fs,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
 
 use flannel_agent::leases::Store;
-use flannel_testkit::apiserver::{ApiServer, WatchEnd, service_account};
+use flannel_testkit::{
+    apiserver::{ApiServer, WatchEnd, service_account},
+    put_program,
+};
 
 use crate::{
     lease_rig::{Agent, Log, snapshot},
@@ -176,12 +179,10 @@ async fn what_an_exec_plugin_prints_is_in_no_error() {
         ),
         ("exit 0", "what the exec plugin of the kubeconfig prints"),
     ] {
-        fs::write(
+        put_program(
             &plugin,
             format!("#!/bin/sh\necho '{{token: hunter2, x: [}}'\n{end}\n"),
-        )
-        .expect("plugin");
-        fs::set_permissions(&plugin, Permissions::from_mode(0o755)).expect("plugin");
+        );
         let error = Store::open(&cluster.config(1))
             .await
             .expect_err(end)

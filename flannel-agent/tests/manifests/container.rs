@@ -3,10 +3,10 @@
 use std::{
     fs,
     net::SocketAddr,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
+use flannel_testkit::put_program;
 use serde_json::Value;
 
 use crate::{
@@ -76,8 +76,7 @@ impl Container<'_> {
 
     fn put(&self, name: &str, text: &str) -> PathBuf {
         let path = self.run_dir.join(name);
-        fs::write(&path, format!("#!/bin/sh\n{text}")).expect("write a script");
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("make it a program");
+        put_program(&path, format!("#!/bin/sh\n{text}"));
         path
     }
 

@@ -5,6 +5,7 @@ use std::fs;
 use flannel_testkit::{
     AgentProcess, BpfCall, Capability, Confinement, privileged,
     process::{self, Finished},
+    put_program,
 };
 
 use crate::{
@@ -109,7 +110,7 @@ fn a_network_manager_that_was_told_nothing_is_named() {
     let dir = format!("--lease-dir={}", rig.lease_dir().display());
     // Another program under its name: only that it runs, and here, counts.
     let program = rig.node(0).run_dir.join("NetworkManager");
-    fs::copy("/bin/sleep", &program).expect("copy a program");
+    put_program(&program, fs::read("/bin/sleep").expect("a program"));
     let mut command = rig.ns(0).command(&program);
     let mut child = command.arg("600").spawn().expect("start it");
     let answer = check_with(&rig, 0, &[&dir]);

@@ -3,7 +3,9 @@
 #[path = "elf.rs"]
 mod elf;
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, path::PathBuf};
+use std::{fs, path::Path, path::PathBuf};
+
+use flannel_testkit::put_program;
 
 use super::agent_binary;
 use elf::INSTRUCTION;
@@ -53,15 +55,7 @@ fn agent_with(object: &[u8], dir: &Path, name: &str, change: impl Fn(&[u8]) -> V
     let dir = dir.join(name);
     fs::create_dir_all(&dir).expect("make a directory");
     let path = dir.join("flannel-agent");
-    let draft = dir.join("draft");
-    fs::write(&draft, agent).expect("write the changed agent");
-    fs::set_permissions(&draft, fs::Permissions::from_mode(0o755)).expect("make it executable");
-    // The kernel runs no file that somebody may still write to, such as a process that another test has forked meanwhile.
-    let copied = std::process::Command::new("cp")
-        .args([&draft, &path])
-        .status()
-        .expect("run cp");
-    assert!(copied.success(), "copy the changed agent");
+    put_program(&path, agent);
     path
 }
 
