@@ -46,7 +46,7 @@ fn all_pairs(families: impl Into<Families>, store: StoreKind, mtu: u32, flags: &
     }
     cluster.sync_upstream();
     cluster.wait_all_pairs();
-    exchange_all(&cluster);
+    exchange_all(&cluster, mtu);
 
     // Nobody's lease but ours was written, and ours is upstream's in every byte.
     let mut stored = cluster.store().stored().unwrap();
@@ -64,15 +64,19 @@ fn all_pairs(families: impl Into<Families>, store: StoreKind, mtu: u32, flags: &
     assert_eq!(stored.get(&key), Some(&lease));
     cluster.sync_upstream();
     cluster.wait_all_pairs();
-    exchange_all(&cluster);
+    exchange_all(&cluster, mtu);
 }
 
 /// Echoes, datagrams and streams between all pods, over every family.
 #[track_caller]
-fn exchange_all(cluster: &Cluster) {
+fn exchange_all(cluster: &Cluster, underlay: u32) {
     for (from, to) in cluster.pairs() {
         for family in cluster.families() {
             let [mtu, back] = [(from, to), (to, from)].map(|way| path(cluster, way, family));
+            let whole = (underlay - family.overhead()) as usize;
+            // Beside IPv6 ours gives pods what fits into either tunnel.
+            let less = family == Family::V4 && cluster.families().len() == 2 && mtu == whole - 20;
+            assert!(mtu == whole || less, "{from} to {to} over {family}: {mtu}");
             let pods = [from, to].map(|pod| mtu_of(&cluster.pods[pod].ns, "eth0"));
             // Then a sender learns the size from what is lost, there and back.
             let lossy = pods.iter().any(|pod| *pod > mtu.min(back));
