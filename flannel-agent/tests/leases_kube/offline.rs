@@ -75,7 +75,7 @@ async fn a_start_goes_by_the_last_known_state() {
         assert!(!view.connected);
         if hanging {
             cluster.api.hang(false);
-            cluster.api.cut_connections();
+            cluster.api.cut_connections().expect("cut");
         } else {
             cluster.api.resume().expect("resume");
         }

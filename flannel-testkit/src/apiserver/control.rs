@@ -11,7 +11,7 @@ impl ApiServer {
     /// Closes the socket and cuts all connections: who connects is refused. The objects stay.
     pub fn stop(&self) -> anyhow::Result<()> {
         self.shared.change(|state| state.faults.listening = false);
-        self.cut_connections();
+        self.cut_connections()?;
         self.wait_bound(false)
     }
 
@@ -27,10 +27,14 @@ impl ApiServer {
         self.resume()
     }
 
-    /// Cuts all connections, also those that hang.
-    pub fn cut_connections(&self) {
-        self.shared
-            .change(|state| state.faults.connection_epoch += 1);
+    /// Cuts all connections, also those that hang. When it returns none of them can carry anything any more: what happens
+    /// later is not told by a watch of before.
+    pub fn cut_connections(&self) -> anyhow::Result<()> {
+        let epoch = self.shared.change(|state| {
+            state.faults.connection_epoch += 1;
+            state.faults.connection_epoch
+        });
+        self.wait_cut(epoch)
     }
 
     /// Accepts connections and says nothing any more, to new and old ones; `false` ends it, and what was asked is answered.
@@ -120,7 +124,6 @@ impl ApiServer {
             authority.server(ip, &self.clients, validity)?
         };
         self.shared.change(|state| state.tls = tls);
-        self.cut_connections();
-        Ok(())
+        self.cut_connections()
     }
 }

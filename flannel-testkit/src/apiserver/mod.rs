@@ -116,6 +116,7 @@ impl ApiServer {
             asked: Vec::new(),
             bound: false,
             bind_error: None,
+            connections: BTreeMap::new(),
             stopping: false,
         }));
         let serving = Arc::clone(&shared);
@@ -379,6 +380,21 @@ impl ApiServer {
         }
         if timeout.timed_out() {
             bail!("the socket of {} is not open ({wanted})", self.address);
+        }
+        Ok(())
+    }
+
+    /// Waits until no connection is open that was accepted before `epoch`.
+    fn wait_cut(&self, epoch: u64) -> anyhow::Result<()> {
+        let waiting = |state: &mut State| state.connections.range(..epoch).next().is_some();
+        let state = self.shared.lock();
+        let (_state, timeout) = self
+            .shared
+            .socket
+            .wait_timeout_while(state, LIMIT, waiting)
+            .unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            bail!("connections to {} do not close", self.address);
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ use hyper_util::rt::TokioIo;
 use nix::sys::socket::{Shutdown, shutdown};
 use rustls::ServerConfig;
 use serde_json::{Value, json};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -61,6 +61,8 @@ pub(crate) struct State {
     pub(crate) asked: Vec<Asked>,
     /// Whether the socket is open at this moment.
     pub(crate) bound: bool,
+    /// How many connections are open, by the epoch in which they were accepted.
+    pub(crate) connections: BTreeMap<u64, usize>,
     /// Why it could not be opened.
     pub(crate) bind_error: Option<String>,
     pub(crate) stopping: bool,
@@ -70,7 +72,7 @@ pub(crate) struct State {
 #[derive(Debug)]
 pub(crate) struct Shared {
     state: Mutex<State>,
-    /// Bound or not has changed.
+    /// Bound or not, or which connections are open, has changed.
     pub(crate) socket: Condvar,
     signal: watch::Sender<()>,
 }
@@ -156,18 +158,53 @@ pub(crate) async fn run(shared: Arc<Shared>, address: SocketAddr) {
 async fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
     loop {
         // A connection that broke while it waited is no reason to stop.
-        if let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(connection(Arc::clone(shared), stream));
+        if let Ok((stream, _)) = listener.accept().await
+            && let Some(open) = Open::enter(shared)
+        {
+            tokio::spawn(connection(open, stream));
         }
     }
 }
 
-async fn connection(shared: Arc<Shared>, stream: TcpStream) {
-    let epoch = shared.lock().faults.connection_epoch;
-    let cut = shared.wait_until(|state| state.faults.connection_epoch != epoch);
+/// A connection that is counted.
+struct Open {
+    shared: Arc<Shared>,
+    epoch: u64,
+}
+
+impl Open {
+    /// `None` if nobody listens any more: the connection came at the same moment.
+    fn enter(shared: &Arc<Shared>) -> Option<Open> {
+        let mut state = shared.lock();
+        if !state.faults.listening {
+            return None;
+        }
+        let epoch = state.faults.connection_epoch;
+        *state.connections.entry(epoch).or_default() += 1;
+        let shared = Arc::clone(shared);
+        Some(Open { shared, epoch })
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        if let Some(count) = state.connections.get_mut(&self.epoch) {
+            *count -= 1;
+            if *count == 0 {
+                state.connections.remove(&self.epoch);
+            }
+        }
+        self.shared.socket.notify_all();
+    }
+}
+
+async fn connection(open: Open, stream: TcpStream) {
+    let shared = &open.shared;
+    let cut = shared.wait_until(|state| state.faults.connection_epoch != open.epoch);
     tokio::select! {
         () = cut => {}
-        () = serve(&shared, stream) => {}
+        () = serve(shared, stream) => {}
     }
 }
 

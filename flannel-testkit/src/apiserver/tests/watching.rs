@@ -216,3 +216,18 @@ fn streaming_lists_are_refused_or_served() {
     let careless = path.replace("&resourceVersionMatch=NotOlderThan", "");
     assert_eq!(client.get(&careless).0, 422);
 }
+
+#[test]
+fn what_happens_while_it_is_stopped_is_in_no_watch_of_before() {
+    let server = server();
+    let client = Client::flannel(&server);
+    for round in 0..100 {
+        let mut watch = client.send("GET", &from(server.revision()), JSON, "");
+        assert_eq!(watch.code, 200);
+        server.stop().unwrap();
+        server.create_node(&format!("n{round}"), "").unwrap();
+        let event = watch.try_event();
+        assert!(event.is_err(), "round {round}: {event:?}");
+        server.resume().unwrap();
+    }
+}
