@@ -17,7 +17,7 @@ mod userland;
 
 use std::path::Path;
 use std::str::FromStr;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 
 use anyhow::{Context as _, Result, bail};
@@ -223,7 +223,14 @@ pub(crate) struct Request<'a> {
     pub(crate) refresh: bool,
 }
 
-/// Runs all machines, two at a time, and hands over each outcome as it comes.
+/// What all machines of an architecture have in common.
+struct Equipment {
+    programs: programs::Programs,
+    base: cpio::Archive,
+}
+
+/// Runs all machines, two at a time, and hands over each outcome as it comes. While those of one architecture run, the programs
+/// for the next are built.
 pub(crate) fn run(root: &Path, request: &Request<'_>, done: &mut dyn FnMut(Done)) -> Result<()> {
     if !setup::is_debian() {
         bail!("the kernels come by apt from Debian: this needs Debian or Ubuntu");
@@ -233,43 +240,65 @@ pub(crate) fn run(root: &Path, request: &Request<'_>, done: &mut dyn FnMut(Done)
     arches.sort_unstable();
     arches.dedup();
     tools::ensure_cross(root, &arches)?;
-    let dir = root.join("target").join("kernels");
+    let dir = &*root.join("target").join("kernels");
     let object = programs::object(root)?;
-    for arch in arches {
-        if process::interrupted() {
-            bail!("interrupted");
+    let (machines, waiting) = mpsc::channel::<(Place, Arc<Equipment>)>();
+    let waiting = Mutex::new(waiting);
+    let (sender, outcomes) = mpsc::channel();
+    thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            let (sender, waiting) = (sender.clone(), &waiting);
+            scope.spawn(move || {
+                loop {
+                    let next = waiting
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .recv();
+                    let Some((place, equipment)) = next.ok().filter(|_| !process::interrupted())
+                    else {
+                        return;
+                    };
+                    let guest = Guest {
+                        dir,
+                        place,
+                        tier: request.tier,
+                        filter: request.filter,
+                        programs: &equipment.programs,
+                        base: &equipment.base,
+                    };
+                    // The other end lives as long as this scope.
+                    let _sent = sender.send(guest.run());
+                }
+            });
         }
-        one_architecture(root, &dir, arch, &object, request, done)?;
-    }
-    Ok(())
+        drop(sender);
+        let prepared = scope.spawn(move || {
+            arches
+                .into_iter()
+                .try_for_each(|arch| prepare(root, dir, arch, &object, request, &machines))
+        });
+        for outcome in outcomes {
+            done(outcome);
+        }
+        prepared
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
-fn one_architecture(
+/// Fetches and builds what machines of an architecture need, and lets them start.
+fn prepare(
     root: &Path,
     dir: &Path,
     arch: Arch,
     object: &Path,
     request: &Request<'_>,
-    done: &mut dyn FnMut(Done),
+    machines: &mpsc::Sender<(Place, Arc<Equipment>)>,
 ) -> Result<()> {
-    let places: Vec<Place> = request
-        .kernels
-        .iter()
-        .filter(|(_, of)| *of == arch)
-        .flat_map(|(kernel, _)| {
-            let is_wanted = |case: &Case| {
-                request
-                    .case
-                    .is_none_or(|wanted| case.name().starts_with(wanted))
-            };
-            let cases = suites::cases(*kernel, request.tier).filter(is_wanted);
-            cases.map(|case| Place {
-                kernel: *kernel,
-                arch,
-                case,
-            })
-        })
-        .collect();
+    if process::interrupted() {
+        bail!("interrupted");
+    }
+    let places = places(request, arch);
     let mut targets: Vec<&str> = places
         .iter()
         .flat_map(|place| place.suites(request.tier))
@@ -287,41 +316,32 @@ fn one_architecture(
     base.add_below(&userland)
         .with_context(|| format!("read {}", userland.display()))?;
     programs.add_to(&mut base);
-
-    let waiting = Mutex::new(places.into_iter());
-    let (sender, outcomes) = std::sync::mpsc::channel();
-    thread::scope(|scope| {
-        for _ in 0..AT_ONCE {
-            let sender = sender.clone();
-            scope.spawn(|| {
-                let sender = sender;
-                loop {
-                    let next = waiting
-                        .lock()
-                        .unwrap_or_else(std::sync::PoisonError::into_inner)
-                        .next();
-                    let Some(place) = next.filter(|_| !process::interrupted()) else {
-                        return;
-                    };
-                    let guest = Guest {
-                        dir,
-                        place,
-                        tier: request.tier,
-                        filter: request.filter,
-                        programs: &programs,
-                        base: &base,
-                    };
-                    // The other end lives as long as this scope.
-                    let _sent = sender.send(guest.run());
-                }
-            });
-        }
-        drop(sender);
-        for outcome in outcomes {
-            done(outcome);
-        }
-    });
+    let equipment = Arc::new(Equipment { programs, base });
+    for place in places {
+        // Those who start them live as long as there is one to start.
+        let _sent = machines.send((place, Arc::clone(&equipment)));
+    }
     Ok(())
+}
+
+/// The machines of an architecture, in the order in which they begin.
+fn places(request: &Request<'_>, arch: Arch) -> Vec<Place> {
+    let of_arch = request.kernels.iter().filter(|(_, of)| *of == arch);
+    of_arch
+        .flat_map(|(kernel, _)| {
+            let is_wanted = |case: &Case| {
+                request
+                    .case
+                    .is_none_or(|wanted| case.name().starts_with(wanted))
+            };
+            let cases = suites::cases(*kernel, request.tier).filter(is_wanted);
+            cases.map(|case| Place {
+                kernel: *kernel,
+                arch,
+                case,
+            })
+        })
+        .collect()
 }
 
 #[cfg(test)]

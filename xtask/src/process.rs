@@ -1,5 +1,6 @@
 //! Starting other programs, and living until they have ended.
 
+use std::collections::BTreeSet;
 use std::env;
 use std::ffi::OsString;
 use std::fmt;
@@ -7,13 +8,14 @@ use std::fs;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result, bail};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-/// The child to end when we are told to, or 0.
-static CHILD: AtomicU32 = AtomicU32::new(0);
+/// The children to end when we are told to.
+static CHILDREN: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
 /// Where Debian keeps network tools; often missing from a user's `PATH`.
 const SBIN: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
@@ -30,18 +32,23 @@ impl fmt::Display for Reported {
 
 impl std::error::Error for Reported {}
 
-/// Makes SIGINT, SIGTERM and SIGHUP end the running child and not us, so that we can clean up after it.
+/// Makes SIGINT, SIGTERM and SIGHUP end the running children and not us, so that we can clean up after them.
 ///
-/// A terminal's Ctrl-C reaches the child by itself; a signal sent to us alone is passed on as SIGTERM.
+/// A terminal's Ctrl-C reaches the children by itself; a signal sent to us alone is passed on as SIGTERM.
 pub(crate) fn outlive_interrupts() -> Result<()> {
     ctrlc::set_handler(|| {
+        // Under the lock: a child is either in the set, or its start sees that we were interrupted.
+        let children = children();
         INTERRUPTED.store(true, Ordering::SeqCst);
-        match CHILD.load(Ordering::SeqCst) {
-            0 => {}
-            pid => kill("TERM", &[pid]),
+        if !children.is_empty() {
+            kill("TERM", &children.iter().copied().collect::<Vec<_>>());
         }
     })
     .context("install the signal handler")
+}
+
+fn children() -> MutexGuard<'static, BTreeSet<u32>> {
+    CHILDREN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Whether somebody asked us to stop.
@@ -94,20 +101,21 @@ fn path() -> OsString {
 
 /// Starts a command; signals we get go to it until it is passed to [`wait`].
 pub(crate) fn spawn(command: &mut Command) -> Result<Child> {
+    let mut children = children();
     if interrupted() {
         bail!("interrupted");
     }
     let child = command
         .spawn()
         .with_context(|| format!("start {}", command.get_program().display()))?;
-    CHILD.store(child.id(), Ordering::SeqCst);
+    children.insert(child.id());
     Ok(child)
 }
 
 /// Waits for a child of [`spawn`].
 pub(crate) fn wait(child: &mut Child) -> Result<ExitStatus> {
     let status = child.wait().context("wait for a child")?;
-    CHILD.store(0, Ordering::SeqCst);
+    children().remove(&child.id());
     Ok(status)
 }
 

@@ -1,11 +1,11 @@
 //! `cargo xtask test`
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::process::Stdio;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 
@@ -16,6 +16,10 @@ use crate::libtest::{Report, Tally};
 use crate::namespaces;
 use crate::process::{self, Reported};
 use crate::setup::{self, Needs};
+
+mod suite;
+
+use suite::{Ran, Suite, follow};
 
 /// Which tests, and how.
 #[derive(clap::Args)]
@@ -99,6 +103,13 @@ impl Outcome {
             done.not_run.len(),
             done.place.display()
         );
+    }
+
+    fn add_suite(&mut self, name: &str, (report, status): &Ran) {
+        self.add(name, report);
+        if report.summaries == 0 || (!status.success() && report.tally.failed == 0) {
+            self.fail(format!("{name}: the test binary ended with {status}"));
+        }
     }
 
     fn add(&mut self, name: &str, report: &Report) {
@@ -240,86 +251,83 @@ fn build(root: &Path, args: &Args) -> Result<Vec<Executable>> {
     let mut command = vec!["test", "--no-run"];
     command.extend(selection(args));
     let mut built = cargo::build(root, &command)?;
-    built.sort_by(|a, b| sort_key(a).cmp(&sort_key(b)));
+    built.sort_by(|a, b| suite::sort_key(a).cmp(&suite::sort_key(b)));
     Ok(built)
 }
 
-fn sort_key(binary: &Executable) -> (bool, &str, &str, &str) {
-    (
-        is_lab(binary),
-        &binary.package,
-        &binary.kind,
-        &binary.target,
-    )
-}
-
-/// Tests of agents in labs. They wait more than they work, but more than two at a time would be late for the seconds after which
+/// Tests of agents in labs. They wait more than they work, but more at a time would be late for the seconds after which
 /// connections give up.
-fn is_lab(binary: &Executable) -> bool {
-    binary.package == "flannel-agent"
-        && binary.kind == "test"
-        && binary.target.starts_with("netns_")
-}
-
-/// Tests that take what belongs to the machine, which only [`kernels`]' machines can spare.
-fn is_for_guests(binary: &Executable) -> bool {
-    binary.kind == "test" && binary.target.starts_with("guest_")
-}
+const LABS_AT_ONCE: usize = 2;
 
 fn run_binaries(built: &[Executable], args: &Args, outcome: &mut Outcome) -> Result<()> {
-    let tests: Vec<_> = built
-        .iter()
-        .filter(|executable| executable.is_test && !is_for_guests(executable))
-        .collect();
-    for (number, test) in (1..).zip(&tests) {
+    let mut words: Vec<String> = args.filter.iter().chain(&args.libtest).cloned().collect();
+    let (labs, others): (Vec<_>, Vec<_>) = suite::all(built).into_iter().partition(Suite::is_lab);
+    for suite in others {
         if process::interrupted() {
-            break;
+            return Ok(());
         }
-        let name = if test.kind == "test" {
-            format!("{}/tests/{}", test.package, test.target)
-        } else {
-            format!("{} {} {}", test.package, test.kind, test.target)
-        };
-        println!("\n[{number}/{}] {name}", tests.len());
-        let mut command = test_command(test, built);
-        command.args(&args.filter).args(&args.libtest);
-        if is_lab(test) {
-            command.arg("--test-threads=2");
+        println!("\n{}", suite.heading);
+        let ran = suite.run(built, &words, &mut io::stdout().lock())?;
+        outcome.add_suite(&suite.name, &ran);
+    }
+    match labs.as_slice() {
+        // Somebody may be looking at just this one.
+        [one] => {
+            println!("\n{}", one.heading);
+            words.push(format!("--test-threads={LABS_AT_ONCE}"));
+            let ran = one.run(built, &words, &mut io::stdout().lock())?;
+            outcome.add_suite(&one.name, &ran);
+            Ok(())
         }
-        let mut child = process::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
-        let (report, status) = follow(&mut child, &mut io::stdout().lock())?;
-        outcome.add(&name, &report);
-        if report.summaries == 0 || (!status.success() && report.tally.failed == 0) {
-            outcome.fail(format!("{name}: the test binary ended with {status}"));
+        several => {
+            words.push("--test-threads=1".to_owned());
+            run_labs(several, built, &words, &mut io::stdout(), outcome)
         }
     }
-    Ok(())
 }
 
-/// A test binary in the environment that `cargo test` gives it.
-fn test_command(test: &Executable, built: &[Executable]) -> Command {
-    let mut command = process::command(&test.path.to_string_lossy());
-    command
-        .current_dir(&test.manifest_dir)
-        .env("CARGO_MANIFEST_DIR", &test.manifest_dir)
-        .env("CARGO_PKG_NAME", &test.package)
-        .env("CARGO_PKG_VERSION", &test.version)
-        .env("FLANNEL_TEST_REQUIRE_ROOT", "1");
-    for bin in built
-        .iter()
-        .filter(|executable| executable.kind == "bin" && !executable.is_test)
-    {
-        if bin.package == test.package {
-            command.env(format!("CARGO_BIN_EXE_{}", bin.target), &bin.path);
+/// Suites of labs beside each other, each of them with one test at a time: none waits for another's slowest test, and the
+/// processes that one's tests start do not inherit what another's have open. What they print comes when they end.
+fn run_labs(
+    suites: &[Suite<'_>],
+    built: &[Executable],
+    words: &[String],
+    terminal: &mut impl Write,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let waiting = Mutex::new(suites.iter());
+    let (sender, results) = mpsc::channel();
+    thread::scope(|scope| {
+        for _ in 0..LABS_AT_ONCE {
+            let (sender, waiting) = (sender.clone(), &waiting);
+            scope.spawn(move || {
+                loop {
+                    let next = waiting
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .next();
+                    let Some(suite) = next.filter(|_| !process::interrupted()) else {
+                        return;
+                    };
+                    eprintln!("test: {} begins", suite.heading);
+                    let mut output = Vec::new();
+                    let start = Instant::now();
+                    let ran = suite.run(built, words, &mut output);
+                    // The other end lives as long as this scope.
+                    let _sent = sender.send((suite, output, ran, start.elapsed()));
+                }
+            });
         }
-        if bin.target == "flannel-agent" {
-            command.env("FLANNEL_AGENT", &bin.path);
+        drop(sender);
+        for (suite, output, ran, took) in results {
+            writeln!(terminal, "\n{}, {:.0} s", suite.heading, took.as_secs_f64())
+                .and_then(|()| terminal.write_all(&output))
+                .and_then(|()| terminal.flush())
+                .context("write to standard output")?;
+            outcome.add_suite(&suite.name, &ran?);
         }
-        if bin.package == "flannel-cni" {
-            command.env("FLANNEL_CNI", &bin.path);
-        }
-    }
-    command
+        Ok(())
+    })
 }
 
 /// Doc tests are compiled by rustdoc as they run; only libraries have them.
@@ -351,130 +359,64 @@ fn run_doc_tests(
     Ok(())
 }
 
-/// Passes a child's standard output on as it comes, reads the results in it, and waits for the child.
-///
-/// The end of the child is the end, not that of its output: a process that a test left running would hold that
-/// open for ever.
-fn follow(child: &mut Child, terminal: &mut impl Write) -> Result<(Report, ExitStatus)> {
-    /// How long output may lag behind the child's exit.
-    const GRACE: Duration = Duration::from_millis(500);
-    let output = child.stdout.take().context("a test's standard output")?;
-    let (sender, chunks) = mpsc::channel();
-    // Ends with the output, or with us.
-    thread::spawn(move || forward(output, &sender));
-    let mut report = Report::default();
-    let mut line = Vec::new();
-    loop {
-        match chunks.recv_timeout(GRACE) {
-            Ok(bytes) => {
-                terminal
-                    .write_all(&bytes)
-                    .and_then(|()| terminal.flush())
-                    .context("write to standard output")?;
-                read_lines(&mut report, &mut line, &bytes);
-            }
-            Err(RecvTimeoutError::Timeout) => {
-                if child.try_wait().context("wait for a test")?.is_some() {
-                    break;
-                }
-            }
-            Err(RecvTimeoutError::Disconnected) => break,
-        }
-    }
-    report.line(&String::from_utf8_lossy(&line));
-    Ok((report, process::wait(child)?))
-}
-
-fn forward(mut output: impl Read, chunks: &mpsc::Sender<Vec<u8>>) {
-    let mut buffer = [0; 4096];
-    while let Ok(length @ 1..) = output.read(&mut buffer) {
-        let bytes = buffer.get(..length).unwrap_or_default().to_vec();
-        if chunks.send(bytes).is_err() {
-            break;
-        }
-    }
-}
-
-/// Feeds whole lines to the report; `line` keeps the beginning of the next.
-fn read_lines(report: &mut Report, line: &mut Vec<u8>, bytes: &[u8]) {
-    for &byte in bytes {
-        if byte == b'\n' {
-            report.line(&String::from_utf8_lossy(line));
-            line.clear();
-        } else {
-            line.push(byte);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::PathBuf;
 
-    fn binary(package: &str, kind: &str, target: &str) -> Executable {
+    /// A test binary of the agent's that is a script.
+    fn script(dir: &Path, name: &str, text: &str) -> Executable {
+        let path = dir.join(name);
+        // By another process: one that another test forks from this one holds what is open for writing, and that is not run.
+        let written = std::process::Command::new("sh")
+            .args([
+                "-c",
+                "printf '#!/bin/sh\\n%s\\n' \"$2\" > \"$1\" && chmod 755 \"$1\"",
+                "sh",
+            ])
+            .args([path.as_os_str(), text.as_ref()])
+            .status();
+        assert!(written.expect("sh").success());
         Executable {
-            package: package.to_owned(),
+            package: "flannel-agent".to_owned(),
             version: "0.1.0".to_owned(),
-            manifest_dir: PathBuf::from("/w"),
-            target: target.to_owned(),
-            kind: kind.to_owned(),
+            manifest_dir: dir.to_owned(),
+            target: format!("netns_{name}"),
+            kind: "test".to_owned(),
             is_test: true,
-            path: PathBuf::from("/t"),
+            path,
         }
     }
 
     #[test]
-    fn namespace_tests_of_the_agent_come_last() {
-        let mut all = [
-            binary("flannel-agent", "test", "netns_overlay"),
-            binary("flannel-testkit", "test", "netns_lab"),
-            binary("flannel-agent", "test", "cli"),
-            binary("flannel-core", "lib", "flannel_core"),
+    fn labs_run_beside_each_other_and_all_of_them_count() {
+        let dir = tempfile::tempdir().expect("a directory");
+        // Each waits for the other to have begun.
+        let meet = |mine: &str, other: &str| {
+            format!(
+                "touch {mine}; for i in $(seq 100); do test -e {other} && break; sleep 0.1; done; test -e {other} || exit 3; \
+                 echo 'test result: ok. 2 passed; 0 failed; 0 ignored;'"
+            )
+        };
+        let built = [
+            script(dir.path(), "a", &meet("at-a", "at-b")),
+            script(dir.path(), "b", &meet("at-b", "at-a")),
+            script(dir.path(), "c", "test \"$1\" = word && exit 7"),
         ];
-        all.sort_by(|a, b| sort_key(a).cmp(&sort_key(b)));
-        let targets: Vec<_> = all.iter().map(|binary| binary.target.as_str()).collect();
+        let mut outcome = Outcome::default();
+        let mut output = Vec::new();
+        run_labs(
+            &suite::all(&built),
+            &built,
+            &["word".to_owned()],
+            &mut output,
+            &mut outcome,
+        )
+        .expect("to run");
+        let Outcome { tally, failures } = outcome;
+        assert_eq!((tally.passed, tally.failed), (4, 1), "{failures:?}");
         assert_eq!(
-            targets,
-            ["cli", "flannel_core", "netns_lab", "netns_overlay"]
-        );
-    }
-
-    #[test]
-    fn output_is_read_to_its_end_without_a_newline() {
-        let mut child = Command::new("printf")
-            .arg("test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured")
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("printf");
-        let (report, status) = follow(&mut child, &mut io::sink()).expect("its output");
-        assert!(status.success());
-        assert_eq!(
-            report.tally,
-            Tally {
-                passed: 2,
-                failed: 0,
-                skipped: 1
-            }
-        );
-    }
-
-    #[test]
-    fn a_process_left_behind_does_not_hold_us_up() {
-        let start = Instant::now();
-        let mut child = Command::new("sh")
-            .args([
-                "-c",
-                "sleep 6 & echo 'test result: ok. 1 passed; 0 failed; 0 ignored'; echo $!",
-            ])
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("sh");
-        let (report, _) = follow(&mut child, &mut io::sink()).expect("its output");
-        assert_eq!(report.tally.passed, 1);
-        assert!(
-            start.elapsed() < Duration::from_secs(5),
-            "waited for the sleeping process"
+            failures,
+            ["flannel-agent/tests/netns_c: the test binary ended with exit status: 7"]
         );
     }
 
