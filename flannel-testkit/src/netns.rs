@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Where named namespaces live, as `ip netns` keeps them.
@@ -17,8 +17,8 @@ pub(crate) const DIR: &str = "/run/netns";
 /// The time a short administrative command gets.
 pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(30);
 
-/// The first `ip netns add` on a machine mounts `/run/netns` on itself: one at a time.
-static ADDING: Mutex<()> = Mutex::new(());
+/// The first `ip netns add` on a machine mounts `/run/netns` on itself: one at a time, of all processes.
+const ADDING: &str = "/run/flannel-testkit.lock";
 
 /// A handle on a named network namespace. Cheap to clone; it holds the name, not the namespace, so it never
 /// keeps a namespace of a dropped lab alive.
@@ -30,14 +30,14 @@ pub struct Netns {
 impl Netns {
     /// Makes a namespace and brings its loopback up.
     pub(crate) fn add(name: &str) -> anyhow::Result<Netns> {
-        let guard = ADDING
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let turn = File::create(ADDING).with_context(|| format!("create {ADDING}"))?;
+        turn.lock()
+            .with_context(|| format!("wait for our turn at {ADDING}"))?;
         process::succeed(
             Command::new("ip").args(["netns", "add", name]),
             COMMAND_LIMIT,
         )?;
-        drop(guard);
+        drop(turn);
         let ns = Netns { name: name.into() };
         ns.exec(["ip", "link", "set", "lo", "up"])?;
         Ok(ns)
