@@ -3,7 +3,7 @@
 use flannel_testkit::{Families, Netns, eventually, privileged};
 
 use crate::{
-    assert_fails, assert_healthy, check, check_with, ended,
+    assert_fails, assert_healthy, assert_warns, check, check_with, ended,
     rig::{PATIENCE, Rig},
 };
 
@@ -166,6 +166,29 @@ fn a_forward_policy_of_ip6tables_is_found() {
         let answer = check_with(&rig, 0, &["--no-peers"]);
         assert_fails(&answer, &name, &rule, "ip6tables -I FORWARD");
     }
+}
+
+/// What concerns IPv4 is neither looked at nor named.
+#[test]
+fn kube_proxy_without_br_netfilter_is_a_warning_with_ipv6_alone() {
+    if !privileged() {
+        return;
+    }
+    let rig = start(Families::V6, &[]);
+    let (ns, setting) = (rig.ns(0), "net/bridge/bridge-nf-call-ip6tables");
+    ns.set_sysctl("net/bridge/bridge-nf-call-iptables", "0")
+        .unwrap();
+    ip6tables(ns, "ip6tables-nft", "-t nat -N KUBE-SERVICES");
+    ns.set_sysctl(setting, "1").unwrap();
+    assert_healthy(&check_with(&rig, 0, &["--no-peers"]), &[]);
+    ns.set_sysctl(setting, "0").unwrap();
+    assert_warns(
+        &check_with(&rig, 0, &["--no-peers"]),
+        "br-netfilter",
+        "bridge-nf-call-ip6tables = 0, and kube-proxy uses ip6tables",
+        "sysctl -w net.bridge.bridge-nf-call-ip6tables=1",
+        &[],
+    );
 }
 
 #[test]

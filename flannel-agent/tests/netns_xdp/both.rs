@@ -51,7 +51,8 @@ fn behind(rig: &mut Rig, node: usize) -> Option<u64> {
 /// Whether that is a program on the maps of this family. One that has gone meanwhile is none.
 fn is_of(rig: &mut Rig, node: usize, family: Family, program: u64) -> bool {
     rig.look_at(family);
-    let Ok(shown) = bpftool_json(rig.ns(node), &["prog", "show", "id", &program.to_string()]) else {
+    let Ok(shown) = bpftool_json(rig.ns(node), &["prog", "show", "id", &program.to_string()])
+    else {
         return false;
     };
     let name = shown["name"].as_str().expect("its name");
