@@ -113,6 +113,16 @@ fn detached_and_handed_back() {
 }
 
 #[test]
+fn detached_and_handed_back_with_ipv6() {
+    hands_back(Family::V6, &[]);
+}
+
+#[test]
+fn detached_and_handed_back_with_both_families() {
+    hands_back(Families::Dual, &[]);
+}
+
+#[test]
 fn detached_and_handed_back_through_the_stack() {
     hands_back(Family::V4, &["--bpf-fast-path=off"]);
 }
@@ -120,6 +130,11 @@ fn detached_and_handed_back_through_the_stack() {
 #[test]
 fn detached_and_handed_back_by_clsact() {
     hands_back(Family::V4, &["--bpf-attach=clsact"]);
+}
+
+#[test]
+fn detached_and_handed_back_by_clsact_with_both_families() {
+    hands_back(Families::Dual, &["--bpf-attach=clsact"]);
 }
 
 /// Without that the programs go on, but what the kernel would send elsewhere they leave to it.

@@ -22,6 +22,12 @@ const ICMP_FILTER: i32 = 1;
 const ICMP6_FILTER: i32 = 1;
 /// `ICMPV6_ECHO_REPLY`.
 const ECHO_REPLY_V6: usize = 129;
+/// Bytes that a socket may hold for its reader; the kernel doubles the number. By default it is 212,992 in all, and a datagram takes up to
+/// 4352 of them: a receiver that waits 100 ms for a processor would lose what comes every 2 ms.
+const ROOM: i32 = 8 << 20;
+/// `linux/sock_diag.h`: the numbers of `SO_MEMINFO`, and which of them counts what the socket has dropped.
+const MEMINFO: usize = 9;
+const MEMINFO_DROPS: usize = 8;
 
 /// A packet socket that sends whole Ethernet frames out of one interface.
 #[derive(Debug)]
@@ -134,11 +140,33 @@ pub(crate) fn icmp(dst: IpAddr) -> io::Result<OwnedFd> {
             fd
         }
     };
-    set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 8 << 20)?;
+    make_room(&fd)?;
     let (addr, len) = sockaddr(address);
     // SAFETY: `addr` is a complete address and `len` its size.
     check(unsafe { libc::connect(fd.as_raw_fd(), (&raw const addr).cast(), len) })?;
     Ok(fd)
+}
+
+/// Lets a socket keep what arrives while its reader waits for a processor: what it dropped then would count as lost on the way.
+pub(crate) fn make_room(fd: &impl AsRawFd) -> io::Result<()> {
+    set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, ROOM)
+}
+
+/// Packets that have reached a socket, and that it dropped: it had no room for them, or their checksum was wrong.
+pub(crate) fn dropped(fd: &impl AsRawFd) -> io::Result<u32> {
+    let mut info = [0_u32; MEMINFO];
+    let mut len = size_of_val(&info).try_into().map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `len` bytes, the size of `info`.
+    check(unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            info.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    })?;
+    Ok(info[MEMINFO_DROPS])
 }
 
 /// Sets or clears path MTU discovery, which decides the DF bit of what the socket sends over IPv4, and whether the sender cuts

@@ -3,6 +3,7 @@
 use crate::eventually::patience;
 use crate::family::Family;
 use crate::netns::Netns;
+use crate::socket;
 use anyhow::{Context as _, ensure};
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
@@ -25,6 +26,8 @@ pub struct UdpStats {
     pub lost: Vec<u64>,
     /// Datagrams that the sender's own stack refused, such as with "network is unreachable".
     pub refused: u64,
+    /// How many of the lost ones came as far as the receiver's socket, which dropped them: it was full, or the checksum was wrong.
+    pub dropped: u32,
 }
 
 /// A stream in threads of its own. Dropping it stops it.
@@ -35,7 +38,12 @@ pub struct UdpFlow {
     sent: Arc<AtomicU64>,
 }
 
-type Receiver = JoinHandle<anyhow::Result<BTreeSet<u64>>>;
+type Receiver = JoinHandle<anyhow::Result<Received>>;
+
+struct Received {
+    numbers: BTreeSet<u64>,
+    dropped: u32,
+}
 
 impl UdpFlow {
     /// Starts to send a datagram of `bytes` (8 at least) from the client to `server_ip` each `interval`.
@@ -47,14 +55,11 @@ impl UdpFlow {
         bytes: usize,
     ) -> anyhow::Result<UdpFlow> {
         let server_ip = server_ip.into();
-        let server = server_ns
-            .try_run(|| UdpSocket::bind((server_ip, 0)))?
-            .with_context(|| format!("bind {server_ip} in {}", server_ns.name()))?;
+        let server = receiver(server_ns, server_ip)?;
         let address = server.local_addr()?;
         let client = client_ns
             .try_run(|| UdpSocket::bind((Family::of(server_ip).unspecified(), 0)))?
             .with_context(|| format!("bind in {}", client_ns.name()))?;
-        server.set_read_timeout(Some(LOOK_EVERY))?;
         let stop = Arc::new(AtomicBool::new(false));
         let sent = Arc::new(AtomicU64::new(u64::MAX));
         let stopped = Arc::clone(&stop);
@@ -100,11 +105,12 @@ impl UdpFlow {
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         let [sent, refused] = counted?;
-        let lost = (0..sent).filter(|number| !got.contains(number)).collect();
+        let lost = (0..sent).filter(|number| !got.numbers.contains(number));
         Ok(UdpStats {
             sent,
-            lost,
+            lost: lost.collect(),
             refused,
+            dropped: got.dropped,
         })
     }
 }
@@ -117,19 +123,29 @@ impl Drop for UdpFlow {
     }
 }
 
-/// Collects numbers until `sent`, known once it is not the greatest number of all, are there or [`GRACE`] has passed.
-fn receive(server: &UdpSocket, bytes: usize, sent: &AtomicU64) -> anyhow::Result<BTreeSet<u64>> {
+/// The socket of a receiver.
+fn receiver(ns: &Netns, ip: IpAddr) -> anyhow::Result<UdpSocket> {
+    let server = ns
+        .try_run(|| UdpSocket::bind((ip, 0)))?
+        .with_context(|| format!("bind {ip} in {}", ns.name()))?;
+    socket::make_room(&server).context("SO_RCVBUFFORCE")?;
+    server.set_read_timeout(Some(LOOK_EVERY))?;
+    Ok(server)
+}
+
+/// Collects numbers until `sent`, known once it is not the greatest number of all, are there or [`GRACE`] has passed and none is left.
+fn receive(server: &UdpSocket, bytes: usize, sent: &AtomicU64) -> anyhow::Result<Received> {
     let content = super::pattern(0, bytes);
     let mut buffer = vec![0; bytes + 1];
-    let mut got = BTreeSet::new();
+    let mut numbers = BTreeSet::new();
     let mut end = None;
     loop {
         let all = sent.load(Ordering::Relaxed);
         if all != u64::MAX {
-            let end = *end.get_or_insert_with(|| Instant::now() + patience(GRACE));
-            if got.len() as u64 >= all || Instant::now() >= end {
-                return Ok(got);
-            }
+            end = end.or_else(|| Some(Instant::now() + patience(GRACE)));
+        }
+        if numbers.len() as u64 >= all {
+            break;
         }
         match server.recv(&mut buffer) {
             Ok(len) => {
@@ -139,14 +155,68 @@ fn receive(server: &UdpSocket, bytes: usize, sent: &AtomicU64) -> anyhow::Result
                 );
                 let mut number = [0; 8];
                 number.copy_from_slice(&buffer[..8]);
-                got.insert(u64::from_be_bytes(number));
+                numbers.insert(u64::from_be_bytes(number));
             }
             Err(error)
                 if matches!(
                     error.kind(),
                     ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
-                ) => {}
+                ) =>
+            {
+                if end.is_some_and(|end| Instant::now() >= end) {
+                    break;
+                }
+            }
             Err(error) => return Err(error).context("receive a datagram"),
         }
+    }
+    Ok(Received {
+        numbers,
+        dropped: socket::dropped(server).context("SO_MEMINFO")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::{Lab, LabOptions, privileged};
+    use std::net::Ipv6Addr;
+
+    const BYTES: usize = 1300;
+
+    fn send(ns: &Netns, to: &UdpSocket, numbers: std::ops::Range<u64>) {
+        let to = to.local_addr().unwrap();
+        let client = ns.run(|| UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).unwrap());
+        let mut datagram = super::super::pattern(0, BYTES);
+        for number in numbers {
+            datagram[..8].copy_from_slice(&number.to_be_bytes());
+            client.send_to(&datagram, to).unwrap();
+        }
+    }
+
+    /// As a receiver whose thread gets no processor for two seconds.
+    #[test]
+    fn a_receiver_that_is_late_has_lost_nothing() {
+        if !privileged() {
+            return;
+        }
+        let (one_second, full) = (500, 20_000);
+        let lab = Lab::new(LabOptions {
+            nodes: 0,
+            ..LabOptions::default()
+        })
+        .unwrap();
+        let ns = lab.extra("late").unwrap();
+        let server = receiver(&ns, Ipv6Addr::LOCALHOST.into()).unwrap();
+        send(&ns, &server, 0..2 * one_second);
+        let got = receive(&server, BYTES, &AtomicU64::new(2 * one_second)).unwrap();
+        assert_eq!(got.numbers.len() as u64, 2 * one_second);
+        assert_eq!(got.dropped, 0);
+
+        // What a socket drops all the same it tells.
+        send(&ns, &server, 0..full);
+        let got = receive(&server, BYTES, &AtomicU64::new(full)).unwrap();
+        assert!(got.dropped > 0);
+        assert_eq!(got.numbers.len() as u64 + u64::from(got.dropped), full);
     }
 }
