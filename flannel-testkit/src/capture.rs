@@ -7,6 +7,8 @@ use crate::pcap::{self, Packet};
 use crate::process;
 use crate::state::State;
 use anyhow::{Context as _, ensure};
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -203,12 +205,59 @@ impl Captured {
 
 /// The summary lines of the packets that `tshark`, decoding port 8472 as VXLAN, finds malformed or in error.
 pub fn tshark_malformed(path: &Path) -> anyhow::Result<Vec<String>> {
-    tshark(path, &[], "_ws.malformed || _ws.expert.severity >= error")
+    tshark_malformed_and(path, "frame")
+}
+
+/// Those of them that match a display filter as well.
+///
+/// Payload is random, and sooner or later looks or is numbered like some protocol that it is not. Such protocols are not asked.
+pub fn tshark_malformed_and(path: &Path, filter: &str) -> anyhow::Result<Vec<String>> {
+    let filter = format!("(_ws.malformed || _ws.expert.severity >= error) && ({filter})");
+    let mut args = Vec::new();
+    loop {
+        let mut words = args.clone();
+        words.extend(["-T", "fields", "-e", "frame.protocols"].map(str::to_owned));
+        let found = tshark(path, &words, &filter)?;
+        let protocols = found.iter().flat_map(|line| line.split(':'));
+        let foreign: BTreeSet<&str> = protocols.filter(|name| is_foreign(name)).collect();
+        let before = args.len();
+        for name in foreign {
+            let option = format!("--disable-protocol={name}");
+            if !args.contains(&option) {
+                args.push(option);
+            }
+        }
+        if args.len() == before {
+            return tshark(path, &args, &filter);
+        }
+    }
+}
+
+/// Whether a name in `frame.protocols` is of none of the protocols that labs speak.
+fn is_foreign(name: &str) -> bool {
+    const OURS: [&str; 10] = [
+        "eth",
+        "ethertype",
+        "arp",
+        "ip",
+        "icmp",
+        "icmpv6",
+        "udp",
+        "tcp",
+        "vxlan",
+        "data",
+    ];
+    // Extension headers have names such as `ipv6.hopopts`.
+    !OURS.contains(&name) && !name.starts_with("ipv6") && !name.starts_with("_ws.")
 }
 
 /// The summary lines of the packets that match a display `filter`. `args` may hold preferences, such as
 /// `["-o", "udp.check_checksum:TRUE"]`, or fields, such as `["-T", "fields", "-e", "vxlan.vni"]`.
-pub fn tshark(path: &Path, args: &[&str], filter: &str) -> anyhow::Result<Vec<String>> {
+pub fn tshark(
+    path: &Path,
+    args: &[impl AsRef<OsStr>],
+    filter: &str,
+) -> anyhow::Result<Vec<String>> {
     let mut cmd = Command::new("tshark");
     cmd.args(["-n", "-d", "udp.port==8472,vxlan", "-Y", filter, "-r"]);
     let lines = process::succeed(cmd.arg(path).args(args), Duration::from_mins(2))?;
@@ -230,6 +279,42 @@ fn count_before(said: &str, what: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::packet::{Inner, Vxlan};
+    use std::net::Ipv4Addr;
+
+    /// A capture of these frames.
+    fn capture(dir: &Path, frames: &[Vec<u8>]) -> PathBuf {
+        // Magic number, version 2.4, no time zone, whole packets of Ethernet; then times, and lengths twice.
+        let header = [0xa1b2_c3d4, 0x0002_0004, 0, 0, 65_535, 1_u32];
+        let mut file: Vec<u8> = header.iter().flat_map(|word| word.to_be_bytes()).collect();
+        for frame in frames {
+            let len = u32::try_from(frame.len()).unwrap();
+            file.extend([0, 0, len, len].iter().flat_map(|word| word.to_be_bytes()));
+            file.extend(frame);
+        }
+        let path = file_in(dir);
+        std::fs::write(&path, file).unwrap();
+        path
+    }
+
+    #[test]
+    fn payload_that_looks_like_something_is_not_malformed() {
+        let [a, b] = [1, 2].map(|host| Ipv4Addr::new(10, 244, 1, host));
+        // No question and no answer.
+        let junk = Inner::udp(a, b, 53, &[0xff; 20]).bytes();
+        let good = Vxlan::new(a, b, 1, junk).bytes();
+        // The outer UDP length says more than there is.
+        let mut bad = Vxlan::new(a, b, 1, Inner::udp(a, b, 9, &[0; 20]).bytes()).bytes();
+        bad[14 + 20 + 4] = 0xff;
+        let dir = tempfile::tempdir().unwrap();
+        let path = capture(dir.path(), &[good, bad]);
+        let filter = "_ws.malformed || _ws.expert.severity >= error";
+        assert_eq!(tshark(&path, &[""; 0], filter).unwrap().len(), 2);
+        let found = tshark_malformed(&path).unwrap();
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].trim_start().starts_with("2 "), "{found:?}");
+        assert_eq!(tshark_malformed_and(&path, "!udp").unwrap(), [""; 0]);
+    }
 
     #[test]
     fn counts_are_read_from_what_tcpdump_says() {
